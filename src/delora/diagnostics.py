@@ -1,0 +1,160 @@
+"""What an adapter has done: how far the weights are from the base, how much of the bound is used, in how many directions.
+
+Everything is computed from the small factors; no [out, in] matrix is built for a low-rank change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delora.inject import adapters
+from delora.layer import Adapter, Copy
+from delora.methods.base import bound
+from delora.updates import LowRank
+
+
+@torch.no_grad()
+def singular_values(update: LowRank) -> Tensor:
+    """The k singular values of up @ down, largest first, in float64: from the triangular factors of both."""
+    up, down = update.up.cpu().double(), update.down.cpu().double()
+    core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T  # [k, k]; the difference of two halves cancels in here
+    return torch.linalg.svdvals(core)
+
+
+@torch.no_grad()
+def _changed(adapter: Adapter | Copy) -> tuple[float, float, Tensor | None]:
+    """|W' - W|_F, |W|_F, and the singular values of W' - W where it is one low-rank matrix."""
+    if isinstance(adapter, Copy):
+        base, new = adapter.host.layer.state_dict(), adapter.at_strength()
+        pairs = [(base[k].double(), t.double()) for k, t in new.items() if t.is_floating_point()]
+        return _norm(new - old for old, new in pairs), _norm(old for old, _ in pairs), None
+    W, update = adapter.host.weight(), adapter.update()
+    if isinstance(update, LowRank):
+        spectrum = singular_values(update)
+        return _norm([spectrum]), _norm([W]), spectrum
+    return _norm([update.merge(W) - W]), _norm([W]), None
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(torch.linalg.vector_norm(t).item() for t in tensors))
+
+
+def distances(model: nn.Module, name: str | None = None) -> dict[str, float]:
+    """|W' - W|_F / |W|_F of every layer of an adapter (the active one), at its present strength."""
+    result = {}
+    for layer, adapter in adapters(model, name).items():
+        change, base, _ = _changed(adapter)
+        result[layer] = change / base if base else math.inf if change else 0.0
+    return result
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's change. Norms are Frobenius norms but for ``spectral``.
+
+    ``effective_rank`` is exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
+    ``bound`` is what the method guarantees of ``distance``, ``bound_used`` their ratio.
+    """
+
+    method: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    r: int | None
+    lam: float | None
+    distance: float
+    relative: float
+    bound: float | None
+    bound_used: float | None
+    spectral: float | None
+    effective_rank: float | None
+
+
+@torch.no_grad()
+def report(adapter: Adapter | Copy) -> LayerReport:
+    change, base, spectrum = _changed(adapter)
+    lam = getattr(adapter, "lam", None)
+    promised = bound(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
+    limit = None if promised is None else promised.item() * adapter.strength
+    effective = None
+    if spectrum is not None:
+        share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
+        effective = torch.special.entr(share).sum().exp().item() if change else 0.0
+    return LayerReport(
+        method=str(adapter.method),
+        shape=tuple(adapter.host.matrix().shape) if isinstance(adapter, Adapter) else None,
+        parameters=sum(p.numel() for p in adapter.parameters()),
+        r=getattr(adapter.method, "r", None),
+        lam=None if lam is None else lam.item(),
+        distance=change,
+        relative=change / base if base else math.inf if change else 0.0,
+        bound=limit,
+        bound_used=change / limit if limit else None,
+        spectral=None if spectrum is None else spectrum[0].item(),
+        effective_rank=effective,
+    )
+
+
+def inspect(model: nn.Module, name: str | None = None) -> dict[str, LayerReport]:
+    """A `LayerReport` of every layer of an adapter (the active one)."""
+    return {layer: report(adapter) for layer, adapter in adapters(model, name).items()}
+
+
+@torch.no_grad()
+def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """The norm of every input column of the named layers' frozen weights (Figure 4 of the paper)."""
+    from delora.hosts import host
+    from delora.inject import walk
+
+    modules = dict(walk(model))
+    return {n: torch.linalg.vector_norm(host(getattr(modules[n], "base", modules[n])).weight(), dim=0) for n in names}
+
+
+class Recorder:
+    """Metrics of the active adapter's weight changes, step by step: ``recorder.record() -> {metric: value}``.
+
+    Means over the layers: ``distance`` (relative), ``spectral`` (relative to |W|_F), and where the method has them
+    ``bound_used``, ``lam``; ``turn_A``, ``turn_B``: by how many degrees the rows of A, the columns of B turned since
+    the last record (those of length zero, before or after, are left out).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.adapters = [a for a in adapters(model).values() if isinstance(a, Adapter)]
+        self.base = [_norm([a.host.weight()]) for a in self.adapters]
+        self.directions = self._directions()
+
+    @torch.no_grad()
+    def _directions(self) -> dict[str, list[Tensor]]:
+        tensors = [a.tensors() for a in self.adapters]
+        both = [(p["A"].detach().clone(), p["B"].detach().T.clone()) for p in tensors if "A" in p and "B" in p]
+        return {"turn_A": [A for A, _ in both], "turn_B": [B for _, B in both]}
+
+    def record(self) -> dict[str, float]:
+        rows: list[dict[str, Any]] = []
+        for adapter, base in zip(self.adapters, self.base, strict=True):
+            r = report(adapter)
+            rows.append({"distance": r.distance / base, "spectral": None if r.spectral is None else r.spectral / base})
+            rows[-1] |= {"bound_used": r.bound_used, "lam": r.lam}
+        now = self._directions()
+        turns = {key: _degrees(self.directions[key], now[key]) for key in now}
+        self.directions = now
+        means = {key: _mean([row[key] for row in rows if row[key] is not None]) for key in (rows[0] if rows else ())}
+        return {key: value for key, value in (means | turns).items() if value is not None}
+
+
+def _mean(values: list[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def _degrees(before: list[Tensor], after: list[Tensor]) -> float | None:
+    angles = []
+    for old, new in zip(before, after, strict=True):
+        cosine = torch.nn.functional.cosine_similarity(old.double(), new.double(), dim=1).clamp(-1, 1)
+        seen = (old.norm(dim=1) > 0) & (new.norm(dim=1) > 0)
+        angles += torch.rad2deg(torch.acos(cosine[seen])).tolist()
+    return _mean(angles)

@@ -1,0 +1,237 @@
+"""`Adapted`: a frozen layer joined with named adapters, one of them active."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from delora.hosts import Host, MatrixHost, host
+from delora.methods.base import Method, measure, reads_weight
+from delora.methods.full import Full
+from delora.updates import Update, wide
+
+
+class Adapter(nn.Module):
+    """A method's tensors for one layer: float32 (or wider), whatever the dtype of the layer."""
+
+    def __init__(self, method: Method, host: MatrixHost, dropout: float = 0.0, blank: bool = False) -> None:
+        """``blank``: the tensors of the start are on the meta device, to be `put`."""
+        super().__init__()
+        self.method = method
+        self.host = host
+        self.dropout = dropout
+        self.strength = 1.0
+        start, measured = self._start(blank)
+        for name, tensor in start.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+        for name, tensor in measured.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _start(self, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        W = self.host.weight()
+        with torch.no_grad():
+            return self.method.init(W.to("meta") if blank else W), measure(self.method, W)
+
+    def put(self, name: str, value: Tensor) -> None:
+        """Take a tensor of the start from elsewhere, such as a file."""
+        old = self.tensors()[name]
+        self._put(name, value.to(self.host.matrix().device, old.dtype))
+
+    def _put(self, name: str, value: Tensor) -> None:
+        if name in self._parameters:
+            self._parameters[name] = nn.Parameter(value)
+        else:
+            self._buffers[name] = value
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name: what trains, what is kept, what was measured."""
+        return {k: t for k, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that belong in a file: all but what is measured of W."""
+        return {k: t for k, t in self.tensors().items() if k not in self._non_persistent_buffers_set}
+
+    def refresh(self, redraw: bool) -> None:
+        """Take anew what was measured of W and, if ``redraw``, the start too."""
+        start, measured = self._start() if redraw else ({}, measure(self.method, self.host.weight()))
+        current = self.tensors()
+        for name, tensor in (start | measured).items():
+            if current[name].device == tensor.device:
+                current[name].data.copy_(tensor)  # in place, so that an optimizer keeps its parameter
+            else:
+                self._put(name, tensor)
+
+    def update(self) -> Update:
+        """What the method says about W, built in float32 (or wider) whatever autocast says, at the present strength."""
+        p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
+        W = self.host.weight() if reads_weight(self.method) else None
+        device = next(iter(p.values())).device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                update = self.method.update(W, p)
+        else:
+            update = self.method.update(W, p)
+        return update if self.strength == 1 else update.scaled(self.strength)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.strength == 0:
+            return self.host.layer(x)
+        return self.update().forward(x, self.host, self.dropout if self.training else 0.0)
+
+    def plain(self) -> nn.Module:
+        """A layer of the original type with the change in its weight; it shares all else with the original."""
+        new = shallow(self.host.layer)
+        if self.strength != 0:
+            with torch.no_grad():
+                type(self.host)(new).write(self.update().merge(self.host.weight()))
+        return new
+
+    def extra_repr(self) -> str:
+        return f"{self.method}, dropout={self.dropout}, strength={self.strength}"
+
+
+class Copy(nn.Module):
+    """The adapter of `Full`: a copy of a layer of any kind, which trains while the original stays."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__()
+        self.method = Full()
+        self.host = host
+        self.strength = 1.0
+        self.module = copy.deepcopy(host.layer).requires_grad_(True)
+
+    def saved(self) -> dict[str, Tensor]:
+        return dict(self.module.state_dict(keep_vars=True))
+
+    def put(self, name: str, value: Tensor) -> None:
+        self.saved()[name].data.copy_(value)
+
+    def refresh(self, redraw: bool) -> None:
+        if redraw and on_meta(self.module):
+            self.module = copy.deepcopy(self.host.layer).requires_grad_(True)
+        elif redraw:
+            self.module.load_state_dict(self.host.layer.state_dict())
+
+    def at_strength(self) -> dict[str, Tensor]:
+        """W + strength (W' - W) for every floating tensor of the layer."""
+        base = self.host.layer.state_dict(keep_vars=True)
+        return {
+            name: torch.lerp(base[name], tensor, self.strength) if tensor.is_floating_point() else tensor
+            for name, tensor in self.saved().items()
+        }
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.strength == 0:
+            return self.host.layer(*args, **kwargs)
+        if self.strength == 1:
+            return self.module(*args, **kwargs)
+        return torch.func.functional_call(self.module, self.at_strength(), args, kwargs)
+
+    def plain(self) -> nn.Module:
+        new = copy.deepcopy(self.host.layer)
+        if self.strength != 0:
+            with torch.no_grad():
+                new.load_state_dict(self.at_strength())
+        return new
+
+    def extra_repr(self) -> str:
+        return f"{self.method}, strength={self.strength}"
+
+
+def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank: bool = False) -> Adapter | Copy:
+    """A new adapter for a layer; a TypeError or ValueError in words if the method or the layer cannot have it."""
+    return Copy(Host(layer)) if isinstance(method, Full) else Adapter(method, host(layer), dropout, blank)
+
+
+class Adapted(nn.Module):
+    """``base`` with named ``adapters``, of which ``active`` (or none) is in force.
+
+    It answers for its base: attributes it does not have itself (``weight``, ``in_features`` ...) are those of the layer
+    in force, because models peek at them. A base checkpoint saved before injection loads into it.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: str | None = None
+        self._blank = False  # came from the meta device: the memory of the adapters holds nothing yet
+        self._arrived = (False, False)  # did the state dict being loaded bring the base, the adapters?
+        self.train(base.training)
+        self.register_load_state_dict_post_hook(_refresh_after_load)
+
+    @property
+    def adapter(self) -> Adapter | Copy | None:
+        """The active adapter."""
+        return None if self.active is None else cast("Adapter | Copy", self.adapters[self.active])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._blank:
+            self.refresh()
+        if self.active is None:
+            return self.base(*args, **kwargs)
+        return self.adapters[self.active](*args, **kwargs)
+
+    def plain(self) -> nn.Module:
+        """The layer in force as a module of the original type, with no trace of us."""
+        if self._blank:
+            self.refresh()
+        adapter = self.adapter
+        return self.base if adapter is None else adapter.plain()
+
+    def refresh(self) -> None:
+        """Take anew what the methods know of the frozen weight. Call it if you changed that weight by hand."""
+        for adapter in self.adapters.values():
+            cast("Adapter | Copy", adapter).refresh(redraw=self._blank)
+        self._blank = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in self.__dict__.get("_modules", {}):  # being copied or unpickled
+                raise
+            adapter = self.adapter
+            return getattr(adapter.module if isinstance(adapter, Copy) else self.base, name)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
+        was_meta = on_meta(self.adapters)
+        super()._apply(fn, recurse)
+        self._blank |= was_meta and not on_meta(self.adapters)
+        return self
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        base, adapters = prefix + "base.", prefix + "adapters."
+        # The keys of a checkpoint from before injection are those of the base.
+        for key in [k for k in state if k.startswith(prefix) and not k.startswith((base, adapters))]:
+            state[base + key.removeprefix(prefix)] = state.pop(key)
+        self._arrived = tuple(any(k.startswith(p) for k in state) for p in (base, adapters))  # type: ignore[assignment]
+        if not self._arrived[1]:  # it knows nothing of adapters: they keep their values, and are not missing
+            state |= {adapters + k: t for k, t in self.adapters.state_dict(keep_vars=True).items()}
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def _refresh_after_load(adapted: Adapted, _: Any) -> None:
+    base, adapters = adapted._arrived
+    blank = adapted._blank or on_meta(adapted.adapters)
+    adapted._blank = blank and not adapters
+    if base and not on_meta(adapted.base):
+        adapted.refresh()
+
+
+def on_meta(module: nn.Module) -> bool:
+    return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
+
+
+def shallow(module: nn.Module) -> nn.Module:
+    """A module of the same type with the same tensors, on which others can be set without changing the original."""
+    new = copy.copy(module)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        new.__dict__[registry] = module.__dict__[registry].copy()
+    return new

@@ -1,0 +1,101 @@
+"""The layers, methods and the small model that the tests run over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import delora
+from delora import DeLoRA, LoRA
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A kind of layer: how to make one, and what goes in."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], Tensor]
+
+    def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The layer inside a model that makes its output smooth, so that a loss has somewhere to go."""
+        return Holder(self.make()).to(dtype)
+
+    def x(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        x = self.inputs()
+        return x.to(dtype) if x.is_floating_point() else x
+
+
+class Holder(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+LAYERS = {
+    "Linear": Layer(lambda: nn.Linear(12, 10), lambda: torch.randn(3, 5, 12)),
+    "Linear, no bias, one row": Layer(lambda: nn.Linear(12, 10, bias=False), lambda: torch.randn(12)),
+    "Conv1D": Layer(lambda: Conv1D(10, 12), lambda: torch.randn(3, 5, 12)),
+    "Conv1d": Layer(lambda: nn.Conv1d(4, 10, 3, padding=1), lambda: torch.randn(3, 4, 7)),
+    "Conv2d": Layer(lambda: nn.Conv2d(3, 10, 2, stride=2, padding=1), lambda: torch.randn(3, 3, 6, 6)),
+    "Conv2d, reflect": Layer(lambda: nn.Conv2d(3, 10, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 3, 6, 6)),
+    "Conv3d": Layer(lambda: nn.Conv3d(2, 10, 2, dilation=2), lambda: torch.randn(2, 2, 4, 4, 4)),
+    "Embedding": Layer(lambda: nn.Embedding(15, 10, padding_idx=0), lambda: torch.randint(0, 15, (3, 5))),
+}
+
+STARTS = ("subtract", "copy", "paired", "soft", "zero")
+NORMS = ("columns", "matrix", "rows", "none")
+
+METHODS = {
+    "LoRA": LoRA(r=4),
+    "rsLoRA": LoRA(r=4, rslora=True),
+    **{f"DeLoRA {start}": DeLoRA(r=4, lam=3.0, start=start) for start in STARTS},
+    **{f"DeLoRA {norm}": DeLoRA(r=4, lam=3.0, norm=norm) for norm in NORMS[1:]},
+    "DeLoRA fixed lam": DeLoRA(r=4, lam=3.0, learn_lam=False),
+}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def adapted(layer: Layer, method: object, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+    return delora.inject(layer.model(dtype), method, ["layer"], dropout=dropout)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def shake(model: nn.Module, size: float = 0.3) -> nn.Module:
+    """Move every trainable tensor away from where it started."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(size * torch.randn_like(parameter))
+    return model
+
+
+def change(model: nn.Module, path: str = "layer") -> Tensor:
+    """W' - W [out, in] of an adapted layer, computed densely."""
+    adapter = model.get_submodule(path).adapter
+    W = adapter.host.weight()
+    return adapter.update().merge(W) - W
+
+
+class Net(nn.Module):
+    """An embedding, two linear layers and a head: enough for what concerns a whole model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(20, 8)
+        self.q = nn.Linear(8, 8)
+        self.v = nn.Linear(8, 12)
+        self.classifier = nn.Sequential(nn.Linear(12, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.classifier(torch.tanh(self.v(torch.tanh(self.q(self.emb(ids))))).mean(1))
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 20, (4, 6))

@@ -1,0 +1,211 @@
+"""The promises that every method keeps on every layer in every dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import delora
+from delora import DeLoRA, LoRA
+from delora.diagnostics import inspect
+from delora.updates import wide
+from tests.cases import DTYPES, LAYERS, METHODS, adapted, change, shake
+
+EXACT = ("LoRA", "rsLoRA", "DeLoRA soft", "DeLoRA zero")
+
+
+@pytest.fixture(params=LAYERS, ids=str)
+def layer(request):
+    return LAYERS[request.param]
+
+
+@pytest.fixture(params=METHODS, ids=str)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+def rounding(reference: torch.Tensor, terms: int = 1) -> float:
+    """What a sum of numbers of this size may lose in this dtype."""
+    return 8 * terms * torch.finfo(reference.dtype).eps * max(1.0, reference.abs().max().item())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_training_starts_at_the_base(layer, method, dtype, dropout):
+    x = layer.x(dtype)
+    model = layer.model(dtype)
+    before = model(x)
+    delora.inject(model, method, ["layer"], dropout=dropout).train()
+    after = model(x)
+    assert after.dtype == before.dtype
+    if any(method == METHODS[name] for name in EXACT):
+        assert torch.equal(after, before)
+    else:
+        # The halves that cancel are of size lam |c| |x| / sqrt(r), at most this:
+        assert (after - before).abs().max().item() <= rounding(before, 3) * (2 if dropout else 1)
+
+
+def test_merging_changes_nothing(layer, method, dtype):
+    model = shake(adapted(layer, method, dtype)).eval()
+    x = layer.x(dtype)
+    before = model(x)
+    kind = type(model.layer.base)
+    state = set(layer.model().state_dict())
+    delora.merge(model)
+    assert type(model.layer) is kind
+    assert set(model.state_dict()) == state
+    assert model.layer.weight.dtype == dtype
+    tolerance = rounding(before, 12)  # W' itself is rounded to the dtype, once for each of at most 27 inputs
+    torch.testing.assert_close(model(x), before, atol=tolerance, rtol=tolerance)
+
+
+def test_merged_restores_every_bit_ten_times_over(layer, method, dtype):
+    model = shake(adapted(layer, method, dtype)).eval()
+    x = layer.x(dtype)
+    weight, before = model.layer.base.weight, model(x)
+    bits = weight.detach().clone()
+    for _ in range(10):
+        with delora.merged(model):
+            assert type(model.layer) is type(layer.make())
+            assert not any("adapters" in name for name in model.state_dict())
+        assert model.layer.base.weight is weight
+        assert torch.equal(weight, bits)
+    assert torch.equal(model(x), before)
+
+
+def test_strength_is_a_dial(layer, method):
+    model = shake(adapted(layer, method)).eval()
+    x = layer.x()
+    whole = change(model)
+    with delora.disabled(model):
+        base = model(x)
+    full = model(x)
+    delora.strength(model, 0)
+    assert torch.equal(model(x), base)
+    delora.strength(model, 0.5)
+    torch.testing.assert_close(model(x), (base + full) / 2)
+    torch.testing.assert_close(change(model), whole / 2)
+    delora.strength(model, 1)
+    assert torch.equal(model(x), full)
+
+
+def test_eject_gives_the_base_back(layer, method, dtype):
+    model = layer.model(dtype)
+    x, inner = layer.x(dtype), model.layer
+    before = model(x)
+    shake(delora.inject(model, method, ["layer"]))
+    delora.eject(model)
+    assert model.layer is inner
+    assert torch.equal(model(x), before)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_gradients_reach_every_trainable_tensor_and_nothing_else(layer, method, dtype):
+    model = shake(adapted(layer, method, dtype))
+    (model(layer.x(dtype)).float() ** 2).mean().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("layer.base."):
+            assert parameter.grad is None
+        else:
+            assert parameter.dtype == wide(dtype)
+            assert torch.isfinite(parameter.grad).all()
+            assert parameter.grad.abs().max() > 0
+
+
+def test_distance_and_spectrum_from_factors_are_those_of_the_dense_change(layer, method):
+    model = shake(adapted(layer, method, torch.float64))
+    dense = change(model)
+    report = inspect(model)["layer"]
+    W = model.layer.adapter.host.weight()
+    sigma = torch.linalg.svdvals(dense)
+    share = sigma / sigma.sum()
+    assert report.distance == pytest.approx(dense.norm().item(), rel=1e-9)
+    assert delora.distances(model)["layer"] == pytest.approx((dense.norm() / W.norm()).item(), rel=1e-9)
+    assert report.spectral == pytest.approx(sigma[0].item(), rel=1e-9)
+    assert report.effective_rank == pytest.approx(torch.special.entr(share).sum().exp().item(), rel=1e-6)
+
+
+def test_a_file_brings_the_adapter_back_bit_for_bit(layer, method, dtype, tmp_path):
+    model = shake(adapted(layer, method, dtype, dropout=0.25)).eval()
+    base = {key: t.clone() for key, t in model.layer.base.state_dict().items()}
+    delora.strength(model, 0.75)
+    delora.save(model, tmp_path)
+    fresh = layer.model(dtype).eval()
+    fresh.layer.load_state_dict(base)
+    delora.load(fresh, tmp_path)
+    x = layer.x(dtype)
+    assert torch.equal(fresh(x), model(x))
+    assert fresh.layer.adapter.method == method
+    assert fresh.layer.adapter.dropout == 0.25
+
+
+def test_a_base_checkpoint_from_before_injection_loads_and_the_adapter_keeps_its_values(layer, method):
+    model = layer.model()
+    before = {key: torch.randn_like(t) for key, t in model.state_dict().items()}
+    shake(delora.inject(model, method, ["layer"]))
+    kept = {key: t.clone() for key, t in model.layer.adapter.saved().items()}
+    model.load_state_dict(before)
+    assert torch.equal(model.layer.weight, before["layer.weight"])
+    for key, tensor in model.layer.adapter.saved().items():
+        assert torch.equal(tensor, kept[key])
+    # What the method knows of W is that of the new W.
+    other = layer.model()
+    other.load_state_dict(before)
+    delora.inject(other, method, ["layer"])
+    for key, tensor in kept.items():
+        other.layer.adapter.put(key, tensor)
+    assert torch.equal(model(x := layer.x()), other(x))
+
+
+def test_a_meta_model_is_as_good_as_any_once_it_has_weights(layer, method):
+    for assign in (False, True):
+        with torch.device("meta"):
+            model = delora.inject(layer.model(), method, ["layer"])
+        if not assign:
+            model.to_empty(device="cpu")
+        real = layer.model()
+        model.load_state_dict(real.state_dict(), assign=assign)
+        x = layer.x()
+        torch.testing.assert_close(model(x), real(x))
+        twin = delora.inject(real, method, ["layer"]).layer.adapter
+        for key, tensor in model.layer.adapter.tensors().items():
+            assert torch.isfinite(tensor).all()
+            if key not in twin.saved():  # measured of W
+                assert torch.equal(tensor, twin.tensors()[key])
+        assert shake(model)(x).isfinite().all()
+
+
+def test_a_materialised_model_that_is_filled_by_hand_measures_its_weights_when_it_runs(layer):
+    with torch.device("meta"):
+        model = delora.inject(layer.model(), DeLoRA(r=2), ["layer"])
+    model.to_empty(device="cpu")
+    torch.nn.init.normal_(model.layer.base.weight)
+    if getattr(model.layer.base, "bias", None) is not None:
+        torch.nn.init.zeros_(model.layer.base.bias)
+    x = layer.x()
+    torch.testing.assert_close(model(x), model.layer.base(x))
+    expected = model.layer.adapter.host.weight().norm(dim=0)
+    assert torch.equal(model.layer.adapter.tensors()["c"], expected)
+
+
+@pytest.mark.parametrize("method", [LoRA(r=4), DeLoRA(r=4)], ids=str)
+def test_autocast_keeps_the_output_dtype_of_the_layer(layer, method):
+    model, x = layer.model(), layer.x()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(x).dtype
+        assert shake(delora.inject(model, method, ["layer"]))(x).dtype == expected
+
+
+@pytest.mark.parametrize("name", ["LoRA", "DeLoRA subtract", "DeLoRA soft"])
+def test_compiles_to_one_graph(layer, name):
+    model = shake(adapted(layer, METHODS[name], dropout=0.0))
+    x = layer.x()
+    torch.compiler.reset()  # each case is a program of its own
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

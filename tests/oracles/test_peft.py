@@ -1,0 +1,59 @@
+"""Hugging Face PEFT as an oracle: the same tensors give the same layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import DeloraConfig, LoraConfig, get_peft_model
+
+import delora
+from delora import DeLoRA, LoRA
+from tests.cases import Net, ids, shake
+
+
+def pair(config, method):
+    net = Net().eval()
+    theirs = get_peft_model(copy.deepcopy(net), config).eval()
+    ours = delora.inject(net, method, ["q", "v"]).eval()
+    return theirs, ours
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_delora_zero_is_pefts_delora(r):
+    theirs, ours = pair(
+        DeloraConfig(r=r, delora_lambda=5, target_modules=["q", "v"], init_weights=False), DeLoRA(r, 5.0, start="zero")
+    )
+    for name in ("q", "v"):
+        layer, adapter = theirs.base_model.model.get_submodule(name), ours.get_submodule(name).adapter
+        adapter.A.data.copy_(layer.delora_A["default"].data)
+        adapter.B.data.copy_(layer.delora_B["default"].data)
+        adapter.lam.data.copy_(layer.delora_lambda["default"].data)
+        torch.testing.assert_close(adapter.c, layer.delora_w_norm["default"])
+    x = ids()
+    torch.testing.assert_close(ours(x), theirs(x))
+    theirs(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    for name in ("q", "v"):
+        layer, adapter = theirs.base_model.model.get_submodule(name), ours.get_submodule(name).adapter
+        for own, their in ((adapter.A, layer.delora_A), (adapter.B, layer.delora_B), (adapter.lam, layer.delora_lambda)):
+            torch.testing.assert_close(own.grad, their["default"].grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_is_pefts_lora(rslora):
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, target_modules=["q", "v"], init_lora_weights=False)
+    theirs, ours = pair(config, LoRA(4, 6.0, rslora=rslora))
+    for name in ("q", "v"):
+        layer, adapter = theirs.base_model.model.get_submodule(name), ours.get_submodule(name).adapter
+        adapter.A.data.copy_(layer.lora_A["default"].weight.data)
+        adapter.B.data.copy_(layer.lora_B["default"].weight.data)
+    x = ids()
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_the_parity_tests_can_tell():
+    theirs, ours = pair(LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False), LoRA(4))
+    x = ids()
+    assert not torch.allclose(shake(ours)(x), theirs(x), rtol=1e-3)
