@@ -38,11 +38,12 @@ TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def fingerprint(W: Tensor) -> tuple[float, float]:
-    """|W|_F and p' W q with p_i = cos(i), q_j = cos(j): two numbers that survive a change of dtype to its precision.
+    """|W|_F and p' W q with p_i = cos(i), q_j = sin(j): two numbers that survive a change of dtype to its precision.
 
     The first does not see a change of signs or of places, the second does.
     """
-    p, q = (torch.cos(torch.arange(1, n + 1, dtype=torch.float64)).to(W.device, W.dtype) for n in W.shape)
+    i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in W.shape)
+    p, q = torch.cos(i).to(W.device, W.dtype), torch.sin(j).to(W.device, W.dtype)
     return torch.linalg.vector_norm(W).item(), (p @ (W @ q)).item()
 
 

@@ -43,6 +43,8 @@ def peft(
     Raises:
         ValueError: the adapter is not low-rank, or not one that PEFT's DELORA can express; nothing is written then.
     """
+    if kind not in ("lora", "delora"):
+        raise ValueError(f"kind = {kind!r}: must be 'lora' or 'delora'")
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
     weights = {layer: a for layer, a in chosen.items() if isinstance(a, Adapter)}
