@@ -281,6 +281,11 @@ def test_what_is_no_method_is_refused(method):
         delora.inject(Net(), method, ["q"])
 
 
+def test_a_layer_without_a_model_around_it_is_refused():
+    with pytest.raises(ValueError, match=r"a Linear has no module inside that could be replaced: wrap it, as nn.Sequential"):
+        delora.inject(nn.Linear(4, 4), LoRA(2), ["weight"])
+
+
 def test_wrong_names_and_values_after_injection():
     model = delora.inject(Net(), LoRA(2), ["q"])
     with pytest.raises(ValueError, match="already has an adapter named 'default'"):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delora
 from delora import DeLoRA
+from delora.inject import unwrapped
 from tests.cases import METHODS, Net, ids, shake
 
 SOME = [METHODS[name] for name in ("LoRA", "DeLoRA subtract", "DeLoRA copy", "DeLoRA paired", "DeLoRA soft")]
@@ -205,7 +206,7 @@ def step(model, x):
         optimizer.zero_grad()
         model(x).square().mean().backward()
         optimizer.step()
-    return {n: p.detach().clone() for n, p in delora.inject.__globals__["unwrapped"](model).named_parameters()}
+    return {n: p.detach().clone() for n, p in unwrapped(model).named_parameters()}
 
 
 def worker(rank: int, port: int, folder: str) -> None:

@@ -159,6 +159,10 @@ def resolve(
         raise TypeError(f"expected a method such as DeLoRA(r=8), got {method!r}")
     modules = dict(walk(model))
     names = list(modules)
+    if not names:
+        raise ValueError(
+            f"a {type(model).__name__} has no module inside that could be replaced: wrap it, as nn.Sequential(layer)"
+        )
     whole = _select(also_train, names, "also_train") if also_train else set()
     out = _select(exclude, names, "exclude") if exclude else set()
     if targets == "all-linear":

@@ -1,0 +1,55 @@
+"""What a reader can copy runs, and the tree of files names every file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+
+ROOT = Path(__file__).parents[1]
+
+
+def snippets(file: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", file.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the snippets take for granted: a model (tiny here), some batches, a working folder."""
+    monkeypatch.chdir(tmp_path)
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=50)
+    BertForSequenceClassification(config).save_pretrained("roberta-base")
+    rows = [{"input_ids": torch.randint(0, 50, (6,)), "labels": torch.tensor(i % 2)} for i in range(4)]
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    options = dict(output_dir="out", max_steps=2, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True)
+    return {"loader": [batch] * 3, "dataset": rows, "arguments": TrainingArguments(**options)}
+
+
+def test_the_snippets_of_the_readme_run_one_after_the_other(names):
+    for code in snippets(ROOT / "README.md"):
+        exec(code, names)
+    assert Path("merged/model.safetensors").exists()
+    assert Path("adapter-lora/adapter_config.json").exists()
+
+
+def test_the_snippets_of_the_docs_run(names):
+    exec(snippets(ROOT / "README.md")[0], names)
+    for file in sorted((ROOT / "docs").glob("*.md")):
+        for code in snippets(file):
+            exec(code, names)
+
+
+def test_the_readme_names_every_file():
+    text = (ROOT / "README.md").read_text("utf-8")
+    missing = [str(p.relative_to(ROOT / "src/delora")) for p in (ROOT / "src/delora").rglob("*.py")]
+    missing = [name for name in missing if f"  {name} " not in text]
+    assert not missing
+
+
+@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(file):
+    for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text("utf-8")):
+        assert (file.parent / target).exists(), target
