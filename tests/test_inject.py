@@ -114,6 +114,17 @@ def test_adapters_have_names_and_one_is_active():
     assert "_delora_frozen" not in model.__dict__
 
 
+def test_an_adapter_that_went_astray_can_be_turned_off():
+    model, x = Net(), ids()
+    before = model(x)
+    delora.inject(model, LoRA(2), ["q"])
+    model.q.adapter.B.data[:] = float("nan")
+    assert model(x).isnan().any()
+    delora.strength(model, 0)
+    assert torch.equal(model(x), before)
+    assert torch.equal(delora.merge(model)(x), before)
+
+
 def test_eject_restores_what_trained_before():
     model = Net()
     model.emb.requires_grad_(False)
@@ -318,6 +329,27 @@ class Diagonal:
         out, inp = 8, 8
         eye = torch.eye(max(out, inp), dtype=p["d"].dtype)
         return LowRank(eye[:out, : len(p["d"])] * p["d"], eye[: len(p["d"]), :inp])
+
+
+@dataclass(frozen=True)
+class Squared:
+    """W' = W + (B B') A: a method that multiplies matrices on its way to the update."""
+
+    def init(self, W):
+        return {"A": nn.Parameter(torch.randn(2, 8)), "B": nn.Parameter(torch.randn(8, 8))}
+
+    def update(self, W, p):
+        return LowRank(up=(p["B"] @ p["B"].T)[:, :2], down=p["A"])
+
+
+def test_updates_are_built_in_float32_under_autocast_too():
+    model, x = delora.inject(Net(), Squared(), ["q"]), ids()
+    expected = model.q.adapter.update()
+    with torch.autocast("cpu", torch.bfloat16):
+        update = model.q.adapter.update()
+        assert model(x).dtype == torch.bfloat16
+    assert update.up.dtype == torch.float32
+    assert torch.equal(update.up, expected.up)
 
 
 class Transposed(nn.Module):

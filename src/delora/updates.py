@@ -25,7 +25,7 @@ class Update(Protocol):
     """What a method says about one weight matrix."""
 
     def merge(self, W: Tensor) -> Tensor:
-        """The new matrix W' [out, in], in the wider of float32 and W's dtype."""
+        """The new matrix W' [out, in], for a W in the dtype the update was built in."""
         ...
 
     def forward(self, x: Tensor, host: MatrixHost, dropout: float = 0.0) -> Tensor:
@@ -45,8 +45,7 @@ class LowRank:
     down: Tensor
 
     def merge(self, W: Tensor) -> Tensor:
-        dtype = wide(W.dtype)
-        return torch.addmm(W.to(dtype), self.up.to(dtype), self.down.to(dtype))
+        return torch.addmm(W, self.up, self.down)
 
     def forward(self, x: Tensor, host: MatrixHost, dropout: float = 0.0) -> Tensor:
         y = host.layer(x)
