@@ -77,6 +77,7 @@ def test_merging_never_changes_a_layer_that_was_tied_to_a_target(target, tmp_pat
         model.save_pretrained(tmp_path / "while")
     assert model.config.tie_word_embeddings is True
     delora.merge(model)
+    assert model.config.tie_word_embeddings is False  # what a reader of the checkpoint goes by
     torch.testing.assert_close(model(x).logits, before)
     other = model.lm_head if target == "wte" else model.transformer.wte
     assert torch.equal(other.weight, bits)
