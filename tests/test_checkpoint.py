@@ -138,32 +138,8 @@ def test_an_adapter_with_a_nan_is_not_written_over_a_good_one(base, folder):
     delora.load(base, folder)
 
 
-CRASH = """
-import os, sys, torch, delora
-sys.path.insert(0, {root!r})
-from tests.cases import Net, shake
-torch.manual_seed(0)
-model = delora.inject(Net(), delora.LoRA(r=2), ["q"])
-torch.manual_seed(5)
-shake(model)
-import delora.files
-step, count = int(sys.argv[2]), 0
-def crash(function):
-    def wrapped(*args, **kwargs):
-        global count
-        count += 1
-        if count == step:
-            os._exit(9)
-        return function(*args, **kwargs)
-    return wrapped
-os.fsync, os.replace, os.unlink = crash(os.fsync), crash(os.replace), crash(os.unlink)
-delora.save(model, sys.argv[1])
-print("done")
-"""
-
-
 def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path):
-    """The process dies at its first, second, ... call that reaches the disk, until it gets through."""
+    """The process dies at its first, second, ... act on the disk, some in the middle of a write, until it gets through."""
     model = shake(delora.inject(Net(), LoRA(r=2), ["q"]))
     x = ids()
     old = model(x)
@@ -171,8 +147,8 @@ def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one(tmp_path):
     for step in range(1, 20):
         folder = tmp_path / str(step)
         delora.save(model, folder)
-        code = CRASH.format(root=str(Path(__file__).parents[1]))
-        done = subprocess.run([sys.executable, "-c", code, str(folder), str(step)], capture_output=True, text=True)
+        command = [sys.executable, "-m", "tests.crashing", str(folder), str(step)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
         torch.manual_seed(0)
         fresh = Net()
         fresh.load_state_dict({k.replace(".base.", "."): t for k, t in model.state_dict().items() if "adapters" not in k})

@@ -297,6 +297,13 @@ def test_a_layer_without_a_model_around_it_is_refused():
         delora.inject(nn.Linear(4, 4), LoRA(2), ["weight"])
 
 
+def test_a_module_with_adapted_layers_inside_is_refused():
+    model = delora.inject(Net(), LoRA(2), ["classifier.0"], name="inner")
+    with pytest.raises(ValueError, match="classifier: '0' inside it is adapted already"):
+        delora.inject(model, LoRA(2), ["q"], also_train=["classifier"])
+    assert list(adapted_layers(model)) == ["classifier.0"]
+
+
 def test_wrong_names_and_values_after_injection():
     model = delora.inject(Net(), LoRA(2), ["q"])
     with pytest.raises(ValueError, match="already has an adapter named 'default'"):

@@ -197,6 +197,8 @@ def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) 
     built = {}
     for name, method in plan.items():
         module = modules[name]
+        if not isinstance(module, Adapted) and (inside := list(adapted_layers(module))):
+            raise ValueError(f"{name}: {inside[0]!r} inside it is adapted already; delora.eject or delora.merge that first")
         try:
             built[name] = attach(method, module.base if isinstance(module, Adapted) else module, dropout)
         except (TypeError, ValueError) as error:
