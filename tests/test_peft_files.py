@@ -54,6 +54,7 @@ def test_peft_gives_our_logits(method, conv1d, tmp_path):
     delora.inject(model, method, TARGETS, also_train=["classifier"], overrides={"conv": {"r": 3}})
     delora.strength(shake(model).eval(), 0.8)
     delora.export.peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is conv1d
     theirs = peft_of(base, tmp_path)
     torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(model(x), base(x), rtol=0.1)
@@ -65,7 +66,8 @@ def test_a_zero_delora_becomes_pefts_delora(tmp_path):
     delora.inject(
         model, DeLoRA(2, 5.0, start="zero"), ["q", "v"], also_train=["classifier"], overrides={"v": {"r": 3, "lam": 2.0}}
     )
-    delora.export.peft(shake(model), tmp_path, kind="delora")
+    delora.strength(shake(model), 0.5)
+    delora.export.peft(model, tmp_path, kind="delora")
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "DELORA"
     torch.testing.assert_close(peft_of(base, tmp_path)(x), model(x), rtol=1e-5, atol=1e-6)
     again = delora.load(copy.deepcopy(base), tmp_path)
