@@ -1,0 +1,189 @@
+"""The command line: ``delora train | evaluate | inspect | merge | export``. Exit codes: 0 done, 1 failed, 2 bad usage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+except ImportError as error:
+    raise SystemExit(f'{error.name} is not installed: pip install "delora[cli]"') from error
+
+app = typer.Typer(
+    name="delora",
+    help="Decoupled Low-rank Adaptation: train, evaluate, inspect, merge and export adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True, highlight=False)
+
+# Which extra brings a package that may be missing.
+EXTRAS = {"matplotlib": "plots", "rich": "cli", "typer": "cli"}
+
+Kind = Literal["lora", "delora"]
+Recipe = Annotated[Path, typer.Argument(help="A TOML recipe, or the config.json of a run.", show_default=False)]
+Changes = Annotated[list[str] | None, typer.Argument(help="key=value changes, such as train.epochs=1.", show_default=False)]
+AdapterFolder = Annotated[Path, typer.Argument(help="An adapter's folder: ours, or a PEFT LoRA's.", show_default=False)]
+ModelName = Annotated[str, typer.Option("--model", help="The base model: a packaged name, a folder, or a name on the Hub.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.", show_default=False)]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    changes: Changes = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that is in the out folder, start anew.")] = False,
+) -> None:
+    """Run a recipe to its end, or go on where it was stopped; then the table, the plots and report.html."""
+    from delora.training.config import read
+
+    experiment = read(recipe, changes or [])
+    _quiet()
+    from delora import report
+    from delora.recipes import classification
+
+    summary = classification.train(experiment, out, fresh)
+    _print(report.HEADER, report.table(summary), summary.name)
+    for line in report.reading(summary):
+        out.print(line, style="dim", markup=False)
+    page = report.write(Path(experiment.out)).name
+    out.print(f"Written to {experiment.out}: {page}, adapter, merged, peft", markup=False)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="An adapter's or a whole model's folder.", show_default=False)],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Whose base model and test sentences.", show_default=False)],
+    changes: Changes = None,
+) -> None:
+    """The accuracy of a saved adapter, or of a merged model, on a recipe's test sentences."""
+    from delora.training.config import read
+
+    experiment = read(recipe, changes or [])
+    _quiet()
+    from delora.evaluation.text import standard_error
+    from delora.recipes import classification
+
+    score, n = classification.evaluate(experiment, folder)
+    out.print(f"{folder}: test accuracy {100 * score:.1f} ± {100 * standard_error(score, n):.1f} % of {n:,} sentences")
+
+
+@app.command()
+def inspect(adapter: AdapterFolder) -> None:
+    """What an adapter does to each layer. The base model is not needed."""
+    from delora.evaluation.adapters import describe
+
+    description = describe(adapter)
+    _print(description.header, description.rows, description.title)
+    for line in description.notes:
+        out.print(line, style="dim", markup=False)
+
+
+@app.command()
+def merge(adapter: AdapterFolder, model: ModelName, folder: OutFolder) -> None:
+    """Put an adapter into its base model's weights and write a plain transformers model."""
+    _empty(folder)
+    _quiet()
+    from delora.training.models import adapted, save_merged
+
+    save_merged(adapted(adapter, model), folder)
+    out.print(f"Written to {folder}: a plain model, with no trace of the adapter")
+
+
+@app.command()
+def export(
+    adapter: AdapterFolder,
+    model: ModelName,
+    folder: OutFolder,
+    kind: Annotated[Kind, typer.Option("--kind", help="lora: exact, for any reader; delora: PEFT's own type.")] = "lora",
+) -> None:
+    """Write an adapter in PEFT's format, which most servers read."""
+    _empty(folder)
+    _quiet()
+    from delora.export import peft
+    from delora.files import AdapterError
+    from delora.training.models import adapted
+
+    loaded = adapted(adapter, model)
+    try:
+        peft(loaded, folder, kind=kind)
+    except ValueError as error:
+        raise AdapterError(str(error)) from error
+    out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}")
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _print(header: Any, rows: Any, title: str) -> None:
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))  # a name from a file is no markup
+    out.print(table)
+
+
+def _empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise typer.BadParameter(f"{folder} is not empty: choose another folder with --out")
+
+
+def _quiet() -> None:
+    """No chatter of other libraries beside our own words."""
+    from huggingface_hub.utils import logging as hub
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    hub.set_verbosity_error()
+
+
+# What a user can set right, and the exit code. By name: a class is loaded only where its error can have happened.
+ERRORS = {
+    ("delora.training.config", "ConfigError"): 2,
+    ("delora.files", "AdapterError"): 1,
+    ("delora.data.packages", "PackageError"): 1,
+    ("delora.data.sentences", "DataError"): 1,
+    ("delora.training.models", "ModelError"): 1,
+    ("delora.training.runs", "RunError"): 1,
+}
+
+
+def exit_code(error: Exception) -> int | None:
+    """That of a user's mistake, None for a defect of ours."""
+    codes = (code for (module, name), code in ERRORS.items() if _is(error, module, name))
+    return next(codes, 1 if isinstance(error, OSError) else None)
+
+
+def _is(error: Exception, module: str, name: str) -> bool:
+    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
+
+
+def main() -> None:
+    """The entry point. A user's mistake gives one message on stderr, never a traceback."""
+    try:
+        app()
+    except ImportError as error:
+        package = (error.name or "").partition(".")[0]
+        if package == "delora":
+            raise
+        err.print(f'{error}: pip install "delora[{EXTRAS.get(package, "text")}]"', markup=False)
+        raise SystemExit(1) from None
+    except Exception as error:
+        code = exit_code(error)
+        if code is None:
+            raise
+        err.print(str(error), markup=False, soft_wrap=True)
+        raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()

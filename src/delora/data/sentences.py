@@ -1,0 +1,89 @@
+"""Sentences whose sentiment was rated by people: two classes, as in SST-2, in four domains.
+
+C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM
+2014. Each sentence has the mean of 20 people's ratings from -4 to 4.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from delora.data.packages import PACKAGES, fetch
+
+DOMAINS = {
+    "movie": "movieReviewSnippets",
+    "product": "amazonReviewSnippets",
+    "newspaper": "nytEditorialSnippets",
+    "tweet": "tweets",
+}
+LABELS = ("negative", "positive")
+NEUTRAL = 0.5  # ratings from -0.5 to 0.5 belong to neither class
+
+
+class DataError(ValueError):
+    """The data are not there, not what they should be, or too few."""
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """``rating`` is the mean human rating in [-4, 4], ``label`` the index in `LABELS`."""
+
+    text: str
+    rating: float
+
+    @property
+    def label(self) -> int:
+        return int(self.rating > 0)
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: list[Sentence]
+    validation: list[Sentence]
+    test: list[Sentence]
+
+
+def read(domain: str, source: str = "vaderSentiment") -> list[Sentence]:
+    """The sentences of a domain that have a class, each text once, in the file's order.
+
+    Args:
+        domain: "movie", "product", "newspaper" or "tweet".
+        source: the package of that name, or a folder with files named ``..._GroundTruth.txt`` (tab-separated: id, mean
+            rating, text).
+    """
+    folder = fetch(PACKAGES[source]) if source in PACKAGES else Path(source)
+    file = folder / f"{DOMAINS[domain]}_GroundTruth.txt"
+    if not file.is_file():
+        known = [name for name, package in PACKAGES.items() if package.kind == "data"]
+        raise DataError(f"there is no {file}: the data's source is a folder that holds it, or one of {known}")
+    found: dict[str, Sentence] = {}
+    # Not splitlines(), which would cut a sentence at every exotic line separator.
+    for number, line in enumerate(file.read_text("utf-8", errors="replace").split("\n"), 1):
+        if line.strip():
+            sentence = _parse(line.rstrip("\r"), f"{file}, line {number}")
+            if abs(sentence.rating) > NEUTRAL:
+                found.setdefault(sentence.text, sentence)
+    return list(found.values())
+
+
+def _parse(line: str, where: str) -> Sentence:
+    try:
+        _, rating, text = line.split("\t")
+        return Sentence(text.strip(), float(rating))
+    except ValueError as error:
+        raise DataError(f"{where}: expected id, rating and text with tabs between, got {line[:80]!r}") from error
+
+
+def split(sentences: list[Sentence], seed: int, train: int, validation: int, test: int) -> Splits:
+    """Three disjoint parts of a seeded shuffle. The test part depends on the seed and its own size alone."""
+    asked = train + validation + test
+    if asked > len(sentences):
+        raise DataError(
+            f"there are {len(sentences):,} sentences, but train {train:,} + validation {validation:,} + test {test:,} "
+            f"= {asked:,} were asked for"
+        )
+    order = sentences.copy()
+    random.Random(seed).shuffle(order)
+    return Splits(test=order[:test], validation=order[test : test + validation], train=order[test + validation : asked])

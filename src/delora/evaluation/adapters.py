@@ -1,0 +1,109 @@
+"""What an adapter on disk does to each layer, without the base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delora.checkpoint import JSON
+from delora.diagnostics import singular_values
+from delora.export.peft import CONFIG, read
+from delora.files import AdapterError, Saved, SavedLayer, get, read_json
+from delora.methods import Full
+
+HEADER = ("shape", "r", "lam", "|dW|/|W|", "bound used", "effective rank")
+PEFT_HEADER = ("shape", "r", "lam", "|dW|", "effective rank")
+
+
+@dataclass(frozen=True)
+class Description:
+    """A table of the layers, and what there is to say beside it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    notes: list[str]
+
+
+def describe(folder: Path) -> Description:
+    """Our adapters from ``adapter.json`` alone; PEFT's of type LORA or DELORA from their factors.
+
+    Raises:
+        AdapterError: the folder holds neither, or is damaged.
+    """
+    if (folder / JSON).is_file():
+        return _ours(folder / JSON)
+    if (folder / CONFIG).is_file():
+        return _peft(read(folder))
+    raise AdapterError(f"{folder} holds no adapter: there is neither {JSON} (ours) nor {CONFIG} (PEFT's)")
+
+
+def _ours(file: Path) -> Description:
+    data = read_json(file)
+    if data.get("format") != "delora":
+        raise AdapterError(f"{file} does not describe a delora adapter: its 'format' is {data.get('format')!r}")
+    fields, layers = get(data, "fields", dict, file), get(data, "layers", dict, file)
+    whole, tensors = get(data, "also_train", dict, file), get(data, "tensors", dict, file)
+    rows = {name: _our_row(name, entry, fields, file) for name, entry in layers.items()}
+    said = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+    notes = [
+        f"base model: {data.get('base_model') or 'not recorded'}; {get(tensors, 'bytes', int, file) / 1000:,.0f} kB of tensors"
+    ]
+    notes += [f"trained whole: {', '.join(whole)}"] if whole else []
+    return _table(f"{get(data, 'method', str, file)}({said})", HEADER, rows, notes)
+
+
+def _our_row(name: str, entry: Any, fields: dict[str, Any], file: Path) -> tuple[str, ...]:
+    if not isinstance(entry, dict):
+        raise AdapterError(f"{file}, {name!r}: must be an object, got {entry!r}")
+    at = f"{file}, {name!r}"
+    report = get(entry, "report", dict, at, {})
+    own = fields | get(entry, "fields", dict, at, {})
+    numbers = [get(report, key, (int, float), at, None) for key in ("lam", "relative", "bound_used", "effective_rank")]
+    shown = [_number(value, places) for value, places in zip(numbers, (2, 3, 3, 1), strict=True)]
+    return _shape(get(entry, "shape", list, at)), str(own.get("r", "–")), *shown
+
+
+def _peft(saved: Saved) -> Description:
+    whole = [name for name, layer in saved.layers.items() if isinstance(layer.method, Full)]
+    rows = {name: _peft_row(name, layer, saved) for name, layer in saved.layers.items() if name not in whole}
+    notes = [f"base model: {saved.base_model or 'not recorded'}; |dW|/|W| needs its weights and is not shown"]
+    notes += [f"trained whole: {', '.join(whole)}"] if whole else []
+    return _table(f"PEFT: {saved.file.path.parent}", PEFT_HEADER, rows, notes)
+
+
+def _peft_row(name: str, layer: SavedLayer, saved: Saved) -> tuple[str, ...]:
+    p = {key: saved.file.read(file_key).reshape(shape).float() for key, (file_key, shape) in layer.tensors.items()}
+    if layer.base is not None:  # PEFT's DELORA carries the column norms of W
+        p["c"] = saved.file.read(layer.base["columns"]).float()
+    method: Any = layer.method
+    try:
+        values = singular_values(method.update(None, p))
+    except (KeyError, RuntimeError) as error:
+        raise AdapterError(f"{saved.file.path}: the tensors of {name} are not those of a {method}: {error}") from error
+    share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
+    effective = torch.special.entr(share).sum().exp().item() if values.any() else 0.0
+    lam = p["lam"].item() if "lam" in p else None
+    shape = _shape([p["B"].shape[0], p["A"].shape[1]])
+    return shape, str(method.r), _number(lam, 2), _number(values.norm().item(), 3), _number(effective, 1)
+
+
+def _table(title: str, header: tuple[str, ...], rows: dict[str, tuple[str, ...]], notes: list[str]) -> Description:
+    """The layers by name; what all names begin with stands in the header, once."""
+    parts = zip(*(name.split(".")[:-1] for name in rows), strict=False)
+    common = ".".join(same[0] for same in takewhile(lambda column: len(set(column)) == 1, parts)) if len(rows) > 1 else ""
+    first = f"layer of {common}" if common else "layer"
+    named = [(name.removeprefix(common + "."), *row) for name, row in rows.items()]
+    return Description(title, (first, *header), named, notes)
+
+
+def _shape(shape: list[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _number(value: float | None, places: int) -> str:
+    return "–" if value is None else f"{value:.{places}f}"

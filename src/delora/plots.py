@@ -1,0 +1,83 @@
+"""Curves of an experiment as PNG files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe & Ito 2008: eight colours that people with any kind of colour blindness can tell apart. Black comes first and
+# yellow, weak on white, is left out.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+DASHES = ("-", "--", "-.", ":")
+STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "font.size": 10}
+
+
+@dataclass(frozen=True)
+class Curve:
+    file: str
+    key: str
+    label: str
+    title: str
+    log: bool = False
+    smooth: float = 0.0  # weight of the past in a running mean
+
+
+CURVES = (
+    Curve("loss.png", "loss", "training loss [nats]", "Training loss (running mean over about 10 steps)", smooth=0.9),
+    Curve("distance.png", "distance", "|dW| / |W|", "Distance from the base, mean over the adapted layers", log=True),
+    Curve(
+        "bound.png", "bound_used", "|dW| / bound", "Share of the guaranteed bound that is used, mean over the adapted layers"
+    ),
+)
+
+
+def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
+    """One PNG for each quantity of `CURVES` that any of the runs in a ``metrics.jsonl`` has."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    drawn = []
+    with mpl.rc_context(STYLE):
+        for curve in CURVES:
+            seen = {
+                run: [(row["step"], row[curve.key]) for row in rows if row["run"] == run and curve.key in row] for run in runs
+            }
+            if any(seen.values()):
+                figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+                _plot(figure.subplots(), curve, seen)
+                FigureCanvasAgg(figure).print_png(folder / curve.file, metadata={"Software": None})
+                drawn.append(folder / curve.file)
+    return drawn
+
+
+def _plot(axes: Axes, curve: Curve, seen: dict[str, list[tuple[int, float]]]) -> None:
+    for number, (run, points) in enumerate(seen.items()):
+        if points:  # a run's number decides how it looks, so that it looks alike in all plots
+            steps, values = zip(*points, strict=True)
+            # A leading underscore would hide a line from the legend; a dollar sign would start a formula.
+            name = run.replace("$", r"\$").lstrip("_") or "run"
+            style: Any = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            axes.plot(steps, _smooth(values, curve.smooth), linewidth=1.6, label=name, **style)
+    if curve.log and all(value > 0 for points in seen.values() for _, value in points):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(curve.label)
+    axes.set_title(curve.title, fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+
+
+def _smooth(values: Sequence[float], weight: float) -> list[float]:
+    """The exponential running mean, each value corrected for the missing past (as Adam does)."""
+    means, total = [], 0.0
+    for count, value in enumerate(values, 1):
+        total = weight * total + (1 - weight) * value
+        means.append(total / (1 - weight**count))
+    return means

@@ -1,0 +1,1 @@
+"""One engine for every task, on transformers' Trainer: configuration, run folders, adapter-only checkpoints."""

@@ -1,0 +1,320 @@
+"""An experiment as a value, read from TOML or JSON: strict, and every error says where and what to do.
+
+The adapter's method is looked up in `delora.METHODS`, and its fields are checked by the method's own dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from delora.methods import METHODS
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class ConfigError(ValueError):
+    """A recipe, or a change made to it on the command line, is not valid."""
+
+
+class Strict(BaseModel):
+    """No unknown key, no silent conversion, no change after it was made."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _patterns(value: Any) -> Any:
+    if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        raise ValueError(f"must be a regular expression or a list of names, got {value!r}")
+    return value
+
+
+Targets = Annotated[Any, BeforeValidator(_patterns)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Data(Strict):
+    """Which sentences, and how many. ``source``: a packaged data set or a folder."""
+
+    source: str = "vaderSentiment"
+    domain: Literal["movie", "product", "newspaper", "tweet"] = "movie"
+    train: Count = 2000
+    validation: Count = 1000
+    test: Count = 1500
+    max_tokens: Annotated[int, Field(ge=3)] = 32  # longer sentences are cut
+
+
+class Adapter(Strict):
+    """What is trained: the arguments of `delora.inject`. The method's own fields stand beside them (``r``, ``lam`` ...)."""
+
+    method: str = "delora"
+    targets: Targets
+    dropout: Share = 0.0
+    also_train: Targets = []
+    exclude: Targets = []
+    overrides: dict[str, dict[str, Any]] = {}
+    fields: dict[str, Any] = Field(default={}, exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        """All keys that are not ours are the method's."""
+        if not isinstance(data, dict):
+            return data
+        own = {key: data[key] for key in data if key in cls.model_fields and key != "fields"}
+        return own | {"fields": {key: data[key] for key in data if key not in own}}
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        if self.method not in METHODS:
+            raise ValueError(f"method = {self.method!r}: {_nearest(self.method, sorted(METHODS))}")
+        known = self.method_fields(self.method)
+        for key in self.fields:
+            if key not in known:
+                raise ValueError(f"{key}: unknown key; {_nearest(key, [*known, *_keys(Adapter)])}")
+        self.build()
+        return self
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: Any) -> dict[str, Any]:
+        return handler(self) | self.fields
+
+    @staticmethod
+    def method_fields(method: str) -> list[str]:
+        return [f.name for f in dataclasses.fields(METHODS[method])] if method in METHODS else []
+
+    def build(self) -> Any:
+        """The method, as a value such as ``DeLoRA(r=8, lam=12.0)``."""
+        return METHODS[self.method](**self.fields)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments of `delora.inject`."""
+        return {key: getattr(self, key) for key in ("targets", "dropout", "also_train", "exclude", "overrides")}
+
+
+class Train(Strict):
+    """How it is trained: AdamW, a linear schedule with warm-up, the best epoch by validation accuracy.
+
+    ``lam_lr`` and ``head_lr`` are the rates of the strengths and of the modules trained whole (``lr`` if not given);
+    ``warmup`` is a share of all steps; ``clip`` the largest gradient norm (0: no clipping); a step takes
+    ``batch_size * accumulation`` sentences.
+    """
+
+    epochs: Count = 2
+    batch_size: Count = 32
+    accumulation: Count = 1
+    lr: Rate = 1e-3
+    lam_lr: Rate | None = None
+    head_lr: Rate | None = None
+    weight_decay: Rate = 0.0
+    warmup: Share = 0.06
+    clip: Rate = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class Variant(Strict):
+    """Some keys of the experiment with other values. Of the variants with one ``row``, a table shows the best by validation."""
+
+    name: Annotated[str, Field(min_length=1)]
+    row: str | None = None
+    seed: int | None = None
+    model: str | None = None
+    data: dict[str, Any] = {}
+    adapter: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+
+    def changes(self) -> dict[str, Any]:
+        return {key: value for key, value in self if key not in ("name", "row") and value not in (None, {})}
+
+
+class Experiment(Strict):
+    """Everything that decides a run's numbers. ``model``: a packaged model, a folder, or a name on the Hugging Face Hub."""
+
+    name: Annotated[str, Field(min_length=1)]
+    seed: Annotated[int, Field(ge=0)] = 0
+    out: Annotated[str, Field(min_length=1)]
+    model: str
+    data: Data = Data()
+    adapter: Adapter
+    train: Train = Train()
+    variants: list[Variant] = []
+
+    def runs(self) -> list[tuple[Variant, Experiment]]:
+        """Each variant with the experiment it stands for, which has no variants; the experiment itself if there are none."""
+        own = self.model_dump(exclude={"variants"})
+        if not self.variants:
+            return [(Variant(name=self.name), self)]
+        runs = []
+        for number, variant in enumerate(self.variants):
+            changes = variant.changes()
+            base = own
+            method = changes.get("adapter", {}).get("method")
+            if method is not None:
+                # Fields that another method does not have (lam, for LoRA) end here; those it shares (r) go over.
+                kept = [*Adapter.model_fields, *Adapter.method_fields(method)]
+                base = own | {"adapter": {k: v for k, v in own["adapter"].items() if k in kept}}
+            merged = _merge(base, {"name": variant.name, **changes})
+            runs.append((variant, _validate(merged, Experiment, f"variants[{number}] ({variant.name})")))
+        return runs
+
+
+def slug(name: str) -> str:
+    """A name as a folder's name: ``LoRA, 3e-3`` becomes ``lora-3e-3``."""
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "run"
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(recipe: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a TOML or JSON file, with ``key=value`` changes (dotted keys; a TOML value, else a string).
+
+    Raises:
+        ConfigError: in words, with the key's dotted path.
+    """
+    return parse(_load(recipe), overrides, str(recipe))
+
+
+def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:
+    changed = [_assign(data, override) for override in overrides]
+    experiment = _validate(data, Experiment, where)
+    for key in changed:
+        _refuse_hidden(experiment, key)
+    folders: dict[str, str] = {}
+    for variant in experiment.variants:
+        other = folders.setdefault(slug(variant.name), variant.name)
+        if other is not variant.name:
+            raise ConfigError(f"{where}: variants: {other!r} and {variant.name!r} would have the same folder; rename one")
+    experiment.runs()
+    return experiment
+
+
+def _load(recipe: Path) -> dict[str, Any]:
+    try:
+        text = recipe.read_text("utf-8")
+        return json.loads(text) if recipe.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror or error}") from error
+    except ValueError as error:  # both decoders' errors, and that of bytes that are no text
+        kind = "JSON" if recipe.suffix == ".json" else "TOML"
+        raise ConfigError(f"{recipe} is not valid {kind}: {error}") from error
+
+
+def _assign(data: dict[str, Any], override: str) -> str:
+    """Apply one ``key=value``; the key is returned."""
+    key, equals, text = override.partition("=")
+    *outer, last = parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"{override!r}: a change is written key=value, such as train.epochs=1")
+    for part in outer:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"{override!r}: {part} is a value, not a table with keys")
+    try:
+        data[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        data[last] = text.strip()
+    return ".".join(parts)
+
+
+def _refuse_hidden(experiment: Experiment, key: str) -> None:
+    """A change that variants undo would be silently without effect."""
+    hiding = [variant.name for variant in experiment.variants if _has(variant.changes(), key.split("."))]
+    if hiding:
+        raise ConfigError(
+            f"{key}: these variants set it themselves: {', '.join(hiding)}; change it in the recipe, "
+            "or add variants=[] to run the experiment without its variants"
+        )
+
+
+def _has(data: Any, parts: list[str]) -> bool:
+    return not parts or (isinstance(data, dict) and parts[0] in data and _has(data[parts[0]], parts[1:]))
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with changes; tables are merged key by key, but for ``overrides``, whose keys are patterns."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "overrides"
+        merged[key] = _merge(merged[key], value) if both_tables else value
+    return merged
+
+
+def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted keys at which two configurations differ, with both values (None: not there)."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(k for k in b if k not in a)]:
+            yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
+    elif a != b:
+        yield path, a, b
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _validate(data: Any, kind: type[Model], where: str) -> Model:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(e, kind) for e in error.errors(include_url=False))
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from error
+
+
+def _explain(error: Any, kind: type[BaseModel]) -> str:
+    """One line for one error of pydantic: the dotted path, what is wrong, the nearest valid key."""
+    *outer, last = location = error["loc"]
+    path = ".".join(map(str, location))
+    match error["type"]:
+        case "extra_forbidden":
+            elsewhere = [key for key in _known(kind) if key.rpartition(".")[2] == last]
+            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(str(last), _keys(_at(kind, outer)))
+            return f"{path}: unknown key; {hint}"
+        case "missing":
+            return f"{path}: is missing"
+        case "value_error":
+            # The adapter's own check names the key itself.
+            message = str(error["ctx"]["error"])
+            return f"{path}.{message}" if last == "adapter" else f"{path}: {message}"
+        case "model_type" | "dict_type":
+            return f"{path} = {error['input']!r}: must be a table"
+        case _:
+            return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _keys(kind: type[BaseModel]) -> list[str]:
+    return [key for key in kind.model_fields if not (kind is Adapter and key == "fields")]
+
+
+def _at(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
+    """The configuration at a place inside another."""
+    for part in location:
+        if isinstance(part, str):
+            inner = kind.model_fields[part].annotation
+            kind = next(t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel))
+    return kind
+
+
+def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted keys of a configuration, the lists and free tables in it not entered."""
+    known = []
+    for key in _keys(kind):
+        inner = kind.model_fields[key].annotation
+        known.append(prefix + key)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            known += _known(inner, f"{prefix}{key}.")
+    return known
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

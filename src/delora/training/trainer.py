@@ -1,0 +1,137 @@
+"""transformers' Trainer for adapters: our optimizer groups, checkpoints that hold the adapter alone, exact resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from delora.checkpoint import load, save
+from delora.diagnostics import Recorder
+from delora.files import AdapterError, read_json, write_atomically
+from delora.inject import param_groups
+
+
+class Diverged(RuntimeError):
+    """The loss is no number any more. ``step``: the optimizer step after which it was seen."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"the loss is not finite at step {step}: lower the learning rate")
+        self.step = step
+
+
+class AdapterTrainer(Trainer):
+    """A Trainer for a model with an adapter.
+
+    The optimizer is AdamW over `delora.param_groups`: ``args.learning_rate`` for the adapter, ``lam_lr`` for the strengths,
+    ``head_lr`` for the modules trained whole. A checkpoint holds the adapter and the optimizer, never the base model.
+    """
+
+    def __init__(self, *args: Any, lam_lr: float | None = None, head_lr: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lam_lr, self.head_lr = lam_lr, head_lr
+        self.remove_callback(PrinterCallback)  # the Trainer's own printing of every log
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            args = self.args
+            groups = param_groups(
+                model or self._injected,
+                args.learning_rate,
+                lam_lr=self.lam_lr,
+                head_lr=self.head_lr,
+                weight_decay=args.weight_decay,
+            )
+            self.optimizer = torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+        return self.optimizer
+
+    @property
+    def _injected(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(cast(str, self.args.output_dir))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            save(self._injected, output_dir or self._folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load(model or self._injected, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        # Not the path that the state remembers: the run's folder may have been moved since.
+        load(self._injected, self._folder / f"checkpoint-{self.state.best_global_step}")
+
+    def best_epoch(self) -> int:
+        """The epoch, from 1, whose validation was the best."""
+        scores = {row["step"]: row["epoch"] for row in self.state.log_history if "eval_loss" in row}
+        return round(scores[cast(int, self.state.best_global_step)])
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint. The Trainer writes its state last: where that is complete, so is all else."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except (OSError, AdapterError):
+            continue
+        return str(checkpoint)
+    return None
+
+
+class Metrics(TrainerCallback):
+    """Adds to each logged step what `delora.diagnostics.Recorder` sees, and writes all of them to ``metrics.jsonl``.
+
+    The file is derived from the Trainer's own history, which a checkpoint holds: after a resume no step is in it twice.
+    ``seconds`` counts training and validation since the first start, through interruptions.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.recorder = Recorder(kwargs["model"])
+        before = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
+        self.started = time.monotonic() - before
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        row = state.log_history[-1]
+        row["seconds"] = round(time.monotonic() - self.started, 3)
+        try:
+            if not all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "eval_loss")):
+                raise Diverged(state.global_step)
+            if "loss" in row:
+                row |= self.recorder.record()
+        except (Diverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+            # Weights that are not finite have no singular values.
+            self.write(state)
+            raise Diverged(state.global_step) from error
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.write(state)
+
+    on_train_end = on_save  # after a resume from the last checkpoint nothing else is saved
+
+    def write(self, state: TrainerState) -> None:
+        rows = [metrics(row) for row in state.log_history]
+        write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows if row).encode())
+
+
+KEPT = {key: key for key in ("step", "epoch", "seconds", "loss", "distance", "spectral", "bound_used", "lam")}
+KEPT |= {key: key for key in ("turn_A", "turn_B", "learning_rate")}
+KEPT |= {"eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
+
+
+def metrics(row: dict[str, Any]) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl`` from a row of the Trainer's history: of a step, or of a validation; finite numbers only."""
+    if "loss" not in row and "eval_loss" not in row:
+        return None  # the Trainer's summary of the whole, which counts from the last resume
+    return {name: row[key] for key, name in KEPT.items() if key in row and math.isfinite(row[key])}

