@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +13,7 @@ try:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f'{error.name} is not installed: pip install "delora[cli]"') from error
 
@@ -72,7 +75,9 @@ def evaluate(
     from delora.recipes import classification
 
     score, n = classification.evaluate(experiment, folder)
-    out.print(f"{folder}: test accuracy {100 * score:.1f} ± {100 * standard_error(score, n):.1f} % of {n:,} sentences")
+    out.print(
+        f"{folder}: test accuracy {100 * score:.1f} ± {100 * standard_error(score, n):.1f} % of {n:,} sentences", markup=False
+    )
 
 
 @app.command()
@@ -81,7 +86,9 @@ def inspect(adapter: AdapterFolder) -> None:
     from delora.evaluation.adapters import describe
 
     description = describe(adapter)
-    _print(description.header, description.rows, description.title)
+    # Two lines in a narrow header leave room for the layers' names.
+    header = [name if number == 0 else name.replace(" ", "\n") for number, name in enumerate(description.header)]
+    _print(header, description.rows, description.title)
     for line in description.notes:
         out.print(line, style="dim", markup=False)
 
@@ -93,8 +100,9 @@ def merge(adapter: AdapterFolder, model: ModelName, folder: OutFolder) -> None:
     _quiet()
     from delora.training.models import adapted, save_merged
 
-    save_merged(adapted(adapter, model), folder)
-    out.print(f"Written to {folder}: a plain model, with no trace of the adapter")
+    with _refusals():
+        save_merged(adapted(adapter, model), folder)
+    out.print(f"Written to {folder}: a plain model, with no trace of the adapter", markup=False)
 
 
 @app.command()
@@ -116,7 +124,7 @@ def export(
         peft(loaded, folder, kind=kind)
     except ValueError as error:
         raise AdapterError(str(error)) from error
-    out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}")
+    out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}", markup=False)
 
 
 # ---------------------------------------------------------------- shared
@@ -125,7 +133,7 @@ def export(
 def _print(header: Any, rows: Any, title: str) -> None:
     table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(Text(name), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))  # a name from a file is no markup
     out.print(table)
@@ -146,6 +154,18 @@ def _quiet() -> None:
     hub.set_verbosity_error()
 
 
+class Refused(Exception):
+    """An adapter that cannot be merged or exported, in the words of the function that refused it."""
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise Refused(str(error)) from error
+
+
 # What a user can set right, and the exit code. By name: a class is loaded only where its error can have happened.
 ERRORS = {
     ("delora.training.config", "ConfigError"): 2,
@@ -160,7 +180,7 @@ ERRORS = {
 def exit_code(error: Exception) -> int | None:
     """That of a user's mistake, None for a defect of ours."""
     codes = (code for (module, name), code in ERRORS.items() if _is(error, module, name))
-    return next(codes, 1 if isinstance(error, OSError) else None)
+    return next(codes, 1 if isinstance(error, (OSError, Refused)) else None)
 
 
 def _is(error: Exception, module: str, name: str) -> bool:
