@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import delora
-from delora import DeLoRA, LoRA
+from delora import ETHER, IA3, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ LAYERS = {
     "Conv1D": Layer(lambda: Conv1D(10, 12), lambda: torch.randn(3, 5, 12)),
     "Conv1d": Layer(lambda: nn.Conv1d(4, 10, 3, padding=1), lambda: torch.randn(3, 4, 7)),
     "Conv2d": Layer(lambda: nn.Conv2d(3, 10, 2, stride=2, padding=1), lambda: torch.randn(3, 3, 6, 6)),
-    "Conv2d, reflect": Layer(lambda: nn.Conv2d(3, 10, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 3, 6, 6)),
+    "Conv2d, reflect": Layer(lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6)),
     "Conv3d": Layer(lambda: nn.Conv3d(2, 10, 2, dilation=2), lambda: torch.randn(2, 2, 4, 4, 4)),
-    "Embedding": Layer(lambda: nn.Embedding(15, 10, padding_idx=0), lambda: torch.randint(0, 15, (3, 5))),
+    "Embedding": Layer(lambda: nn.Embedding(16, 10, padding_idx=0), lambda: torch.randint(0, 16, (3, 5))),
 }
 
 STARTS = ("subtract", "copy", "paired", "soft", "zero")
@@ -58,6 +58,25 @@ METHODS = {
     **{f"DeLoRA {start}": DeLoRA(r=4, lam=3.0, start=start) for start in STARTS},
     **{f"DeLoRA {norm}": DeLoRA(r=4, lam=3.0, norm=norm) for norm in NORMS[1:]},
     "DeLoRA fixed lam": DeLoRA(r=4, lam=3.0, learn_lam=False),
+    "DoRA": DoRA(r=4),
+    "DoRA fixed magnitude": DoRA(r=4, fixed_magnitude=True),
+    "ETHER": ETHER(blocks=2),
+    "ETHER output": ETHER(side="output"),
+    "ETHER+": EtherPlus(blocks=2),
+    "ETHER+ one-sided": EtherPlus(two_sided=False),
+    "ETHER+ output": EtherPlus(blocks=2, two_sided=False, side="output"),
+    "E1": Reflections(r=2, learn_lam=False),
+    "E2": Reflections(r=4),
+    "E3": Reflections(r=4, relaxed=True),
+    "OFT": OFT(blocks=2),
+    "OFT constrained": OFT(blocks=2, radius=0.5),
+    "BitFit": BitFit(),
+    "IA3": IA3(),
+    "IA3 input": IA3(side="input"),
+    "RED": RED(),
+    "LoReFT": LoReFT(r=2),
+    "Bottleneck": Bottleneck(size=3),
+    "Bottleneck zero": Bottleneck(size=3, start="zero", activation="relu"),
 }
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

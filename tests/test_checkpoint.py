@@ -283,7 +283,7 @@ JSON_CASES = [
     (lambda d: d.update(schema=2), "has schema 2, this delora reads schema 1: upgrade delora"),
     (lambda d: d.update(schema="1"), "'schema' must be int, got '1'"),
     (lambda d: d.update(format="other"), "does not describe a delora adapter: its 'format' is 'other'"),
-    (lambda d: d.update(method="delroa"), "unknown method 'delroa': known are delora, full, lora"),
+    (lambda d: d.update(method="delroa"), "unknown method 'delroa': known are bitfit, bottleneck, delora, "),
     (lambda d: d.update(method="os.system"), "unknown method 'os.system'"),
     (lambda d: d["fields"].update(lam=-1), "lam = -1: must be a finite number above 0"),
     (lambda d: d["fields"].update(lamda=1), "unexpected keyword argument 'lamda'"),

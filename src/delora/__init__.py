@@ -7,16 +7,43 @@ from delora.hosts import host
 from delora.inject import activate, disabled, eject, inject, param_groups, strength, summary
 from delora.layer import Adapted
 from delora.merge import blend, merge, merged
-from delora.methods import METHODS, DeLoRA, Full, LoRA
+from delora.methods import (
+    ETHER,
+    IA3,
+    METHODS,
+    OFT,
+    RED,
+    RUNGS,
+    BitFit,
+    Bottleneck,
+    DeLoRA,
+    DoRA,
+    EtherPlus,
+    Full,
+    LoRA,
+    LoReFT,
+    Reflections,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ETHER",
+    "IA3",
     "METHODS",
+    "OFT",
+    "RED",
+    "RUNGS",
     "Adapted",
+    "BitFit",
+    "Bottleneck",
     "DeLoRA",
+    "DoRA",
+    "EtherPlus",
     "Full",
     "LoRA",
+    "LoReFT",
+    "Reflections",
     "activate",
     "blend",
     "diagnostics",

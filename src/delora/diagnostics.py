@@ -28,17 +28,31 @@ def singular_values(update: LowRank) -> Tensor:
 
 
 @torch.no_grad()
-def _changed(adapter: Adapter | Copy) -> tuple[float, float, Tensor | None]:
-    """|W' - W|_F, |W|_F, and the singular values of W' - W where it is one low-rank matrix."""
+def _changed(adapter: Adapter | Copy) -> tuple[float, float, Tensor | None] | None:
+    """|W' - W|_F, |W|_F, and the singular values of W' - W where it is one low-rank matrix; None where no weight changes.
+
+    A change that is not low-rank is measured densely, with that of the bias if there is one.
+    """
     if isinstance(adapter, Copy):
         base, new = adapter.host.layer.state_dict(), adapter.at_strength()
         pairs = [(base[k].double(), t.double()) for k, t in new.items() if t.is_floating_point()]
         return _norm(new - old for old, new in pairs), _norm(old for old, _ in pairs), None
-    W, update = adapter.host.weight(), adapter.update()
-    if isinstance(update, LowRank):
-        spectrum = singular_values(update)
+    W, factors = adapter.host.weight(), adapter.low_rank()
+    if factors is not None:
+        spectrum = singular_values(factors)
         return _norm([spectrum]), _norm([W]), spectrum
-    return _norm([update.merge(W) - W]), _norm([W]), None
+    if not adapter.mergeable():
+        return None
+    update, b = adapter.update(), adapter.host.bias()
+    new_b = update.bias(b)
+    changes = [update.merge(W) - W]
+    if new_b is not None:
+        changes.append(new_b if b is None else new_b - b)
+    return _norm(changes), _norm([W] if b is None else [W, b]), None
+
+
+def _share(change: float, base: float) -> float:
+    return change / base if base else math.inf if change else 0.0
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
@@ -46,17 +60,18 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def distances(model: nn.Module, name: str | None = None) -> dict[str, float]:
-    """|W' - W|_F / |W|_F of every layer of an adapter (the active one), at its present strength."""
-    result = {}
-    for layer, adapter in adapters(model, name).items():
-        change, base, _ = _changed(adapter)
-        result[layer] = change / base if base else math.inf if change else 0.0
-    return result
+    """|W' - W|_F / |W|_F of every layer of an adapter (the active one), at its present strength.
+
+    From the factors where the change is low-rank, else from the matrices. Where a bias changes, it counts with W. A layer
+    whose output is edited, so that no weight changes, is left out.
+    """
+    changed = {layer: _changed(adapter) for layer, adapter in adapters(model, name).items()}
+    return {layer: _share(c[0], c[1]) for layer, c in changed.items() if c is not None}
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's change. Norms are Frobenius norms but for ``spectral``.
+    """One layer's change. Norms are Frobenius norms but for ``spectral``. None: there is no such number.
 
     ``effective_rank`` is exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
     ``bound`` is what the method guarantees of ``distance``, ``bound_used`` their ratio.
@@ -67,8 +82,8 @@ class LayerReport:
     parameters: int
     r: int | None
     lam: float | None
-    distance: float
-    relative: float
+    distance: float | None
+    relative: float | None
     bound: float | None
     bound_used: float | None
     spectral: float | None
@@ -77,7 +92,7 @@ class LayerReport:
 
 @torch.no_grad()
 def report(adapter: Adapter | Copy) -> LayerReport:
-    change, base, spectrum = _changed(adapter)
+    change, base, spectrum = _changed(adapter) or (None, 0.0, None)
     lam = getattr(adapter, "lam", None)
     promised = bound(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
     limit = None if promised is None else promised.item() * adapter.strength
@@ -92,9 +107,9 @@ def report(adapter: Adapter | Copy) -> LayerReport:
         r=getattr(adapter.method, "r", None),
         lam=None if lam is None else lam.item(),
         distance=change,
-        relative=change / base if base else math.inf if change else 0.0,
+        relative=None if change is None else _share(change, base),
         bound=limit,
-        bound_used=change / limit if limit else None,
+        bound_used=change / limit if change is not None and limit else None,
         spectral=None if spectrum is None else spectrum[0].item(),
         effective_rank=effective,
     )
@@ -138,7 +153,8 @@ class Recorder:
         rows: list[dict[str, Any]] = []
         for adapter, base in zip(self.adapters, self.base, strict=True):
             r = report(adapter)
-            rows.append({"distance": r.distance / base, "spectral": None if r.spectral is None else r.spectral / base})
+            spectral = None if r.spectral is None else r.spectral / base
+            rows.append({"distance": r.relative, "spectral": spectral})
             rows[-1] |= {"bound_used": r.bound_used, "lam": r.lam}
         now = self._directions()
         turns = {key: _degrees(self.directions[key], now[key]) for key in now}

@@ -14,7 +14,7 @@ from torch import nn
 
 from delora.hosts import host_type
 from delora.layer import Adapted, Adapter, Copy, attach
-from delora.methods.base import Method, checked_replace, is_number
+from delora.methods.base import Method, checked_replace, edits_output, has_dropout, is_number
 from delora.methods.full import Full
 
 Patterns = str | Sequence[str]
@@ -203,10 +203,18 @@ def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) 
             built[name] = attach(method, module.base if isinstance(module, Adapted) else module, dropout)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from error
-        r, adapter = getattr(method, "r", 0), built[name]
-        if isinstance(adapter, Adapter) and r > min(shape := tuple(adapter.host.matrix().shape)):
-            raise ValueError(f"{name}: r = {r} is more than a matrix of shape {list(shape)} can have, which is {min(shape)}")
+        _check_rank(name, built[name])
     return built
+
+
+def _check_rank(name: str, adapter: Adapter | Copy) -> None:
+    if isinstance(adapter, Adapter):
+        shape = tuple(adapter.host.matrix().shape)
+        shape = shape[:1] if edits_output(adapter.method) else shape
+        r = getattr(adapter.method, "r", 0)
+        if r > min(shape):
+            what = "an output of" if len(shape) == 1 else "a matrix of shape"
+            raise ValueError(f"{name}: r = {r} is more than {what} {list(shape)} can have, which is {min(shape)}")
 
 
 # ---------------------------------------------------------------- changing
@@ -243,6 +251,9 @@ def inject(
     plan = resolve(root, method, targets, also_train, exclude, overrides)
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout!r}: must be a probability, at least 0 and below 1")
+    for layer, each in plan.items():
+        if dropout and not isinstance(each, Full) and not has_dropout(each):
+            raise ValueError(f"{layer}: dropout = {dropout!r}, but {type(each).__name__} has no input of its own to drop")
     check_name(root, name)
     install(root, _build(root, plan, float(dropout)), name)
     return model

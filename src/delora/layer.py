@@ -8,16 +8,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from delora.hosts import Host, MatrixHost, host
-from delora.methods.base import Method, measure, reads_weight
+from delora.hosts import Host, any_host, host
+from delora.methods.base import Method, edits_output, measure, reads_weight
 from delora.methods.full import Full
-from delora.updates import Update, wide
+from delora.updates import LowRank, Update, wide
 
 
 class Adapter(nn.Module):
     """A method's tensors for one layer: float32 (or wider), whatever the dtype of the layer."""
 
-    def __init__(self, method: Method, host: MatrixHost, dropout: float = 0.0, blank: bool = False) -> None:
+    def __init__(self, method: Method, host: Host, dropout: float = 0.0, blank: bool = False) -> None:
         """``blank``: the tensors of the start are on the meta device, to be `put`."""
         super().__init__()
         self.method = method
@@ -70,7 +70,8 @@ class Adapter(nn.Module):
     def update(self) -> Update:
         """What the method says about W, built in float32 (or wider) whatever autocast says, at the present strength."""
         p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
-        W = self.host.weight() if reads_weight(self.method) else None
+        # In its own dtype: an update reads a few products of W, which need no copy of it in float32.
+        W = self.host.matrix().detach() if reads_weight(self.method) else None
         device = next(iter(p.values())).device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -79,18 +80,23 @@ class Adapter(nn.Module):
             update = self.method.update(W, p)
         return update if self.strength == 1 else update.scaled(self.strength)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.no_grad()
+    def low_rank(self) -> LowRank | None:
+        """W' - W as exact factors where it has few, at the present strength; None where it has not."""
+        return self.update().low_rank(self.host.weight())
+
+    def mergeable(self) -> bool:
+        """Can the layer's weights take the change?"""
+        return self.host.weight_name is not None and self.update().mergeable
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.strength == 0:
-            return self.host.layer(x)
-        return self.update().forward(x, self.host, self.dropout if self.training else 0.0)
+            return self.host.layer(*args, **kwargs)
+        return self.update().forward(self.host, self.dropout if self.training else 0.0, *args, **kwargs)
 
     def plain(self) -> nn.Module:
-        """A layer of the original type with the change in its weight; it shares all else with the original."""
-        new = shallow(self.host.layer)
-        if self.strength != 0:
-            with torch.no_grad():
-                type(self.host)(new).write(self.update().merge(self.host.weight()))
-        return new
+        """A layer of the original type with the change in its weights; a ValueError if no weight could take it."""
+        return self.host.layer if self.strength == 0 else self.host.plain(self.update())
 
     def extra_repr(self) -> str:
         return f"{self.method}, dropout={self.dropout}, strength={self.strength}"
@@ -146,7 +152,9 @@ class Copy(nn.Module):
 
 def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank: bool = False) -> Adapter | Copy:
     """A new adapter for a layer; a TypeError or ValueError in words if the method or the layer cannot have it."""
-    return Copy(Host(layer)) if isinstance(method, Full) else Adapter(method, host(layer), dropout, blank)
+    if isinstance(method, Full):
+        return Copy(Host(layer))
+    return Adapter(method, any_host(layer) if edits_output(method) else host(layer), dropout, blank)
 
 
 class Adapted(nn.Module):
@@ -227,11 +235,3 @@ def _refresh_after_load(adapted: Adapted, _: Any) -> None:
 
 def on_meta(module: nn.Module) -> bool:
     return any(t.is_meta for t in (*module.parameters(), *module.buffers()))
-
-
-def shallow(module: nn.Module) -> nn.Module:
-    """A module of the same type with the same tensors, on which others can be set without changing the original."""
-    new = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[registry] = module.__dict__[registry].copy()
-    return new

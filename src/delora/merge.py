@@ -13,7 +13,6 @@ from delora.inject import active_adapter, adapted_layers, adapters, check_name, 
 from delora.layer import Adapted, Adapter, Copy
 from delora.methods import LoRA
 from delora.methods.base import is_number
-from delora.updates import LowRank
 
 
 def _plain(model: nn.Module) -> dict[Adapted, nn.Module]:
@@ -21,7 +20,10 @@ def _plain(model: nn.Module) -> dict[Adapted, nn.Module]:
     active_adapter(model)
     plain = {}
     for name, layer in adapted_layers(model).items():
-        plain[layer] = layer.plain()
+        try:
+            plain[layer] = layer.plain()
+        except ValueError as error:
+            raise ValueError(f"cannot merge {name!r}: {error}") from error
         bad = [key for key, p in plain[layer].named_parameters() if not torch.isfinite(p).all()]
         if bad:
             raise ValueError(f"cannot merge {name!r}: its new {bad[0]} would hold NaN or infinity")
@@ -107,11 +109,11 @@ def _blended(layer: str, terms: list[tuple[float, Adapter | Copy]]) -> Adapter |
     ups: list[Tensor] = []
     downs: list[Tensor] = []
     for w, adapter in terms:
-        update = adapter.update()  # type: ignore[operator]
-        if not isinstance(update, LowRank):
+        factors = adapter.low_rank()  # type: ignore[operator]
+        if factors is None:
             raise ValueError(f"cannot blend {layer!r}: {adapter.method} is not a low-rank change; merge it instead")
-        ups.append(update.up * w)
-        downs.append(update.down)
+        ups.append(factors.up * w)
+        downs.append(factors.down)
     up, down = torch.cat(ups, dim=1), torch.cat(downs)
     lora = Adapter(LoRA(r=len(down), alpha=len(down)), first.host)
     lora.A.copy_(down)  # type: ignore[operator]

@@ -21,7 +21,6 @@ from delora.hosts import Conv1D, Embedding, _Conv
 from delora.inject import active_adapter, adapted_layers, adapters, unwrapped, walk
 from delora.layer import Adapter, Copy
 from delora.methods import DeLoRA, Full, LoRA
-from delora.updates import LowRank
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -78,11 +77,12 @@ def _as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tens
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer, adapter in layers.items():
-        update = adapter.update()
-        if not isinstance(update, LowRank):
-            raise ValueError(f"{layer}: {adapter.method} is not a low-rank change; delora.merge puts it into the weights")
-        ranks[layer] = len(update.down)
-        host, (up, down) = adapter.host, (update.up, update.down)
+        factors = adapter.low_rank()
+        if factors is None:
+            way_out = "; delora.merge puts it into the weights" if adapter.mergeable() else ""
+            raise ValueError(f"{layer}: {adapter.method} is not a low-rank change{way_out}")
+        ranks[layer] = len(factors.down)
+        host, up, down = adapter.host, factors.up, factors.down
         if isinstance(host, Embedding):
             tensors |= {f"{layer}.lora_embedding_A": down, f"{layer}.lora_embedding_B": up}
             continue

@@ -1,10 +1,15 @@
 """What a method is: a frozen dataclass of hyperparameters with two pure functions, ``init`` and ``update``.
 
-Nothing has to be inherited or registered. Three more members are read where a method has them:
+Nothing has to be inherited or registered. More members are read where a method has them:
 
 * ``measure(W) -> {name: Tensor}``: what ``update`` needs to know of the frozen W, such as its column norms. It is never
   saved, and it is taken anew whenever W may have changed (a checkpoint is loaded, a meta model is materialised).
-* ``reads_weight``: True if ``update`` needs W itself; the others get ``W=None``, so a quantised base stays as it is.
+* ``reads_weight``: True if ``update`` needs W itself (in the layer's own dtype); the others get ``W=None``, so a quantised
+  base stays as it is.
+* ``edits_output``: True if the method changes what a module puts out, so that it suits modules of every kind. Its ``init``
+  may use of W only the number of rows, which is that of the output's channels.
+* ``starts_at_base``: False if the change is not zero at the start.
+* ``has_dropout``: False if the change has no input of its own that could be dropped.
 * ``bound(p) -> Tensor``: an upper bound of the Frobenius norm of W' - W, if the method guarantees one.
 """
 
@@ -14,6 +19,7 @@ import dataclasses
 import math
 from typing import Any, ClassVar, Literal, Protocol, TypeGuard, get_args, get_origin, get_type_hints, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from delora.updates import Update
@@ -39,6 +45,14 @@ def reads_weight(method: Method) -> bool:
 def starts_at_base(method: Method) -> bool:
     """False for the methods whose change is never zero at the start (ETHER's reflections)."""
     return getattr(method, "starts_at_base", True)
+
+
+def edits_output(method: Method) -> bool:
+    return getattr(method, "edits_output", False)
+
+
+def has_dropout(method: Method) -> bool:
+    return getattr(method, "has_dropout", True)
 
 
 def measure(method: Method, W: Tensor) -> dict[str, Tensor]:
@@ -76,9 +90,30 @@ def kaiming(rows: int, columns: int, like: Tensor) -> Tensor:
     return like.new_empty(rows, columns).uniform_(-limit, limit)
 
 
+# A vector of exact zeros has no direction. Below this length (that of torch's F.normalize) it counts as this long.
+TINY = 1e-12
+
+
+def unit(v: Tensor) -> Tensor:
+    """v / |v| for every vector v in the last dimension."""
+    return v / torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp_min(TINY)
+
+
+def block_size(dimension: int, blocks: int, side: str) -> int:
+    """The size of each of ``blocks`` equal blocks of a layer's ``side`` ("input" or "output")."""
+    if dimension % blocks:
+        fitting = [n for n in range(1, min(dimension, 64) + 1) if dimension % n == 0]
+        raise ValueError(f"blocks = {blocks} do not divide the {side} of size {dimension}; {fitting} do")
+    return dimension // blocks
+
+
+def require_count(name: str, value: object, what: str = "it") -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} = {value!r}: {what} must be an integer of at least 1")
+
+
 def require_rank(r: object) -> None:
-    if type(r) is not int or r < 1:
-        raise ValueError(f"r = {r!r}: the rank must be an integer of at least 1")
+    require_count("r", r, "the rank")
 
 
 def is_number(value: object) -> TypeGuard[float]:

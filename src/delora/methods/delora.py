@@ -6,11 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from delora.methods.base import kaiming, require_flags, require_positive, require_rank
+from delora.methods.base import TINY, kaiming, require_flags, require_positive, require_rank
 from delora.updates import LowRank
-
-# A row of exact zeros has no direction. Below this length (that of torch's F.normalize) it counts as this long.
-TINY = 1e-12
 
 # The clamp of Hugging Face PEFT's DeLoRA (tuners/delora/layer.py), for start="zero".
 PEFT_CLAMP = 1e-4

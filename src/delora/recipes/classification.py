@@ -25,7 +25,7 @@ from delora.diagnostics import Recorder
 from delora.evaluation import text
 from delora.files import read_json, write_atomically
 from delora.inject import adapters
-from delora.layer import Copy
+from delora.layer import Adapter, Copy
 from delora.training.config import ConfigError, Data, Experiment, slug
 from delora.training.models import classifier, drawn, is_adapter, loading, save_merged, skeleton
 from delora.training.progress import Bar
@@ -245,11 +245,13 @@ def deliver(experiment: Experiment, run: Path, test: Sequence[Sentence], out: Pa
     model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
     model.config.save_pretrained(out / "adapter")
     agreement = {"adapter": equal(model)}
-    if experiment.adapter.method != "full":  # a LoRA needs a low-rank change
+    parts = [a for a in adapters(model).values() if isinstance(a, Adapter)]
+    if parts and all(a.low_rank() is not None for a in parts):
         delora.export.peft(model, out / "peft")
         agreement["peft"] = equal(read_peft(classifier(experiment.model, LABELS)[0], out / "peft"))
-    save_merged(model, out / "merged")
-    agreement["merged"] = equal(loading(AutoModelForSequenceClassification, str(out / "merged")))
+    if all(a.mergeable() for a in parts):
+        save_merged(model, out / "merged")
+        agreement["merged"] = equal(loading(AutoModelForSequenceClassification, str(out / "merged")))
     for kind, same in agreement.items():
         if same != len(test):
             raise RunError(f"{out / kind} gives {len(test) - same} of {len(test)} other predictions than the trained model")

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from delora.methods.base import require_count, require_flags, require_positive
+from delora.updates import Edited
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": F.tanh}
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """h' = h + U s(D h + b) + c                                    Houlsby et al. 2019, arXiv:1902.00751, Sec. 2.1
+
+    The adapter: ``D [size, d]``, ``U [d, size]`` with biases, s the activation. Houlsby et al. put one after the attention's
+    output layer and one after the feed-forward block's, before residual and norm; Pfeiffer et al. 2021 (arXiv:2005.00247)
+    the second only. It is not linear: it cannot be merged.
+
+    Args:
+        size: width of the bottleneck, at least 1.
+        activation: s.
+        start: "near-zero", D and U normal with standard deviation ``std``, cut off at two (Houlsby); or "zero", U = 0, the
+            base model exactly.
+        std: for the start.
+    """
+
+    size: int = 16
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    start: Literal["near-zero", "zero"] = "near-zero"
+    std: float = 0.01
+
+    edits_output = True
+    has_dropout = False
+
+    def __post_init__(self) -> None:
+        require_count("size", self.size)
+        require_flags(self)
+        require_positive("std", self.std)
+
+    @property
+    def starts_at_base(self) -> bool:
+        return self.start == "zero"
+
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        d = len(W)
+        D, U = W.new_empty(self.size, d), W.new_zeros(d, self.size)
+        for matrix in (D, U) if self.start == "near-zero" else (D,):
+            nn.init.trunc_normal_(matrix, std=self.std, a=-2 * self.std, b=2 * self.std)
+        start = {"D": D, "U": U, "b": W.new_zeros(self.size), "c": W.new_zeros(d)}
+        return {key: nn.Parameter(tensor) for key, tensor in start.items()}
+
+    def update(self, W: Tensor | None, p: dict[str, Tensor]) -> Edited:
+        def edit(h: Tensor, dropout: float) -> Tensor:
+            D, b, U, c = (p[key].to(h.dtype) for key in ("D", "b", "U", "c"))
+            return h + F.linear(ACTIVATIONS[self.activation](F.linear(h, D, b)), U, c)
+
+        return Edited(edit)

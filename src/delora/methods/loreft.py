@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from delora.methods.base import kaiming, require_count, require_rank
+from delora.updates import Edited
+
+
+@dataclass(frozen=True)
+class LoReFT:
+    """h' = h + R^T (W h + b - R h),  R R^T = I                     Wu et al. 2024, arXiv:2404.03592, Eq. 2
+
+    It edits the output h of a whole block at some positions: within the r directions that the rows of ``R [r, d]`` span, h
+    is replaced by ``W h + b``. W starts random, so training does not start at the base model. R is kept as any matrix and
+    made orthonormal (QR) when it is used. No weight of the block could do the same: it cannot be merged.
+
+    Args:
+        r: rank, at least 1.
+        first, last: how many of the first and last positions of an output [batch, positions, d] are edited; every one, of
+            an output of any shape, if both are 0. Padding counts as positions, and where text is generated token by token
+            with a cache every call begins anew: ``first`` suits encoders.
+    """
+
+    r: int = 1
+    first: int = 0
+    last: int = 0
+
+    edits_output = True
+    starts_at_base = False
+
+    def __post_init__(self) -> None:
+        require_rank(self.r)
+        for name in ("first", "last"):
+            if getattr(self, name) != 0 or type(getattr(self, name)) is not int:
+                require_count(name, getattr(self, name), "the number of positions, if not 0,")
+
+    def init(self, W: Tensor) -> dict[str, Tensor]:
+        d = len(W)
+        R = nn.init.orthogonal_(W.new_empty(self.r, d))
+        return {
+            "R": nn.Parameter(R),
+            "W": nn.Parameter(kaiming(self.r, d, W)),
+            "b": nn.Parameter(kaiming(self.r, d, W)[:, 0].clone()),
+        }
+
+    def update(self, W: Tensor | None, p: dict[str, Tensor]) -> Edited:
+        q, triangle = torch.linalg.qr(p["R"].T)  # [d, r]
+        R = (q * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).T  # of the two signs the one that leaves an orthonormal R
+
+        def edit(h: Tensor, dropout: float) -> Tensor:
+            Q, V, b = R.to(h.dtype), p["W"].to(h.dtype), p["b"].to(h.dtype)
+            new = h + (F.linear(h, V, b) - F.linear(h, Q)) @ Q
+            new = F.dropout(new, dropout) if dropout else new
+            return torch.where(self._chosen(h), new, h) if self.first or self.last else new
+
+        return Edited(edit)
+
+    def _chosen(self, h: Tensor) -> Tensor:
+        """The positions [positions, 1] that are edited."""
+        if h.ndim != 3:
+            raise ValueError(f"{self} edits positions of an output [batch, positions, channels], got shape {list(h.shape)}")
+        position = torch.arange(h.shape[1], device=h.device)
+        return ((position < self.first) | (position >= h.shape[1] - self.last))[:, None]
