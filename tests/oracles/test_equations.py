@@ -1,56 +1,142 @@
-"""Every method equals its equation, in value and in gradient, in float64."""
+"""Every method equals its equation, in value and in gradient, in float64: the matrix it merges and the output it gives."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from delora import DeLoRA, LoRA
-from delora.methods.base import measure
+from delora import ETHER, IA3, METHODS, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
+from delora.layer import attach
 from tests.cases import NORMS, STARTS
 from tests.oracles import slow
 
-W = torch.randn(7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+OUT, IN = 8, 6
 
 
-def tensors(method):
-    """All tensors of a method at random values, lam0 != lam. One term is so small that PEFT's clamp shows."""
-    p = {key: torch.randn_like(t) for key, t in method.init(W).items()}
-    p["B"][:, 0] *= 1e-5
-    p = {key: t.requires_grad_() for key, t in p.items()}
-    for key in ("lam", "lam0"):
-        if key in p:
-            p[key] = (torch.rand(1, dtype=torch.float64) + 0.5).requires_grad_()
-    return p
+def adapter(method):
+    """The method on a linear layer, all its tensors at random values, lam0 != lam."""
+    layer = nn.Linear(IN, OUT).double().requires_grad_(False)
+    made = attach(method, layer)
+    for key, tensor in made.saved().items():
+        positive = key.startswith("lam")
+        made.put(key, torch.rand(1, dtype=torch.float64) + 0.5 if positive else torch.randn_like(tensor))
+    return made
 
 
-def check(ours, theirs, p):
+def compare(ours, theirs, p):
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     probe = torch.randn_like(ours)
-    grads = torch.autograd.grad((ours * probe).sum(), list(p.values()))
-    expected = torch.autograd.grad((theirs * probe).sum(), list(p.values()))
+    grads = torch.autograd.grad((ours * probe).sum(), list(p.values()), retain_graph=True)
+    expected = torch.autograd.grad((theirs * probe).sum(), list(p.values()), retain_graph=True)
     for key, grad, reference in zip(p, grads, expected, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-10, atol=1e-12, msg=key)
+
+
+def trained(made):
+    return {key: t.requires_grad_() for key, t in made.saved().items()}
+
+
+def check(method, equation, prepare=lambda p: None):
+    """``equation(W, p)`` gives W'."""
+    made = adapter(method)
+    with torch.no_grad():
+        prepare(made.saved())
+    p = trained(made)
+    W, b, x = made.host.layer.weight, made.host.layer.bias, torch.randn(3, IN, dtype=torch.float64)
+    compare(made.update().merge(W), equation(W, p), p)
+    compare(made(x), x @ equation(W, p).T + b, p)
+
+
+def check_output(method, equation):
+    """``equation(y, p)`` gives the new output for one output vector of the layer."""
+    made = adapter(method)
+    p = trained(made)
+    x = torch.randn(2, 3, IN, dtype=torch.float64)
+    y = made.host.layer(x)
+    expected = torch.stack([torch.stack([equation(row, p) for row in rows]) for rows in y])
+    compare(made(x), expected, p)
+    return made, x, expected
 
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("softness", [0.03, 1.0])
 def test_delora_is_a_sum_of_normalised_rank_one_terms(norm, start, softness):
+    def under_the_clamp(p):  # one term is so small that PEFT's clamp shows
+        p["B"][:, 0] *= 1e-5
+
     method = DeLoRA(r=4, lam=2.0, norm=norm, start=start, softness=softness)
-    p = tensors(method)
-    ours = method.update(None, p | measure(method, W)).merge(W)
-    check(ours, slow.delora(W, p, norm, start, softness), p)
+    check(method, lambda W, p: slow.delora(W, p, norm, start, softness), under_the_clamp)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_lora_is_a_sum_of_scaled_rank_one_terms(rslora):
-    method = LoRA(r=4, alpha=3.0, rslora=rslora)
-    p = tensors(method)
-    check(method.update(None, p).merge(W), slow.lora(W, p, 3.0 / (2.0 if rslora else 4.0)), p)
+    check(LoRA(r=4, alpha=3.0, rslora=rslora), lambda W, p: slow.lora(W, p, 3.0 / (2.0 if rslora else 4.0)))
 
 
 def test_copy_is_the_authors_formula():
-    method = DeLoRA(r=4, lam=2.0, start="copy")
-    p = tensors(method)
-    check(method.update(None, p | measure(method, W)).merge(W), slow.authors_delora(W, p), p)
+    check(DeLoRA(r=4, lam=2.0, start="copy"), slow.authors_delora)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_dora_rescales_the_rows_of_lora(fixed):
+    check(DoRA(r=4, alpha=3.0, fixed_magnitude=fixed), lambda W, p: slow.dora(W, p, 3.0 / 4.0))
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_ether_multiplies_by_reflections(blocks):
+    check(ETHER(blocks), lambda W, p: W @ slow.ether_matrix(p["u"]))
+    check(ETHER(blocks, side="output"), lambda W, p: slow.ether_matrix(p["u"]) @ W)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_ether_plus_multiplies_from_one_or_both_sides(blocks):
+    def both(W, p):
+        return slow.ether_matrix(p["u_out"], p["v_out"]) @ W @ slow.ether_matrix(p["u"], p["v"])
+
+    check(EtherPlus(blocks), both)
+    check(EtherPlus(blocks, two_sided=False), lambda W, p: W @ slow.ether_matrix(p["u"], p["v"]))
+    check(EtherPlus(blocks, two_sided=False, side="output"), lambda W, p: slow.ether_matrix(p["u"], p["v"]) @ W)
+
+
+@pytest.mark.parametrize("r", [2, 4])
+def test_the_rungs_between_ether_plus_and_delora(r):
+    check(Reflections(r), slow.reflections)
+    check(Reflections(r, relaxed=True), slow.relaxed)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("radius", [None, 0.5, 1e9])
+def test_oft_is_cayleys_transform(blocks, radius):
+    check(OFT(blocks, radius), lambda W, p: slow.oft(W, p["Q"], IN // blocks, radius))
+
+
+def test_ia3_scales_the_input():
+    check(IA3(side="input"), lambda W, p: torch.stack([W[:, j] * p["l"][j] for j in range(IN)], dim=1))
+
+
+SHIFTS = {
+    BitFit(): lambda y, p: torch.stack([y[i] + p["d"][i] for i in range(OUT)]),
+    IA3(): lambda y, p: torch.stack([y[i] * p["l"][i] for i in range(OUT)]),
+    RED(): lambda y, p: torch.stack([p["l"][i] * y[i] + p["d"][i] for i in range(OUT)]),
+}
+
+
+@pytest.mark.parametrize("method", SHIFTS, ids=str)
+def test_scales_and_shifts_of_the_output(method):
+    made, x, expected = check_output(method, SHIFTS[method])
+    torch.testing.assert_close(made.plain()(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_loreft_replaces_what_lies_in_the_span_of_the_rows():
+    check_output(LoReFT(r=3), slow.loreft)
+
+
+def test_the_bottleneck_adapter():
+    check_output(Bottleneck(size=3), slow.bottleneck)
+
+
+def test_every_method_has_its_equation_here():
+    here = {name for name, value in globals().items() if isinstance(value, type)}
+    assert {method.__name__ for method in METHODS.values()} - here == {"Full"}  # which has no equation
