@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from peft import DeloraConfig, LoraConfig, get_peft_model
+from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, get_peft_model
 
 import delora
-from delora import DeLoRA, LoRA
+from delora import IA3, OFT, DeLoRA, DoRA, LoRA
 from tests.cases import Net, ids, shake
 
 
@@ -58,3 +58,59 @@ def test_the_parity_tests_can_tell():
     theirs, ours = pair(LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False), LoRA(4))
     x = ids()
     assert not torch.allclose(shake(ours)(x), theirs(x), rtol=1e-3)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_dora_is_pefts_dora(rslora):
+    config = LoraConfig(r=4, lora_alpha=6, use_rslora=rslora, use_dora=True, target_modules=["q", "v"], init_lora_weights=False)
+    theirs, ours = pair(config, DoRA(4, 6.0, rslora=rslora))
+    parameters = []
+    for name in ("q", "v"):
+        layer, adapter = theirs.base_model.model.get_submodule(name), ours.get_submodule(name).adapter
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        magnitude.data.mul_(torch.rand_like(magnitude) + 0.5)
+        both = (
+            (adapter.A, layer.lora_A["default"].weight),
+            (adapter.B, layer.lora_B["default"].weight),
+            (adapter.m, magnitude),
+        )
+        for own, their in both:
+            own.data.copy_(their.data)
+        parameters += both
+    x = ids()
+    torch.testing.assert_close(ours(x), theirs(x))
+    theirs(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    for own, their in parameters:
+        torch.testing.assert_close(own.grad, their.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_dora_starts_at_pefts_magnitudes():
+    theirs, ours = pair(LoraConfig(r=4, use_dora=True, target_modules=["q", "v"]), DoRA(4))
+    for name in ("q", "v"):
+        magnitude = theirs.base_model.model.get_submodule(name).lora_magnitude_vector["default"].weight
+        torch.testing.assert_close(ours.get_submodule(name).adapter.m, magnitude)
+
+
+@pytest.mark.parametrize("side", ["output", "input"])
+def test_ia3_is_pefts_ia3(side):
+    config = IA3Config(target_modules=["q", "v"], feedforward_modules=["q", "v"] if side == "input" else [])
+    theirs, ours = pair(config, IA3(side=side))
+    for name in ("q", "v"):
+        scale = theirs.base_model.model.get_submodule(name).ia3_l["default"]
+        scale.data.mul_(torch.rand_like(scale) + 0.5)
+        ours.get_submodule(name).adapter.l.data.copy_(scale.data.flatten())
+    x = ids()
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_oft_is_pefts_oft_with_the_exact_cayley_transform(blocks):
+    config = OFTConfig(r=blocks, oft_block_size=0, use_cayley_neumann=False, target_modules=["q", "v"], init_weights=False)
+    theirs, ours = pair(config, OFT(blocks))
+    for name in ("q", "v"):
+        theirs_q = theirs.base_model.model.get_submodule(name).oft_R["default"].weight
+        theirs_q.data.normal_()
+        ours.get_submodule(name).adapter.Q.data.copy_(theirs_q.data)
+    x = ids()
+    torch.testing.assert_close(ours(x), theirs(x))
