@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 import delora
 from delora import ETHER, IA3, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
+from examples.own_layer import HeadwiseLinear
+from examples.own_method import VeRA
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ LAYERS = {
     "Conv2d": Layer(lambda: nn.Conv2d(3, 10, 2, stride=2, padding=1), lambda: torch.randn(3, 3, 6, 6)),
     "Conv2d, reflect": Layer(lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6)),
     "Conv3d": Layer(lambda: nn.Conv3d(2, 10, 2, dilation=2), lambda: torch.randn(2, 2, 4, 4, 4)),
+    "own layer": Layer(lambda: HeadwiseLinear(12, 2, 5), lambda: torch.randn(3, 5, 12)),
     "Embedding": Layer(lambda: nn.Embedding(16, 10, padding_idx=0), lambda: torch.randint(0, 16, (3, 5))),
 }
 
@@ -76,6 +79,7 @@ METHODS = {
     "RED": RED(),
     "LoReFT": LoReFT(r=2),
     "Bottleneck": Bottleneck(size=3),
+    "own method": VeRA(r=4),
     "Bottleneck zero": Bottleneck(size=3, start="zero", activation="relu"),
 }
 

@@ -29,6 +29,7 @@ from delora import (
 )
 from delora.diagnostics import inspect
 from delora.layer import attach
+from examples.own_method import VeRA
 from tests.cases import METHODS as CASES
 from tests.cases import Holder, Net, ids, shake
 from tests.oracles import slow
@@ -310,7 +311,7 @@ def test_an_output_that_is_not_what_the_last_parameter_says(method):
 # ---------------------------------------------------------------- export
 
 
-LOW_RANK = [name for name, m in CASES.items() if isinstance(m, (LoRA, DeLoRA, ETHER, EtherPlus, Reflections))]
+LOW_RANK = [name for name, m in CASES.items() if isinstance(m, (LoRA, DeLoRA, ETHER, EtherPlus, Reflections, VeRA))]
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
@@ -403,7 +404,7 @@ def test_a_method_that_does_not_fit_a_layer_is_refused_before_anything_changes(m
 
 
 def test_the_cases_hold_every_method():
-    assert {type(method) for method in CASES.values()} | {Full} == set(METHODS.values())
+    assert {type(method) for method in CASES.values()} | {Full} == {*METHODS.values(), VeRA}
 
 
 def test_the_report_says_what_it_cannot_measure():

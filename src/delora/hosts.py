@@ -181,8 +181,10 @@ class Linear(MatrixHost):
         return F.linear(F.dropout(x, dropout) if dropout else x, down)
 
     def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
+        if y.dim() == 1 or y.dtype != h.dtype:  # under autocast, a layer may put out another dtype than a product
+            return y + F.linear(h, up).to(y.dtype)
         # One fused kernel and no [tokens, out] temporary for up h.
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y) if y.dim() > 1 else y + F.linear(h, up)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
 
 
 class Conv1D(Linear):

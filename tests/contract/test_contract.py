@@ -13,7 +13,19 @@ from delora.methods.base import has_dropout, starts_at_base
 from delora.updates import wide
 from tests.cases import DTYPES, LAYERS, METHODS, adapted, change, shake
 
-EXACT = ("LoRA", "rsLoRA", "DeLoRA soft", "DeLoRA zero", "DoRA", "DoRA fixed magnitude", "IA3", "IA3 input", "BitFit", "RED")
+EXACT = (
+    "LoRA",
+    "rsLoRA",
+    "DeLoRA soft",
+    "DeLoRA zero",
+    "DoRA",
+    "DoRA fixed magnitude",
+    "IA3",
+    "IA3 input",
+    "BitFit",
+    "RED",
+    "own method",
+)
 
 
 UNMERGEABLE = "it edits what the layer puts out, as no weight of the layer could"
@@ -177,7 +189,7 @@ def test_a_file_brings_the_adapter_back_bit_for_bit(layer, method, dtype, tmp_pa
     delora.save(model, tmp_path)
     fresh = layer.model(dtype).eval()
     fresh.layer.load_state_dict(base)
-    delora.load(fresh, tmp_path)
+    delora.load(fresh, tmp_path, methods=[type(method)])
     x = layer.x(dtype)
     assert torch.equal(fresh(x), model(x))
     assert fresh.layer.adapter.method == method
