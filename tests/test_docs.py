@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
+from delora import METHODS
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -40,6 +42,25 @@ def test_the_snippets_of_the_docs_run(names):
     for file in sorted((ROOT / "docs").glob("*.md")):
         for code in snippets(file):
             exec(code, names)
+
+
+def test_the_page_of_the_methods_is_made_from_what_the_methods_say():
+    """Run python -m docs.generate after a change of a docstring or a count."""
+    from docs import generate
+
+    text = generate.FILE.read_text("utf-8")
+    assert text == generate.page()
+    for method in METHODS.values():
+        equation = (method.__doc__ or "").split("    ")[0].strip()
+        assert f"\n## {method.__name__}\n\n    {equation}" in text
+
+
+def test_every_test_that_the_page_of_fidelity_names_exists():
+    text = (ROOT / "docs" / "fidelity.md").read_text("utf-8")
+    named = re.findall(r"`(test_\w+)`", text)
+    code = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    assert not [name for name in named if f"def {name}(" not in code]
 
 
 def test_the_readme_names_every_file():

@@ -206,7 +206,7 @@ BAD = [
     (
         dict(targets=["act"]),
         TypeError,
-        "act: cannot adapt a ReLU: known layers are Conv1D, Conv1d, Conv2d, Conv3d, Embedding, Linear",
+        "act: cannot adapt a ReLU: known layers are Conv1D, Conv1d, Conv2d, Conv3d, Embedding, .*Linear",
     ),
     (dict(targets=["query"], dropout=-0.1), ValueError, "dropout = -0.1: must be a probability"),
     (dict(targets=["query"], dropout=1.0), ValueError, "dropout = 1.0: must be"),

@@ -14,7 +14,7 @@ from delora.updates import NearIdentity, TwoSided
 
 @dataclass(frozen=True)
 class ETHER:
-    """W' = W H,  H = blockdiag(I - 2 u_i u_i^T / |u_i|^2)          Bini et al. 2024, arXiv:2405.20271, Eq. 1
+    """W' = W H,  H = blockdiag(I - 2 u_i u_i^T / |u_i|^2)          Bini et al. 2024, arXiv:2405.20271
 
     ``u [blocks, in / blocks]`` starts at Kaiming's uniform. H is a reflection from the first step on, never the identity:
     training does not start at the base model.

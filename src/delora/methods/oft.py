@@ -11,7 +11,7 @@ from delora.updates import BlockDiagonal, TwoSided
 
 @dataclass(frozen=True)
 class OFT:
-    """W' = W R^T,  R = blockdiag((I - Q_i) (I + Q_i)^-1),  Q_i^T = -Q_i      Qiu et al. 2023, arXiv:2306.07280, Sec. 4
+    """W' = W R^T,  R = blockdiag((I - Q_i) (I + Q_i)^-1),  Q_i^T = -Q_i      Qiu et al. 2023, arXiv:2306.07280
 
     Orthogonal finetuning by Cayley's transform. Of each skew-symmetric Q_i [s, s], s = in / blocks, the entries above the
     diagonal are kept, ``Q [blocks, s (s - 1) / 2]``; they start at zero, where R = I.

@@ -9,7 +9,7 @@ from delora.updates import Affine
 
 @dataclass(frozen=True)
 class RED:
-    """y' = l * y + d                                               Wu et al. 2024, arXiv:2402.15179, Eq. 4
+    """y' = l * y + d                                               Wu et al. 2024, arXiv:2402.15179
 
     Representation editing: ``l [out]`` starts at one, ``d [out]`` at zero. The target is the feed-forward block's last
     linear layer (before residual and norm), the norm, or the module that holds both; the first two can be merged.
