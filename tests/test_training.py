@@ -28,7 +28,7 @@ from delora.training.config import ConfigError, Experiment, parse
 from delora.training.models import ModelError, classifier
 from delora.training.runs import Result, RunError, claim, discard, exclusive, shown
 from delora.training.trainer import last_checkpoint, metrics
-from tests import tiny
+from tests import test_cli, tiny
 
 QUIET = Console(quiet=True)
 
@@ -258,6 +258,28 @@ def test_a_killed_process_goes_on_to_the_same_numbers(sources, tmp_path, epoch):
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     predictions = [tmp_path / name / "variants" / "tiny" / "predictions.json" for name in ("killed", "whole")]
     assert predictions[0].read_text() == predictions[1].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "fields", "targets", "forms"),
+    [
+        ("etherplus", {"blocks": 2}, ["query", "value"], {"adapter", "peft", "merged"}),
+        ("red", {}, ["output.dense"], {"adapter", "merged"}),
+        ("bottleneck", {"size": 4}, ["output.dense"], {"adapter"}),
+    ],
+)
+def test_what_can_be_delivered_depends_on_the_method(sources, tmp_path, method, fields, targets, forms):
+    adapter = {"method": method, "targets": targets, "also_train": ["classifier"], **fields}
+    summary = train(sources, tmp_path / "out", adapter=adapter)
+    assert summary.agreement == dict.fromkeys(forms, 64)
+    assert forms == {folder.name for folder in (tmp_path / "out").iterdir() if folder.is_dir()} - {"variants"}
+    model, _ = sources
+    for command in ("merge", "export"):
+        code, _, err = test_cli.run(command, tmp_path / "out" / "adapter", "--model", model, "--out", tmp_path / command)
+        allowed = {"merge": "merged", "export": "peft"}[command] in forms
+        assert (code == 0) == allowed == (tmp_path / command).exists(), err
+        assert allowed or "cannot merge" in err or "is not a low-rank change" in err
 
 
 # ---------------------------------------------------------------- folders
