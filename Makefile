@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test check format bench docs clean
+.PHONY: demo test check format bench bench-full docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,7 +26,10 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.run
+
+bench-full: .venv/ready
+	$(BIN)/python -m benchmarks.run --full
 
 docs: .venv/ready
 	$(BIN)/pdoc delora -o site

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delora.lowrank import add_low_rank, suits
 from delora.updates import Update, wide
 
 
@@ -118,8 +119,10 @@ def shallow(module: nn.Module) -> nn.Module:
 
 def _put(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
     """Set a new parameter in the dtype, and the memory layout where the shape is the same, of an old one."""
-    new = torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)
-    setattr(module, name, nn.Parameter(new.copy_(value), requires_grad=like.requires_grad))
+    fresh = not value.requires_grad and value._base is None  # nobody else's
+    if not (fresh and value.dtype == like.dtype and value.shape == like.shape and value.stride() == like.stride()):
+        value = (torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)).copy_(value)
+    setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
 
 
 class Norm(Host):
@@ -160,6 +163,10 @@ class MatrixHost(Host):
         """``y + up h``: the k features of `project` mapped by ``up [out, k]`` onto the layer's output y."""
         raise NotImplementedError
 
+    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+        """``y + up down x``; y is the layer's own output and may be overwritten."""
+        return self.add(y, self.project(x, down, dropout), up)
+
     def run(self, x: Tensor, W: Tensor) -> Tensor:
         """The layer's output with W in the place of its own matrix."""
         weight = self.as_weight(W).to(self.matrix().dtype)
@@ -176,6 +183,12 @@ class Linear(MatrixHost):
 
     def as_weight(self, W: Tensor) -> Tensor:
         return W
+
+    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+        if not suits(y, x):
+            return super().branch(y, x, down, up, dropout)
+        seen = bool(self.layer._forward_hooks)  # somebody may have kept the layer's own output
+        return add_low_rank(y.clone() if seen else y, x, down, up, dropout)
 
     def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
         return F.linear(F.dropout(x, dropout) if dropout else x, down)

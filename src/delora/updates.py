@@ -69,8 +69,7 @@ class LowRank(Update):
         """y + up down x, for an output y of the layer."""
         # Token ids have no dtype to follow: there the layer's output tells.
         dtype = x.dtype if x.is_floating_point() else y.dtype
-        h = host.project(x, self.down.to(dtype), dropout)
-        return host.add(y, h, self.up.to(dtype))
+        return host.branch(y, x, self.down.to(dtype), self.up.to(dtype), dropout)
 
     def scaled(self, strength: float) -> LowRank:
         return LowRank(self.up, self.down * strength)

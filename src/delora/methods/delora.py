@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from delora.lowrank import traced
 from delora.methods.base import TINY, kaiming, require_flags, require_positive, require_rank
 from delora.updates import LowRank
 
@@ -81,25 +82,21 @@ class DeLoRA:
                 return {"c": W.new_ones(1)}
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> LowRank:
-        up, down = p["B"], self._fold(p["lam"], p["A"], p["B"])
+        columns = p["c"] if self.norm != "rows" else None
+        up, down = p["B"], self._fold(p["lam"], p["A"], p["B"], columns)
         if self.start in ("subtract", "copy"):
             lam0 = p["lam0"] if self.start == "subtract" else p["lam"]
             up = torch.cat([up, p["B0"]], dim=1)  # [out, 2r]
-            down = torch.cat([down, -self._fold(lam0, p["A0"], p["B0"])])  # [2r, in]
-        if self.norm == "rows":
-            return LowRank(p["c"][:, None] * up, down)
-        return LowRank(up, down * p["c"])
+            down = torch.cat([down, -self._fold(lam0, p["A0"], p["B0"], columns)])  # [2r, in]
+        return LowRank(up if columns is not None else p["c"][:, None] * up, down)
 
-    def _fold(self, lam: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """(lam / r) Xi A, shape [r, in]: all that scales goes into the small factor, so that the layer runs like LoRA."""
+    def _fold(self, lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
+        """(lam / r) Xi A diag(c), shape [r, in]: all that scales goes into the small factor, so the layer runs like LoRA."""
         shortest = PEFT_CLAMP if self.start == "zero" else TINY
-        a = torch.linalg.vector_norm(A, dim=1).clamp_min(shortest)  # [r]
-        if self.start == "soft":
-            b = (B.square().sum(dim=0) + self.softness**2 * B.shape[0]).sqrt()  # [r]
-        else:
-            b = torch.linalg.vector_norm(B, dim=0).clamp_min(shortest)  # [r]
-        # Two divisions: the product |a| |b| would overflow long before either does.
-        return A * (lam / self.r / a / b)[:, None]
+        slack = self.softness**2 * len(B) if self.start == "soft" else 0.0
+        if traced():
+            return folded(lam, A, B, c, shortest, slack)[0]
+        return _Fold.apply(lam, A, B, c, shortest, slack)
 
     def bound(self, p: dict[str, Tensor]) -> Tensor:
         """An upper bound [1] of |W' - W|_F that holds for any values of A and B.
@@ -109,3 +106,40 @@ class DeLoRA:
         lam = p["lam"].abs()
         lam = lam + {"subtract": p.get("lam0", lam), "copy": lam}.get(self.start, torch.zeros_like(lam))
         return lam * p["c"].max()
+
+
+def folded(
+    lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None, shortest: float, slack: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """lam / r / (|a_i| sqrt(|b_i|^2 + slack)) a_i * c, shape [r, in]; that factor without lam [r]; both lengths [r]."""
+    a = torch.linalg.vector_norm(A, dim=1).clamp_min(shortest)
+    b = torch.linalg.vector_norm(B, dim=0)
+    b = (b.square() + slack).sqrt() if slack else b.clamp_min(shortest)
+    # Two divisions: the product |a| |b| would overflow long before either does.
+    scale = 1 / len(A) / a / b
+    down = A * (lam * scale)[:, None]
+    return (down if c is None else down * c), scale, a, b
+
+
+class _Fold(torch.autograd.Function):
+    """`folded` with its gradient in closed form: a third of the operations that autograd would record."""
+
+    @staticmethod
+    def forward(ctx: Any, lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None, shortest: float, slack: float) -> Tensor:
+        down, scale, a, b = folded(lam, A, B, c, shortest, slack)
+        ctx.save_for_backward(lam, A, B, c, scale, a, b)
+        ctx.shortest, ctx.soft = shortest, slack > 0
+        return down
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        lam, A, B, c, scale, a, b = ctx.saved_tensors
+        grad = grad if c is None else grad * c
+        along = (grad * A).sum(dim=1) * scale  # [r], how a term's strength changes the loss
+        pull = lam * along
+        # A vector that counts as longer than it is has no length to change.
+        pull_a = torch.where(a > ctx.shortest, pull / a / a, 0)
+        pull_b = pull / b / b if ctx.soft else torch.where(b > ctx.shortest, pull / b / b, 0)
+        grad_A = torch.addcmul(-(pull_a[:, None] * A), (lam * scale)[:, None], grad)
+        return along.sum().reshape(1), grad_A, -pull_b * B, None, None, None

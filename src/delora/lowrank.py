@@ -1,0 +1,68 @@
+"""The low-rank branch of a linear layer, with a backward written by hand: it keeps as little in memory as can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def traced() -> bool:
+    """Do a compiler or `torch.func` look on, who want the plain operations?"""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def suits(y: Tensor, x: Tensor) -> bool:
+    """Can `add_low_rank` take these? Autocast, too, has its own idea of every product's dtype."""
+    special = traced() or torch.is_autocast_enabled(x.device.type)
+    return not special and y.dtype == x.dtype and y.dim() > 1 and y.is_contiguous() and not (y.is_leaf and y.requires_grad)
+
+
+def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+    """``y + up down drop(x)`` for x [..., in], down [k, in], up [out, k] and y [..., out], which is overwritten.
+
+    Kept for backward: x itself, which layers that read the same x share, and the k features of every token; of dropout only
+    a seed, from which the dropped entries are drawn again. Differentiable once.
+    """
+    seed = int(torch.randint(2**62, ()).item()) if dropout else 0  # of the CPU's generator: no wait for a device
+    return _AddLowRank.apply(y, x, down, up, dropout, seed)
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float, seed: int) -> Tensor:
+        h = drop(x, dropout, seed).flatten(0, -2) @ down.T  # [tokens, k]
+        y.view(-1, y.shape[-1]).addmm_(h, up.T)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, down, up, h)
+        ctx.dropout, ctx.seed = dropout, seed
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, h = ctx.saved_tensors
+        _, needs_x, needs_down, needs_up, *_ = ctx.needs_input_grad
+        tokens = grad.flatten(0, -2)
+        inner = tokens @ up  # [tokens, k]
+        grad_up = tokens.T @ h if needs_up else None
+        grad_down = inner.T @ drop(x, ctx.dropout, ctx.seed).flatten(0, -2) if needs_down else None
+        grad_x = drop((inner @ down).view_as(x), ctx.dropout, ctx.seed) if needs_x else None
+        return grad, grad_x, grad_down, grad_up, None, None
+
+
+def drop(x: Tensor, probability: float, seed: int) -> Tensor:
+    """x with the entries that a seed tells set to zero, the others scaled up so that the mean stays.
+
+    An entry is dropped by 16 random bits, a quarter of what the library's own generator takes for one: the probability is
+    met to within 2^-17.
+    """
+    if not probability:
+        return x
+    generator = torch.Generator(x.device).manual_seed(seed)
+    words = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()].view(x.shape)
+    dropped = min(round(probability * 2**16), 2**16 - 1)
+    kept = bits >= dropped - 2**15
+    return torch.where(kept, x, 0).mul_(2**16 / (2**16 - dropped))
