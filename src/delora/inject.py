@@ -94,13 +94,18 @@ def _select(patterns: Patterns, names: Sequence[str], what: str) -> set[str]:
             )
         return found
     found = set()
+    ends: dict[str, set[str]] = {}  # every name under each of its suffixes: a.b.c under a.b.c, b.c and c
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            ends.setdefault(".".join(parts[start:]), set()).add(name)
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(f"{what} must be a regular expression or a list of names, got {pattern!r} in it")
-        hits = {name for name in names if name == pattern or name.endswith("." + pattern)}
+        hits = ends.get(pattern, set())
         if not hits:
-            parts = pattern.count(".") + 1
-            suffixes = sorted({".".join(name.split(".")[-parts:]) for name in names})
+            depth = pattern.count(".") + 1
+            suffixes = sorted({".".join(name.split(".")[-depth:]) for name in names})
             close = difflib.get_close_matches(pattern, suffixes, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"names end with {', '.join(suffixes[:20])}"
             raise ValueError(f"no module ends with {pattern!r} ({what}); {hint}")

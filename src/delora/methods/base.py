@@ -74,6 +74,8 @@ def fields_of(method: Any) -> dict[str, Any]:
 
 def checked_replace(method: Any, changes: dict[str, Any], where: str) -> Any:
     """``method`` with some fields changed; an unknown field or a bad value is an error that says where."""
+    if not changes:
+        return method
     known = fields_of(method)
     for field in changes:
         if field not in known:
