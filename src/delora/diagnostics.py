@@ -73,6 +73,8 @@ def distances(model: nn.Module, name: str | None = None) -> dict[str, float]:
 class LayerReport:
     """One layer's change. Norms are Frobenius norms but for ``spectral``. None: there is no such number.
 
+    A change that is not low-rank was measured on the whole matrices: then ``spectral`` and ``effective_rank`` are None.
+
     ``effective_rank`` is exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
     ``bound`` is what the method guarantees of ``distance``, ``bound_used`` their ratio.
     """
