@@ -188,9 +188,36 @@ On the real shapes, heads not counted; every figure is a test. The model is buil
 """
 
 
+# What `delora train recipes/methods.toml` gave: to be replaced by hand when it is run again.
+MEASURED = """## On real sentences
+
+`delora train recipes/methods.toml`: a pretrained encoder (MiniLM, 6 layers), 2,000 sentences rated by people, two epochs, one CPU
+core. Of three rates, a factor of three apart, the best by validation; the accuracy on 1,500 test sentences and its standard error.
+One seed: what is closer than two standard errors is not told apart.
+
+| | rate | test [%] | validation [%] | trainable, with the head | \\|dW\\|/\\|W\\| |
+|---|---|---|---|---|---|
+| DeLoRA | 1e-2 | 80.9 ± 1.0 | 84.3 | 222,350 | 0.25 |
+| LoRA | 3e-3 | 81.7 ± 1.0 | 81.9 | 222,338 | 0.12 |
+| DoRA | 3e-3 | 81.5 ± 1.0 | 82.0 | 226,946 | 0.12 |
+| ETHER | 1e-2 | 80.4 ± 1.0 | 80.9 | 153,218 | 0.23 |
+| ETHER+ | 1e-2 | 80.9 ± 1.0 | 82.4 | 167,042 | 0.22 |
+| E2 | 1e-2 | 81.5 ± 1.0 | 81.8 | 185,486 | 0.08 |
+| E3 | 3e-2 | 81.8 ± 1.0 | 82.4 | 222,350 | 0.12 |
+| OFT | 1e-3 | 83.2 ± 1.0 | 82.2 | 367,490 | 0.18 |
+| (IA)^3 | 3e-2 | 79.1 ± 1.1 | 82.1 | 162,434 | 0.23 |
+| BitFit | 3e-3 | 77.7 ± 1.1 | 79.7 | 173,954 | 0.02 |
+| RED | 1e-2 | 77.3 ± 1.1 | 77.9 | 153,218 | 0.12 |
+| Full finetuning | 1e-4 | 83.6 ± 1.0 | 84.2 | 22,713,986 | – |
+
+The paper's rates are for longer runs: in these 126 steps (IA)^3, RED and OFT want three to twenty times theirs. For E3,
+(IA)^3 and RED the highest rate tried was the best: a higher one may be better still.
+"""
+
+
 def page() -> str:
     links = ", ".join(f"[{method.__name__}](#{method.__name__.lower()})" for method in METHODS.values())
-    return "\n".join([HEAD, links + ".\n", *(section(name) for name in METHODS), rungs(), counts()]).rstrip() + "\n"
+    return "\n".join([HEAD, links + ".\n", *(section(name) for name in METHODS), rungs(), MEASURED, counts()]).rstrip() + "\n"
 
 
 if __name__ == "__main__":
