@@ -188,10 +188,10 @@ def output(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
     return y if isinstance(y, Tensor) else y.last_hidden_state
 
 
-def step(model: nn.Module, x: dict[str, Tensor]) -> Callable[[], None]:
+def step(model: nn.Module, x: dict[str, Tensor], fused: bool = False) -> Callable[[], None]:
     """Forward, backward, AdamW. The input asks for a gradient, as a block's does inside a larger model."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=fused) if trained else None
     x = {key: t.clone().requires_grad_() for key, t in x.items()}
 
     def run() -> None:

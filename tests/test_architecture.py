@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "delora"
 LEVELS = [
-    {"updates", "lowrank"},
+    {"updates", "lowrank", "together"},
     {"methods", "hosts", "quantized"},
     {"layer"},
     {"inject"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 
 import delora
 from delora import DeLoRA, LoRA
-from delora.lowrank import _AddLowRank, add_low_rank, drop
+from delora.lowrank import _AddLowRank, _Linear, add_low_rank, drop
 from tests.cases import Holder, shake
 from tests.test_modes import Attention, saved_tensors
 
@@ -26,6 +28,18 @@ def test_the_gradient_is_that_of_the_value(shape, dropout):
         return _AddLowRank.apply(y.clone(), x, down, up, dropout, 11)
 
     assert torch.autograd.gradcheck(branch, tensors(*shape))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("shape", [(7,), (2, 3)])
+def test_the_gradient_with_the_layer_is_that_of_the_value(shape, dropout):
+    W, b = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
+
+    def layer(x, down, up):
+        return _Linear.apply(x, W, b, down, up, dropout, 11)
+
+    _, *rest = tensors(*shape)
+    assert torch.autograd.gradcheck(layer, tuple(rest))
 
 
 def test_without_dropout_it_is_the_plain_sum():
@@ -73,6 +87,46 @@ def test_a_hook_that_kept_the_layers_own_output_keeps_it_as_it_was():
     x = torch.randn(3, 6)
     model(x)
     assert torch.equal(seen[0], nn.functional.linear(x, model.layer.base.weight, model.layer.base.bias))
+
+
+def doubled(module, x):
+    return 2 * nn.Linear.forward(module, x)
+
+
+OWN_WAYS = {
+    "forward hook": lambda base: base.register_forward_hook(lambda module, args, out: 2 * out),
+    "forward pre-hook": lambda base: base.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "forward of its own": lambda base: setattr(base, "forward", partial(doubled, base)),
+}
+
+
+@pytest.mark.parametrize("way", OWN_WAYS.values(), ids=list(OWN_WAYS))
+def test_what_somebody_put_around_the_layer_is_run(way):
+    """Accelerate's offloading and DeepSpeed's gathering work this way."""
+    model = shake(delora.inject(Holder(nn.Linear(6, 5, bias=False)), LoRA(r=2), ["layer"]))
+    x = torch.randn(3, 6)
+    plain, base = model(x), model.layer.base(x)
+    way(model.layer.base)
+    torch.testing.assert_close(model(x), plain + base)
+
+
+@pytest.mark.parametrize("hook", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_layer_are_run(hook):
+    model = shake(delora.inject(Holder(nn.Linear(6, 5)), LoRA(r=2), ["layer"]))
+    seen = []
+    getattr(model.layer.base, hook)(lambda *args: seen.append(len(args)))
+    model(torch.randn(3, 6, requires_grad=True)).sum().backward()
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_base_that_trains_has_its_gradient(name):
+    model = shake(delora.inject(Holder(nn.Linear(6, 5)), LoRA(r=2), ["layer"]))
+    parameter = model.layer.base.get_parameter(name).requires_grad_()
+    x = torch.randn(3, 6)
+    model(x).sum().backward()
+    expected = x.sum(0).expand(5, 6) if name == "weight" else torch.full((5,), 3.0)
+    torch.testing.assert_close(parameter.grad, expected)
 
 
 def test_gradients_of_every_sample_by_torch_func():

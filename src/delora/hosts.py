@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.lowrank import add_low_rank, suits
+from delora.lowrank import add_low_rank, fits, linear, suits
 from delora.updates import Update, wide
 
 
@@ -125,6 +125,13 @@ def _put(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
     setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
 
 
+def is_bare(layer: nn.Module) -> bool:
+    """Is calling the layer no more than its type's forward? Hooks and a forward of its own (Accelerate's) have to be run."""
+    d = layer.__dict__
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return "forward" not in d and not any(d[name] for name in hooks)
+
+
 class Norm(Host):
     """``nn.LayerNorm``, whose scale and shift of every channel are a weight [channels, 1] and a bias."""
 
@@ -167,6 +174,10 @@ class MatrixHost(Host):
         """``y + up down x``; y is the layer's own output and may be overwritten."""
         return self.add(y, self.project(x, down, dropout), up)
 
+    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+        """The layer's output plus ``up down x``."""
+        return self.branch(self.layer(x), x, down, up, dropout)
+
     def run(self, x: Tensor, W: Tensor) -> Tensor:
         """The layer's output with W in the place of its own matrix."""
         weight = self.as_weight(W).to(self.matrix().dtype)
@@ -187,8 +198,14 @@ class Linear(MatrixHost):
     def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
         if not suits(y, x):
             return super().branch(y, x, down, up, dropout)
-        seen = bool(self.layer._forward_hooks)  # somebody may have kept the layer's own output
-        return add_low_rank(y.clone() if seen else y, x, down, up, dropout)
+        # A hook may have kept the layer's own output.
+        return add_low_rank(y if is_bare(self.layer) else y.clone(), x, down, up, dropout)
+
+    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+        layer = self.layer
+        if type(self) is Linear and is_bare(layer) and fits(x, layer.weight, layer.bias):
+            return linear(x, layer.weight, layer.bias, down, up, dropout)
+        return super().with_branch(x, down, up, dropout)
 
     def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
         return F.linear(F.dropout(x, dropout) if dropout else x, down)

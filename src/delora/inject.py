@@ -16,6 +16,7 @@ from delora.hosts import host_type
 from delora.layer import Adapted, Adapter, Copy, attach
 from delora.methods.base import Method, checked_replace, edits_output, has_dropout, is_number
 from delora.methods.full import Full
+from delora.together import unwatch, watch
 
 Patterns = str | Sequence[str]
 
@@ -282,6 +283,7 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str) ->
             module.adapters[name] = built[layer].train(module.training)
     model.requires_grad_(False)
     activate(model, name)
+    watch(model, adapted_layers(model).values())
 
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
@@ -322,7 +324,11 @@ def put_back(model: nn.Module, plain: Mapping[Adapted, nn.Module]) -> None:
     for layer, module in plain.items():
         module.train(layer.training)
     swap(root, plain)
-    if not adapted_layers(root):
+    for owner in root.modules():
+        unwatch(owner)
+    if left := adapted_layers(root):
+        watch(root, left.values())
+    else:
         for owner in root.modules():
             frozen = set(owner.__dict__.pop("_delora_frozen", ()))
             for key, parameter in owner.named_parameters():

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from delora.hosts import Host, any_host, host
+from delora.lowrank import traced
 from delora.methods.base import Method, edits_output, measure, reads_weight
 from delora.methods.full import Full
+from delora.together import built
 from delora.updates import LowRank, Update, wide
 
 
@@ -69,16 +71,18 @@ class Adapter(nn.Module):
 
     def update(self) -> Update:
         """What the method says about W, built in float32 (or wider) whatever autocast says, at the present strength."""
+        update = (None if traced() else built(self)) or self._own_update()
+        return update if self.strength == 1 else update.scaled(self.strength)
+
+    def _own_update(self) -> Update:
         p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
         # In its own dtype: an update reads a few products of W, which need no copy of it in float32.
         W = self.host.matrix().detach() if reads_weight(self.method) else None
         device = next(iter(p.values())).device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                update = self.method.update(W, p)
-        else:
-            update = self.method.update(W, p)
-        return update if self.strength == 1 else update.scaled(self.strength)
+                return self.method.update(W, p)
+        return self.method.update(W, p)
 
     @torch.no_grad()
     def low_rank(self) -> LowRank | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -19,6 +20,14 @@ def suits(y: Tensor, x: Tensor) -> bool:
     return not special and y.dtype == x.dtype and y.dim() > 1 and y.is_contiguous() and not (y.is_leaf and y.requires_grad)
 
 
+def fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Can `linear` take these? W and b must be frozen and plain: a quantised or sharded tensor has products of its own."""
+    special = traced() or torch.is_autocast_enabled(x.device.type)
+    weights = (W,) if b is None else (W, b)
+    plain = all(type(t) in (Tensor, torch.nn.Parameter) and not t.requires_grad and t.dtype == x.dtype for t in weights)
+    return not special and plain and x.dim() > 1
+
+
 def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
     """``y + up down drop(x)`` for x [..., in], down [k, in], up [out, k] and y [..., out], which is overwritten.
 
@@ -29,11 +38,16 @@ def add_low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float)
     return _AddLowRank.apply(y, x, down, up, dropout, seed)
 
 
+def linear(x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+    """``W x + b + up down drop(x)`` for a frozen W [out, in]: `add_low_rank` that adds in place on the way back, too."""
+    seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+    return _Linear.apply(x, W, b, down, up, dropout, seed)
+
+
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float, seed: int) -> Tensor:
-        h = drop(x, dropout, seed).flatten(0, -2) @ down.T  # [tokens, k]
-        y.view(-1, y.shape[-1]).addmm_(h, up.T)
+        h = _add(y, x, down, up, dropout, seed)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, down, up, h)
         ctx.dropout, ctx.seed = dropout, seed
@@ -43,13 +57,52 @@ class _AddLowRank(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, down, up, h = ctx.saved_tensors
-        _, needs_x, needs_down, needs_up, *_ = ctx.needs_input_grad
-        tokens = grad.flatten(0, -2)
-        inner = tokens @ up  # [tokens, k]
-        grad_up = tokens.T @ h if needs_up else None
-        grad_down = inner.T @ drop(x, ctx.dropout, ctx.seed).flatten(0, -2) if needs_down else None
+        _, needs_x, *needs, _, _ = ctx.needs_input_grad
+        inner, grad_down, grad_up = _factors(grad, x, up, h, needs, ctx.dropout, ctx.seed)
         grad_x = drop((inner @ down).view_as(x), ctx.dropout, ctx.seed) if needs_x else None
         return grad, grad_x, grad_down, grad_up, None, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, dropout: float, seed: int
+    ) -> Tensor:
+        y = F.linear(x, W, b)
+        h = _add(y, x, down, up, dropout, seed)
+        ctx.save_for_backward(x, W, down, up, h)
+        ctx.dropout, ctx.seed = dropout, seed
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W, down, up, h = ctx.saved_tensors
+        needs_x, _, _, *needs, _, _ = ctx.needs_input_grad
+        inner, grad_down, grad_up = _factors(grad, x, up, h, needs, ctx.dropout, ctx.seed)
+        grad_x = grad @ W if needs_x else None
+        if grad_x is not None and ctx.dropout:
+            grad_x += drop((inner @ down).view_as(x), ctx.dropout, ctx.seed)
+        elif grad_x is not None:
+            grad_x.view(-1, x.shape[-1]).addmm_(inner, down)
+        return grad_x, None, None, grad_down, grad_up, None, None
+
+
+def _add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float, seed: int) -> Tensor:
+    """y += up down drop(x); the k features [tokens, k]."""
+    h = drop(x, dropout, seed).flatten(0, -2) @ down.T
+    y.view(-1, y.shape[-1]).addmm_(h, up.T)
+    return h
+
+
+def _factors(
+    grad: Tensor, x: Tensor, up: Tensor, h: Tensor, needs: list[bool], dropout: float, seed: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the features [tokens, k], of ``down`` and of ``up``, as far as they are asked for."""
+    tokens = grad.flatten(0, -2)
+    inner = tokens @ up
+    grad_down = inner.T @ drop(x, dropout, seed).flatten(0, -2) if needs[0] else None
+    return inner, grad_down, tokens.T @ h if needs[1] else None
 
 
 def drop(x: Tensor, probability: float, seed: int) -> Tensor:

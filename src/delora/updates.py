@@ -63,6 +63,8 @@ class LowRank(Update):
         return torch.addmm(W, self.up, self.down)
 
     def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            return host.with_branch(x, self.down.to(x.dtype), self.up.to(x.dtype), dropout)
         return self.onto(host.layer(x), host, dropout, x)
 
     def onto(self, y: Tensor, host: Any, dropout: float, x: Tensor) -> Tensor:

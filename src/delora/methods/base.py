@@ -8,6 +8,8 @@ Nothing has to be inherited or registered. More members are read where a method 
   base stays as it is.
 * ``edits_output``: True if the method changes what a module puts out, so that it suits modules of every kind. Its ``init``
   may use of W only the number of rows, which is that of the output's channels.
+* ``stacks``: True if ``update`` also takes the tensors of several layers of one shape, stacked in a new first dimension, and
+  answers with a `LowRank` of stacked factors: then the layers of a model are asked together, in one go for each forward.
 * ``starts_at_base``: False if the change is not zero at the start.
 * ``has_dropout``: False if the change has no input of its own that could be dropped.
 * ``bound(p) -> Tensor``: an upper bound of the Frobenius norm of W' - W, if the method guarantees one.

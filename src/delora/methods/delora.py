@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class DeLoRA:
     softness: float = 0.03
     learn_lam: bool = True
 
+    stacks: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         require_rank(self.r)
         require_positive("lam", self.lam)
@@ -86,14 +88,14 @@ class DeLoRA:
         up, down = p["B"], self._fold(p["lam"], p["A"], p["B"], columns)
         if self.start in ("subtract", "copy"):
             lam0 = p["lam0"] if self.start == "subtract" else p["lam"]
-            up = torch.cat([up, p["B0"]], dim=1)  # [out, 2r]
-            down = torch.cat([down, -self._fold(lam0, p["A0"], p["B0"], columns)])  # [2r, in]
-        return LowRank(up if columns is not None else p["c"][:, None] * up, down)
+            up = torch.cat([up, p["B0"]], dim=-1)  # [out, 2r]
+            down = torch.cat([down, -self._fold(lam0, p["A0"], p["B0"], columns)], dim=-2)  # [2r, in]
+        return LowRank(up if columns is not None else p["c"][..., None] * up, down)
 
     def _fold(self, lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
         """(lam / r) Xi A diag(c), shape [r, in]: all that scales goes into the small factor, so the layer runs like LoRA."""
         shortest = PEFT_CLAMP if self.start == "zero" else TINY
-        slack = self.softness**2 * len(B) if self.start == "soft" else 0.0
+        slack = self.softness**2 * B.shape[-2] if self.start == "soft" else 0.0
         if traced():
             return folded(lam, A, B, c, shortest, slack)[0]
         return _Fold.apply(lam, A, B, c, shortest, slack)
@@ -112,13 +114,13 @@ def folded(
     lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None, shortest: float, slack: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """lam / r / (|a_i| sqrt(|b_i|^2 + slack)) a_i * c, shape [r, in]; that factor without lam [r]; both lengths [r]."""
-    a = torch.linalg.vector_norm(A, dim=1).clamp_min(shortest)
-    b = torch.linalg.vector_norm(B, dim=0)
+    a = torch.linalg.vector_norm(A, dim=-1).clamp_min(shortest)
+    b = torch.linalg.vector_norm(B, dim=-2)
     b = (b.square() + slack).sqrt() if slack else b.clamp_min(shortest)
     # Two divisions: the product |a| |b| would overflow long before either does.
-    scale = 1 / len(A) / a / b
-    down = A * (lam * scale)[:, None]
-    return (down if c is None else down * c), scale, a, b
+    scale = 1 / A.shape[-2] / a / b
+    down = A * (lam * scale)[..., None]
+    return (down if c is None else down * c[..., None, :]), scale, a, b
 
 
 class _Fold(torch.autograd.Function):
@@ -135,11 +137,11 @@ class _Fold(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lam, A, B, c, scale, a, b = ctx.saved_tensors
-        grad = grad if c is None else grad * c
-        along = (grad * A).sum(dim=1) * scale  # [r], how a term's strength changes the loss
+        grad = grad if c is None else grad * c[..., None, :]
+        along = (grad * A).sum(dim=-1) * scale  # [r], how a term's strength changes the loss
         pull = lam * along
         # A vector that counts as longer than it is has no length to change.
         pull_a = torch.where(a > ctx.shortest, pull / a / a, 0)
         pull_b = pull / b / b if ctx.soft else torch.where(b > ctx.shortest, pull / b / b, 0)
-        grad_A = torch.addcmul(-(pull_a[:, None] * A), (lam * scale)[:, None], grad)
-        return along.sum().reshape(1), grad_A, -pull_b * B, None, None, None
+        grad_A = torch.addcmul(-(pull_a[..., None] * A), (lam * scale)[..., None], grad)
+        return along.sum(dim=-1, keepdim=True), grad_A, -pull_b[..., None, :] * B, None, None, None

@@ -1,0 +1,176 @@
+"""The updates of all layers of one shape built in one go at the start of a model's forward: few operations, not many.
+
+What is built serves the first call of each layer within that one forward, if its tensors are still those that it was built
+from. Everything else (a second call, a layer called by itself, recomputation in a checkpoint, sharded or compiled tensors)
+builds its own, as ever: nothing lives from one forward to the next, so an optimizer's step, a load or a change by hand in
+between is always seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delora.lowrank import traced
+from delora.updates import LowRank, wide
+
+
+@dataclass
+class _Forward:
+    """One forward of a model, under way. ``outer`` is the forward that it is part of."""
+
+    model: Together
+    outer: _Forward | None
+    updates: dict[Any, tuple[list[int], LowRank]] = field(default_factory=dict)  # by adapter, with its tensors' versions
+    # A checkpointed part has to keep the same tensors when it is computed again, and there it builds its own.
+    saving: object = field(default_factory=lambda: _saving())
+    grad: bool = field(default_factory=torch.is_grad_enabled)
+
+
+_current: ContextVar[_Forward | None] = ContextVar("delora_forward", default=None)  # each thread has its own
+
+
+class Together:
+    """The hooks around a model's forward. ``layers`` are its adapted layers."""
+
+    def __init__(self, layers: Iterable[Any]) -> None:
+        self.layers = list(layers)
+
+    def before(self, model: nn.Module, args: Any) -> None:
+        if not traced():
+            forward = _Forward(self, _current.get())
+            _current.set(forward)
+            forward.updates = _build(layer.adapter for layer in self.layers if not layer._blank)
+
+    def after(self, model: nn.Module, args: Any, output: Any) -> None:
+        if not traced():
+            forward = _current.get()
+            if forward is not None and forward.model is self:
+                _current.set(forward.outer)
+
+
+def watch(model: nn.Module, layers: Iterable[Any]) -> None:
+    """Build the updates of these layers together whenever the model is called."""
+    unwatch(model)
+    together = Together(layers)
+    model.register_forward_pre_hook(together.before)
+    model.register_forward_hook(together.after, always_call=True)
+
+
+def unwatch(model: nn.Module) -> None:
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), Together):
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
+
+
+def built(adapter: Any) -> LowRank | None:
+    """What was built for an adapter in the forward under way; only once, and only if it can be used as it is."""
+    forward = _current.get()
+    if forward is None or (torch.is_grad_enabled() and not forward.grad) or _saving() != forward.saving:
+        return None
+    found = forward.updates.pop(adapter, None)
+    return found[1] if found and found[0] == _versions(adapter.tensors().values()) else None
+
+
+def _saving() -> object:
+    """Who asks to keep what backward needs elsewhere, or to compute it again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Changes when one of the tensors is written to or replaced."""
+    return [n for t in tensors for n in (t._version, t.data_ptr())]
+
+
+def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
+    groups: dict[tuple[Any, object], list[tuple[Any, dict[str, Tensor]]]] = {}
+    for adapter in adapters:
+        if adapter is None or not getattr(adapter.method, "stacks", False):
+            continue
+        tensors = adapter.tensors()
+        if all(type(t) in (Tensor, nn.Parameter) and t.numel() and not t.is_inference() for t in tensors.values()):
+            kind = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
+            groups.setdefault((adapter.method, kind), []).append((adapter, tensors))
+    found = {}
+    for (method, _), members in groups.items():
+        if len(members) > 1:
+            updates = _updates(method, [tensors for _, tensors in members])
+            for (adapter, tensors), update in zip(members, updates, strict=True):
+                found[adapter] = _versions(tensors.values()), update
+    return found
+
+
+def _updates(method: Any, layers: list[dict[str, Tensor]]) -> list[LowRank]:
+    names = list(layers[0])
+    columns = [[p[name].to(wide(p[name].dtype)) for p in layers] for name in names]
+    same: dict[str, int] = {}
+    factors = _Stacked.apply(method, names, same, *(t for column in columns for t in column))
+    n = len(layers)
+    downs, ups = factors[:n], columns[same["up"]] if same else factors[n:]
+    return [LowRank(up, down) for up, down in zip(ups, downs, strict=True)]
+
+
+class _Stacked(torch.autograd.Function):
+    """The factors of many layers from the tensors of many layers. Kept for backward: those tensors, and no copy of them.
+
+    ``up`` is left out where it is one of the tensors as it stands, and ``same`` then says which.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, method: Any, names: list[str], same: dict[str, int], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.method, ctx.names = method, names
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        stacked = _stack(names, tensors)
+        update = _update(method, stacked)
+        for i, t in enumerate(stacked.values()):
+            if t is update.up:
+                same["up"] = i
+        ctx.whole = not same
+        return (*update.down.unbind(), *(update.up.unbind() if ctx.whole else ()))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, names = ctx.saved_tensors, ctx.names
+        n = len(tensors) // len(names)
+        needs = [any(ctx.needs_input_grad[3 + i * n : 3 + (i + 1) * n]) for i in range(len(names))]
+        stacked = {
+            name: t.requires_grad_(needed) for (name, t), needed in zip(_stack(names, tensors).items(), needs, strict=True)
+        }
+        with torch.enable_grad():
+            update = _update(ctx.method, stacked)
+        outputs = (update.down, update.up) if ctx.whole else (update.down,)
+        given = [_stacked_or_zero(grads[i * n : (i + 1) * n], out) for i, out in enumerate(outputs)]
+        wanted = [t for t in stacked.values() if t.requires_grad]
+        found = iter(torch.autograd.grad(outputs, wanted, given))
+        # A layer that took no part in the loss gets no gradient, not one of zeros, which an optimizer would act on.
+        used = [any(grads[i * n + layer] is not None for i in range(len(outputs))) for layer in range(n)]
+        each = [
+            [g if u else None for g, u in zip(next(found), used, strict=True)] if needed else [None] * n for needed in needs
+        ]
+        return (None, None, None, *(g for column in each for g in column))
+
+
+def _stack(names: list[str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    n = len(tensors) // len(names)
+    return {name: torch.stack(tensors[i * n : (i + 1) * n]) for i, name in enumerate(names)}
+
+
+def _update(method: Any, stacked: dict[str, Tensor]) -> LowRank:
+    device = next(iter(stacked.values())).device.type
+    with torch.autocast(device, enabled=False):
+        update: LowRank = method.update(None, stacked)
+    return update
+
+
+def _stacked_or_zero(grads: tuple[Tensor | None, ...], like: Tensor) -> Tensor:
+    zero = None if all(g is not None for g in grads) else torch.zeros_like(like[0])
+    return torch.stack([zero if g is None else g for g in grads])  # type: ignore[misc]
