@@ -22,10 +22,16 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
 import peft
 import torch
 import transformers
@@ -38,6 +44,7 @@ from delora import OFT, DeLoRA, DoRA, EtherPlus, LoRA
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.csv", HERE.parent / "docs" / "performance.md"
+PICTURE = PAGE.with_suffix(".png")
 REFERENCE = "PEFT LoRA"
 
 # ---------------------------------------------------------------- what is measured
@@ -226,10 +233,23 @@ def interleaved(what: str, where: str, runs: dict[str, Callable[[], Any]], secon
     return rows
 
 
-def steps(shape: Shape, names: list[str], seconds: float, r: int = 8, dtype: torch.dtype = torch.float32, dropout: float = 0.0):
+def steps(
+    shape: Shape,
+    names: list[str],
+    seconds: float,
+    r: int = 8,
+    dtype: torch.dtype = torch.float32,
+    dropout: float = 0.0,
+    fused: bool = False,
+    checkpointed: bool = False,
+) -> list[Row]:
     x = shape.inputs(dtype)
-    runs = {name: step(model, x) for name, model in built(shape, names, r, dtype, dropout).items()}
-    return interleaved("training step", where(shape, r, dtype, dropout), runs, seconds)
+    models = built(shape, names, r, dtype, dropout)
+    if checkpointed:
+        for model in models.values():
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    place = where(shape, r, dtype, dropout) + ", fused AdamW" * fused + ", gradient checkpointing" * checkpointed
+    return interleaved("training step", place, {name: step(m, x, fused) for name, m in models.items()}, seconds)
 
 
 def where(shape: Shape, r: int, dtype: torch.dtype, dropout: float) -> str:
@@ -265,6 +285,7 @@ def saved(shape: Shape, names: list[str], r: int = 8, dtype: torch.dtype = torch
 def one_token(seconds: float) -> list[Row]:
     names = [REFERENCE, "frozen", "LoRA", "DeLoRA soft", "PEFT DeLoRA"]
     models = built(LLAMA, names, 8, torch.float32, 0.0)
+    models["DeLoRA merged"] = delora.merge(copy.deepcopy(models["DeLoRA soft"]))
     x = hidden(1, 1, 768)(torch.float32)
 
     def run(model: nn.Module) -> Callable[[], None]:
@@ -353,7 +374,15 @@ def measure(full: bool, seconds: float) -> list[Row]:
     rows += steps(ROBERTA, main, seconds)
     rows += steps(LAYER, main, seconds)
     rows += steps(TINY, main, seconds)
+    rows += steps(TINY, main, seconds, fused=True)
     if full:
+        rows += steps(LLAMA, main, seconds, checkpointed=True)
+        for tokens in (256, 1024, 4096):
+            shape = replace(LLAMA, name=LLAMA.name.replace("512", str(tokens)), inputs=hidden(1, tokens, 768))
+            rows += steps(shape, main, seconds)
+        for depth in (10, 400):
+            name, every = f"chain of {depth} layers (d 64), 16 tokens", tuple(f"layers.{i}" for i in range(depth))
+            rows += steps(replace(TINY, name=name, make=partial(Chain, depth, 64), targets=every), main, seconds)
         for r in (16, 64):
             rows += steps(LLAMA, main, seconds, r=r)
             rows += steps(LAYER, main, seconds, r=r)
@@ -376,6 +405,8 @@ def page(rows: list[Row], milliseconds: float, machine: dict[str, str]) -> str:
         "",
         "PEFT keeps adapters in float32 on a bf16 base, as delora does. ETHER+ and OFT have 32 blocks and no dropout. “Paper's",
         "formula” builds the whole change in every forward.",
+        "",
+        "![the tables as bars](performance.png)",
     ]
     seen: list[tuple[str, str]] = []
     for row in rows:
@@ -386,6 +417,27 @@ def page(rows: list[Row], milliseconds: float, machine: dict[str, str]) -> str:
         lines.append(f"| {row.variant} | {row.ratio:.2f} | {row.low:.2f} to {row.high:.2f} | {row.rounds} |")
     lines += ["", "## Import", "", f"`import delora` takes {milliseconds:.0f} ms beyond torch and safetensors."]
     return "\n".join(lines) + "\n"
+
+
+def picture(rows: list[Row]) -> None:
+    """Every table of more than one row as bars, with the quartiles."""
+    tables: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.where and row.what != "adapter file, r 8":
+            tables.setdefault(f"{row.what}: {row.where}", []).append(row)
+    heights = [len(each) + 2 for each in tables.values()]
+    figure, axes = plt.subplots(len(tables), figsize=(8, 0.26 * sum(heights)), height_ratios=heights, layout="constrained")
+    for axis, (title, each) in zip(np.atleast_1d(axes), tables.items(), strict=True):
+        values = [row.ratio for row in each]
+        spread = [[max(row.ratio - row.low, 0) for row in each], [max(row.high - row.ratio, 0) for row in each]]
+        colors = ["0.7" if "PEFT" in row.variant or row.variant in ("frozen", "paper's formula") else "C0" for row in each]
+        axis.barh([row.variant for row in each], values, xerr=spread, color=colors, height=0.7)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.invert_yaxis()
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+    np.atleast_1d(axes)[-1].set_xlabel("ratio to PEFT's LoRA (blue: delora)", fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
 
 
 def main() -> None:
@@ -420,6 +472,7 @@ def main() -> None:
                     *machine.values(),
                 ]
             )
+    picture(rows)
     PAGE.write_text(page(rows, import_time(), machine), "utf-8")
 
 
