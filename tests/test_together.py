@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
 import threading
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 import delora
 from delora import DeLoRA, LoRA
 from delora.inject import adapters
-from delora.together import _build, _current, built
+from delora.together import _build, _current, built, unwatch
 from delora.updates import LowRank
 from tests.cases import NORMS, STARTS, shake
 
@@ -297,3 +301,77 @@ def test_hooks_that_keep_elsewhere_are_obeyed(x):
     torch.testing.assert_close(again, y)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name])
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def trained(model, wrap, x):
+    model = wrap(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+def sharded_each(model):
+    for layer in [*model.layers, model.last]:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def sharded_whole(model):
+    return fully_shard(model)
+
+
+WRAPS = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DDP, a layer unused": partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True),
+    "FSDP2, each layer": sharded_each,
+    "FSDP2, the whole": sharded_whole,
+}
+
+
+def start(wrap):
+    model = chain(dtype=torch.float32)
+    model.skip = (1,) if "unused" in wrap else ()
+    return model
+
+
+def tokens():
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
+
+
+def worker(rank, port, folder, wrap):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = trained(start(wrap), WRAPS[wrap], tokens()[rank * 2 : rank * 2 + 2])
+    values = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
+    whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in values.items()}
+    torch.save((whole, model(tokens()).detach()), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_two_processes_train_as_one(wrap, tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (port, str(tmp_path), wrap), nprocs=2)
+    expected = trained(start(wrap), alone_module, tokens())
+    for rank in (0, 1):
+        found, y = torch.load(tmp_path / f"{rank}.pt")
+        for name, p in expected.named_parameters():
+            if p.requires_grad:
+                torch.testing.assert_close(found[name], p.detach(), rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(y, expected(tokens()).detach(), rtol=1e-4, atol=1e-5)
+
+
+def alone_module(model):
+    """The same model without its hooks: every layer builds its own."""
+    unwatch(model)
+    return model
