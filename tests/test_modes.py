@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
-import os
-import socket
 from contextlib import ExitStack
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +16,7 @@ import delora
 from delora import DeLoRA
 from delora.inject import unwrapped
 from tests.cases import METHODS, Net, ids, shake
+from tests.processes import in_two_processes
 
 SOME = [METHODS[name] for name in ("LoRA", "DeLoRA subtract", "DeLoRA copy", "DeLoRA paired", "DeLoRA soft")]
 
@@ -209,25 +207,18 @@ def step(model, x):
     return {n: p.detach().clone() for n, p in unwrapped(model).named_parameters()}
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank: int, folder: str) -> None:
     model = nn.parallel.DistributedDataParallel(build())
     x = torch.arange(24).reshape(4, 6) % 20
     state = step(model, x[rank * 2 : rank * 2 + 2])
     torch.save(state, f"{folder}/{rank}.pt")
     if rank == 0:
         delora.save(model, f"{folder}/adapter")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(work, str(tmp_path))
     x = torch.arange(24).reshape(4, 6) % 20
     expected = step(build(), x)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

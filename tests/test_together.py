@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 import threading
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ from delora.inject import adapters
 from delora.together import _build, _current, built, unwatch
 from delora.updates import LowRank
 from tests.cases import NORMS, STARTS, shake
+from tests.processes import in_two_processes
 
 
 class Chain(nn.Module):
@@ -344,24 +343,17 @@ def tokens():
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
 
 
-def worker(rank, port, folder, wrap):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank, folder, wrap):
     model = trained(start(wrap), WRAPS[wrap], tokens()[rank * 2 : rank * 2 + 2])
     values = {n.removeprefix("module."): p for n, p in model.named_parameters() if p.requires_grad}
     whole = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in values.items()}
     torch.save((whole, model(tokens()).detach()), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPS)
 def test_two_processes_train_as_one(wrap, tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, str(tmp_path), wrap), nprocs=2)
+    in_two_processes(work, str(tmp_path), wrap)
     expected = trained(start(wrap), alone_module, tokens())
     for rank in (0, 1):
         found, y = torch.load(tmp_path / f"{rank}.pt")

@@ -1,0 +1,32 @@
+"""Two real processes with gloo between them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.multiprocessing
+
+
+def _work(rank: int, port: int, work: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    work(rank, *arguments)
+    torch.distributed.barrier()
+    # No orderly end: freeing torch's gloo group while its thread waits for the GIL that the freeing thread holds hangs or aborts.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def in_two_processes(work: Callable[..., None], *arguments: object) -> None:
+    """``work(rank, *arguments)`` in process 0 and in process 1; what one of them raises is raised here."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(_work, (port, work, arguments), nprocs=2)
