@@ -18,7 +18,7 @@ def _work(rank: int, port: int, work: Callable[..., None], arguments: tuple[obje
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     work(rank, *arguments)
     torch.distributed.barrier()
-    # No orderly end: freeing torch's gloo group while its thread waits for the GIL that the freeing thread holds hangs or aborts.
+    # No orderly end: freeing torch's gloo group while its thread waits for the GIL that the freeing thread holds may hang.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
