@@ -1,0 +1,242 @@
+"""Small and real: a vision transformer pretrained on handwritten digits, finetuned on turned and inverted ones.
+
+A stand-in for the paper's robustness experiments (Figures 2, 3, 5, 6, Table 1): its phenomena on two cores, never its numbers.
+Data: scikit-learn's ``load_digits`` (Alpaydin & Kaynak 1998, 1,797 pictures of 8 x 8 pixels).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+import delora
+from delora.diagnostics import Recorder, report
+from delora.inject import adapters
+from delora.training.trainer import AdapterTrainer, Diverged
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out"]
+MEASURED = "layers.2.to_out"  # the layer whose distance is drawn
+NOISE, RESAMPLED = 0.3, 0.3  # of the noisy objective: pixels' standard deviation, share of random labels
+
+# ---------------------------------------------------------------- model and data
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        q, k, v = (to(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
+        x = x + self.to_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class DigitsViT(nn.Module):
+    """16 patches of 2 x 2 pixels, width 64, 3 layers, 4 heads; layers named as in Stable Diffusion's attention.
+
+    ``noisy``: in training, 30 % of the labels are drawn anew and noise N(0, 0.3) is added to the pixels at every step. Like a
+    diffusion model's, this loss keeps its gradients however long the training.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
+        super().__init__()
+        self.noisy = False
+        self.patch = nn.Linear(4, width)
+        self.position = nn.Parameter(0.02 * torch.randn(16, width))
+        self.layers = nn.ModuleList([Block(width, heads) for _ in range(depth)])
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """``pixels [n, 8, 8]`` in [0, 1]; a cross-entropy ``loss`` where there are ``labels [n]``."""
+        if self.noisy and labels is not None:
+            pixels = pixels + NOISE * torch.randn_like(pixels)
+            labels = torch.where(torch.rand(len(labels)) < RESAMPLED, torch.randint_like(labels, 10), labels)
+        patches = F.unfold(pixels[:, None], kernel_size=2, stride=2).transpose(1, 2)  # [n, 16, 4]
+        x = self.patch(patches) + self.position
+        for layer in self.layers:
+            x = layer(x)
+        logits = self.head(self.norm(x).mean(1))
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Pictures [n, 8, 8] and labels [n], upright. Finetuning sees them `turned`."""
+
+    pretrain: tuple[Tensor, Tensor]
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@cache
+def digits() -> Digits:
+    """1,000 pictures to pretrain on, 100 of them to finetune on; of the other 797 the first 398 validate, 399 test."""
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    x, y = torch.tensor(data.images, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
+    return Digits((x[:1000], y[:1000]), (x[:100], y[:100]), (x[1000:1398], y[1000:1398]), (x[1398:], y[1398:]))
+
+
+def turned(x: Tensor) -> Tensor:
+    """Rotated by 90 degrees, black for white."""
+    return 1 - x.rot90(1, (1, 2))
+
+
+def as_rows(x: Tensor, y: Tensor) -> list[dict[str, Tensor]]:
+    return [{"pixels": image, "labels": label} for image, label in zip(x, y, strict=True)]
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    return (model(x)["logits"].argmax(-1) == y).double().mean().item()
+
+
+# ---------------------------------------------------------------- one run
+
+
+def arguments(folder: Path, steps: int, lr: float, batch: int, seed: int, decay: float = 0.01, clip: float = 0.0) -> Any:
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=lr,
+        weight_decay=decay,
+        lr_scheduler_type="constant",
+        max_grad_norm=clip,
+        seed=seed,
+        save_strategy="no",
+        logging_strategy="no",
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        use_cpu=True,  # the kept numbers are those of a CPU
+    )
+
+
+def pretrained(folder: Path, steps: int = 700) -> DigitsViT:
+    """The model after pretraining on upright digits; trained once, kept in the folder."""
+    file = folder / f"base-{steps}.pt"
+    set_seed(0)
+    model = DigitsViT()
+    if not file.is_file():
+        trainer = Trainer(model, arguments(folder, steps, 2e-3, 96, seed=0), train_dataset=as_rows(*digits().pretrain))
+        trainer.remove_callback(PrinterCallback)  # the Trainer's own printing of its summary
+        trainer.train()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        torch.save(model.state_dict(), partial)
+        partial.rename(file)
+    model.load_state_dict(torch.load(file, weights_only=True))
+    return model
+
+
+@dataclass(frozen=True)
+class Job:
+    """One finetuning. ``study``, ``case`` and ``factor`` (of the case's base rate) only say what it is for.
+
+    ``watched``: the steps after which the change is measured, and the accuracy on the validation pictures with it.
+    """
+
+    study: str
+    case: str
+    method: Any
+    lr: float
+    lam_lr: float
+    seed: int
+    factor: float = 1.0
+    steps: int = 300
+    decay: float = 0.01
+    clip: float = 0.0
+    noisy: bool = False
+    watched: tuple[int, ...] = ()
+
+    def key(self) -> dict[str, Any]:
+        """The job as JSON values; what is as by default is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return values | {"method": str(self.method)} | ({"watched": list(self.watched)} if self.watched else {})
+
+
+class Watch(TrainerCallback):
+    """What the change is after some of the steps; a loss that is no number ends the run."""
+
+    def __init__(self, model: nn.Module, steps: tuple[int, ...], score: Callable[[], float]) -> None:
+        self.model, self.steps, self.score = model, steps, score
+        self.recorder = Recorder(model)
+        self.rows: list[dict[str, Any]] = []
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        if step in self.steps:
+            reached = self.recorder.record()
+            # The angle is since the last record: of one step only where the step before was recorded as well.
+            kept = {k: v for k, v in reached.items() if not k.startswith("turn") or step == 1 or step - 1 in self.steps}
+            self.rows.append({"step": step} | measured(self.model) | {"validation": self.score()} | _finite(kept))
+
+
+def measured(model: nn.Module) -> dict[str, float]:
+    """|dW|_F of the layer that is drawn, and what the method promises of it, if it does."""
+    layer = report(adapters(model)[MEASURED])
+    found = {"distance": layer.distance, "bound": layer.bound}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _finite(values: dict[str, float]) -> dict[str, float]:
+    return {f"mean_{k}" if k == "distance" else k: v for k, v in values.items() if math.isfinite(v)}
+
+
+def finetune(base: DigitsViT, job: Job, folder: Path) -> dict[str, Any]:
+    """The job's settings and what came of it: accuracies in [0, 1], |dW|_F, the watched steps. ``diverged``: a loss or a
+    weight ceased to be a number; then there are no scores."""
+    started = time.monotonic()
+    set_seed(job.seed)
+    data = digits()
+    base = copy.deepcopy(base)
+    base.noisy = job.noisy
+    model = delora.inject(base, job.method, TARGETS)
+    validation = turned(data.validation[0]), data.validation[1]
+    watch = Watch(model, job.watched, lambda: accuracy(model, *validation))
+    x, y = data.train
+    trainer = AdapterTrainer(
+        model,
+        arguments(folder, job.steps, job.lr, 16, job.seed, job.decay, job.clip),
+        train_dataset=as_rows(turned(x), y),
+        callbacks=[watch],
+        lam_lr=job.lam_lr,
+    )
+    try:
+        trainer.train()
+        if not all(p.isfinite().all() for p in model.parameters()):
+            raise Diverged(job.steps)
+        reached = measured(model) | {"relative": Recorder(model).record()["distance"]}
+    except (Diverged, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        scores: dict[str, Any] = {"diverged": True}
+    else:
+        scores = {
+            "validation": accuracy(model, *validation),
+            "test": accuracy(model, turned(data.test[0]), data.test[1]),
+            "upright": accuracy(model, *data.test),
+            **reached,
+        }
+    return (
+        job.key() | scores | {"seconds": round(time.monotonic() - started, 2)} | ({"trace": watch.rows} if watch.rows else {})
+    )

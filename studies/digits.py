@@ -1,0 +1,236 @@
+"""All runs on turned digits: base rates, robustness, prolonged training, decoupling, the ladder, the starts.
+
+    python -m studies.digits [STUDY ...]
+
+Rows go to ``results/digits/<study>.jsonl``, one for each run; a study started again runs only what is missing. The base rate of
+a case, and its lam, are those with the best mean accuracy on the validation pictures over two seeds that nothing else uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+
+import delora
+from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
+from delora.files import write_atomically
+from delora.recipes.digits import Job, finetune, pretrained
+
+RESULTS = Path("results/digits")
+TUNING_SEEDS, SEEDS = (8, 9), (10, 11, 12)
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+LAMS = (1.0, 2.0, 4.0, 8.0)
+LOW, HIGH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+LAM_SHARE = 0.5  # lam's rate over A's and B's
+
+METHODS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
+    "LoRA": ([LoRA(r=8, alpha=16.0)], LOW),
+    "DoRA": ([DoRA(r=8, alpha=16.0)], LOW),
+    "DoRA, fixed magnitude": ([DoRA(r=8, alpha=16.0, fixed_magnitude=True)], LOW),
+    "ETHER+": ([EtherPlus()], HIGH),
+    "DeLoRA": ([DeLoRA(r=8, lam=lam) for lam in LAMS], HIGH),
+}
+
+
+def rung(name: str) -> tuple[list[Any], tuple[float, ...]]:
+    """A rung at rank 8 (E1: 2) with the strengths and rates that it is chosen from. L1's strength is not relative to W."""
+    method = RUNGS[name]
+    if name == "L0":
+        return [replace(method, r=8, alpha=16.0)], (1e-3, 2e-3, 4e-3)
+    if name == "E0":
+        return [method], (1e-2, 2e-2, 4e-2)
+    method = method if name == "E1" else replace(method, r=8)
+    return [replace(method, lam=lam) for lam in LAMS], (1e-2, 2e-2, 4e-2)
+
+
+LADDER = {name: rung(name) for name in RUNGS}
+
+# ---------------------------------------------------------------- which runs
+
+
+def tuning() -> Iterator[Job]:
+    for case, (methods, rates) in METHODS.items():
+        for method, lr, seed in product(methods, rates, TUNING_SEEDS):
+            yield Job("tuning", case, method, lr, lr * LAM_SHARE, seed)
+
+
+def best(study: str, cases: dict[str, tuple[list[Any], tuple[float, ...]]]) -> dict[str, tuple[Any, float]]:
+    """Each case's method and base rate, by the mean validation accuracy of a study's rows."""
+    rows = read(study)
+    chosen = {}
+    for case, (methods, rates) in cases.items():
+
+        def score(choice: tuple[Any, float], case: str = case) -> float:
+            seen = [r for r in rows if (r["case"], r["method"], r["lr"]) == (case, str(choice[0]), choice[1])]
+            assert len(seen) == len(TUNING_SEEDS), f"run the study {study!r} first"
+            return sum(r.get("validation", 0.0) for r in seen)
+
+        chosen[case] = max(product(methods, rates), key=score)
+    return chosen
+
+
+def robustness() -> Iterator[Job]:
+    """Figures 2 and 5: every method over factors of its own base rate, 300 steps; lam's rate is multiplied as well."""
+    for case, (method, lr) in best("tuning", METHODS).items():
+        for factor, seed in product(FACTORS, SEEDS):
+            yield Job("robustness", case, method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
+
+
+def decoupling() -> Iterator[Job]:
+    """Figure 6: the rate of lam alone, of A and B alone; both together is in `robustness`."""
+    method, lr = best("tuning", METHODS)["DeLoRA"]
+    for factor, seed in product(FACTORS, SEEDS):
+        yield Job("decoupling", "lam alone", method, lr, lr * factor * LAM_SHARE, seed, factor)
+        yield Job("decoupling", "A and B alone", method, lr * factor, lr * LAM_SHARE, seed, factor)
+
+
+def prolonged() -> Iterator[Job]:
+    """Figure 3: 2,600 steps of the noisy objective without weight decay, each method at its own base rate."""
+    chosen = best("tuning", METHODS)
+    long = partial(Job, "prolonged", steps=2600, decay=0.0, noisy=True, watched=tuple(range(100, 2601, 100)))
+    for seed in SEEDS:
+        for case in ("LoRA", "DoRA", "ETHER+", "DeLoRA"):
+            method, lr = chosen[case]
+            yield long(case, method, lr, lr * LAM_SHARE, seed)
+        method, lr = chosen["DeLoRA"]
+        yield long("DeLoRA, lam fixed", replace(method, learn_lam=False), lr, 0.0, seed)
+
+
+def rungs_tuning() -> Iterator[Job]:
+    for case, (methods, rates) in LADDER.items():
+        for method, lr, seed in product(methods, rates, TUNING_SEEDS):
+            yield Job("rungs-tuning", case, method, lr, lr * LAM_SHARE, seed)
+
+
+def rungs() -> Iterator[Job]:
+    """Table 1's ladder, each rung at its own strength and rate, on five seeds."""
+    for case, (method, lr) in best("rungs-tuning", LADDER).items():
+        for seed in (*SEEDS, 13, 14):
+            yield Job("rungs", case, method, lr, lr * LAM_SHARE, seed)
+
+
+STARTS: dict[str, dict[str, Any]] = {
+    "subtract": {"start": "subtract"},
+    "copy": {"start": "copy"},
+    "paired": {"start": "paired"},
+    "soft 0.01": {"start": "soft", "softness": 0.01},
+    "soft 0.03": {"start": "soft", "softness": 0.03},
+    "soft 0.1": {"start": "soft", "softness": 0.1},
+    "zero": {"start": "zero"},
+}
+START_LAMS = (1.0, 2.0, 4.0, 8.0, 16.0)
+START_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+
+def starts() -> Iterator[Job]:
+    """Every start over lam, the rate (lam's is half of it) and clipping; the first seed is watched."""
+    for seed, clip, lam, lr, (case, fields) in product(SEEDS, (0.0, 1.0), START_LAMS, START_RATES, STARTS.items()):
+        watched = (1, 2, 5, 6, 20, 21, 100, 101, 300) if seed == SEEDS[0] else ()
+        yield Job("starts", case, DeLoRA(r=8, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
+
+
+STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
+    "tuning": tuning,
+    "robustness": robustness,
+    "decoupling": decoupling,
+    "prolonged": prolonged,
+    "rungs-tuning": rungs_tuning,
+    "rungs": rungs,
+    "starts": starts,
+}
+
+# ---------------------------------------------------------------- running them
+
+
+def read(study: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    """The rows of a study so far. A last line that a stopped run left unfinished is not counted."""
+    file = results / f"{study}.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
+def _work(job: Job, base: Path, base_steps: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return finetune(pretrained(base, base_steps), job, base)
+
+
+def _short(value: Any) -> Any:
+    """Numbers with five digits: what is kept is to be small."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    return [_short(v) for v in value] if isinstance(value, list) else value
+
+
+def run(
+    study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None, base_steps: int = 700
+) -> None:
+    """What is missing of a study; each row is written when its run ends. One that raises is reported, the others go on."""
+
+    def key(row: dict[str, Any]) -> str:
+        return json.dumps(_short({name: row[name] for name in Job.__dataclass_fields__ if name in row}), sort_keys=True)
+
+    rows = read(study, results)
+    done = {key(row) for row in rows}
+    missing = [job for job in jobs if key(job.key()) not in done]
+    console.print(f"{study}: {len(rows)} runs are there, {len(missing)} to do")
+    if not missing:
+        return
+    results.mkdir(parents=True, exist_ok=True)
+    file, failed = results / f"{study}.jsonl", 0
+    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        pretrained(Path(folder), base_steps)
+        with (
+            ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool,
+            file.open("a") as kept,
+        ):
+            pending = {pool.submit(_work, job, Path(folder), base_steps): job for job in missing}
+            for number, finished in enumerate(as_completed(pending), 1):
+                try:
+                    kept.write(json.dumps(_short(finished.result())) + "\n")
+                    kept.flush()
+                except Exception as error:
+                    failed += 1
+                    console.print(f"{pending[finished].key()} failed: {error}", markup=False)
+                if number % 20 == 0 or number == len(missing):
+                    console.print(f"{study}: {number} of {len(missing)}", highlight=False)
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__}
+    about = {"command": f"python -m studies.digits {study}", "delora": delora.__version__, **versions}
+    total = sum(row["seconds"] for row in read(study, results))
+    about |= {"machine": platform.machine(), "cpu_minutes": round(total / 60, 1)}
+    write_atomically(results / f"{study}.json", (json.dumps(about, indent=1) + "\n").encode())
+    if failed:
+        raise SystemExit(f"{failed} runs of {study} failed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("studies", nargs="*", default=list(STUDIES), metavar="STUDY", help=", ".join(STUDIES))
+    parser.add_argument("--workers", type=int)
+    options = parser.parse_args()
+    if unknown := [name for name in options.studies if name not in STUDIES]:
+        sys.exit(f"{unknown[0]} is no study; known are {', '.join(STUDIES)}")
+    for name in options.studies:
+        run(name, STUDIES[name](), RESULTS, Console(), options.workers)
+
+
+if __name__ == "__main__":
+    main()
