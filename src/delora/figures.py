@@ -1,0 +1,183 @@
+"""The paper's kinds of figures from plain rows: score and distance over rates, distance over steps, column norms, grids.
+
+Each function returns a matplotlib figure; `save` writes it as PNG and PDF.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import nn
+
+from delora.diagnostics import column_norms
+from delora.plots import COLOURS, DASHES, STYLE
+
+Rows = Iterable[Mapping[str, Any]]
+
+
+def save(figure: Figure, stem: Path) -> list[Path]:
+    """``stem.png`` and ``stem.pdf``; the same figure gives the same bytes."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
+    figure.savefig(files[0], dpi=150, metadata={"Software": None})
+    figure.savefig(files[1], metadata={"Creator": None, "Producer": None, "CreationDate": None})
+    return files
+
+
+def over_rates(rows: Rows, cases: Sequence[str], score: str = "score") -> Figure:
+    """Figures 2, 5 and 6: score (left) and distance (right) over factors of each case's base rate.
+
+    Rows have ``case``, ``factor``, ``score`` [share] and ``distance``, one for each seed. Lines are means, bands one standard
+    deviation to both sides. A row without a score diverged: the line ends before its factor, with a cross.
+    """
+    rows = list(rows)
+    figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
+    for number, case in enumerate(cases):
+        own = [r for r in rows if r["case"] == case]
+        _line(left, own, "score", number, case, scale=100)
+        _line(right, own, "distance", number, case)
+    for axes in (left, right):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
+        axes.set_xlabel("factor of the base rate")
+    left.set_ylabel(f"{score} [%]")
+    left.set_ylim(bottom=0)
+    right.set_ylabel("|W' - W|")
+    right.set_yscale("log")
+    _legend(right)
+    return figure
+
+
+def over_steps(rows: Rows, cases: Sequence[str], bound: str | None = None, score: str = "score") -> Figure:
+    """Figure 3: distance and score over training. Rows have ``case``, ``step``, ``distance``, ``score``, one for each seed.
+
+    ``bound``: the case whose ``bound`` is drawn as well, what its distance cannot exceed.
+    """
+    rows = list(rows)
+    figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
+    for number, case in enumerate(cases):
+        own = [r for r in rows if r["case"] == case]
+        _line(left, own, "distance", number, case, x="step")
+        _line(right, own, "score", number, case, x="step", scale=100)
+        if case == bound:
+            points = _means(own, "bound", "step")
+            colour = COLOURS[number % len(COLOURS)]
+            left.plot(*zip(*points, strict=True), color=colour, linestyle=(0, (1, 2)), label=_plain(f"bound of {case}"))
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+        axes.set_ylim(bottom=0)
+    left.set_ylabel("|W' - W|")
+    right.set_ylabel(f"{score} [%]")
+    handles, labels = left.get_legend_handles_labels()
+    right.legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def column_norm_profile(model: nn.Module, names: Sequence[str], kind: Callable[[str], str] | None = None) -> Figure:
+    """Figure 4: the mean norm of the input columns of frozen weights, by kind of layer and depth.
+
+    Args:
+        names: the layers, in order of depth within each kind.
+        kind: a layer's kind from its name; the last part of the name if not given.
+    """
+    kinds: dict[str, list[float]] = {}
+    for name, norms in column_norms(model, names).items():
+        kinds.setdefault(kind(name) if kind else name.rpartition(".")[2], []).append(norms.double().mean().item())
+    figure, (axes,) = _canvas(1, 1, (6.4, 3.4))
+    for number, (label, values) in enumerate(kinds.items()):
+        axes.plot(range(len(values)), values, marker="o", markersize=3, label=_plain(label), **_style(number))
+    axes.set_xlabel("depth")
+    axes.set_ylabel("mean column norm of W")
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def grids(
+    cells: Mapping[str, Mapping[tuple[float, float], float]], x: str, y: str, value: str, framed: Mapping[str, set[Any]]
+) -> Figure:
+    """One map for each case of values in [0, 1] over (x, y); the cells of ``framed`` have a frame."""
+    count = len(cells)
+    columns = min(count, 4)
+    figure, axes = _canvas(math.ceil(count / columns), columns, (2.6 * columns + 0.8, 2.6 * math.ceil(count / columns)))
+    xs, ys = (sorted({key[i] for case in cells.values() for key in case}) for i in (0, 1))
+    image = None
+    for place, (case, values) in zip(axes, cells.items(), strict=False):
+        table = [[100 * values.get((a, b), math.nan) for a in xs] for b in ys]
+        image = place.imshow(table, origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis")
+        for i, a in enumerate(xs):
+            for j, b in enumerate(ys):
+                if (a, b) in framed.get(case, ()):
+                    place.add_patch(
+                        mpl.patches.Rectangle((i - 0.5, j - 0.5), 1, 1, fill=False, edgecolor="#ffffff", linewidth=1.6)
+                    )
+        place.set_xticks(range(len(xs)), [f"{a:g}" for a in xs], fontsize=7, rotation=45)
+        place.set_yticks(range(len(ys)), [f"{b:g}" for b in ys], fontsize=7)
+        place.set_title(_plain(case), fontsize=9, loc="left")
+        place.grid(visible=False)
+        place.set_xlabel(x, fontsize=8)
+        place.set_ylabel(y, fontsize=8)
+    for place in axes[count:]:
+        place.set_visible(False)
+    if image is not None:
+        figure.colorbar(image, ax=axes, label=value, shrink=0.8)
+    return figure
+
+
+# ---------------------------------------------------------------- shared
+
+
+def _canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.6}
+
+
+def _plain(name: str) -> str:
+    """A leading underscore would hide a line from the legend; a dollar sign would start a formula."""
+    return name.replace("$", r"\$").lstrip("_") or "case"
+
+
+def _values(rows: Rows, key: str, x: str) -> list[tuple[float, list[float]]]:
+    """Per x the values of all seeds, only where every seed has one."""
+    found: dict[float, list[float | None]] = {}
+    for r in rows:
+        found.setdefault(r[x], []).append(r.get(key))
+    return [(at, [v for v in values if v is not None]) for at, values in sorted(found.items()) if None not in values]
+
+
+def _means(rows: Rows, key: str, x: str) -> list[tuple[float, float]]:
+    return [(at, fmean(values)) for at, values in _values(rows, key, x)]
+
+
+def _line(
+    axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, number: int, case: str, x: str = "factor", scale: float = 1
+) -> None:
+    seen = _values(rows, key, x)
+    if not seen:
+        return
+    at = [a for a, _ in seen]
+    mean = [scale * fmean(values) for _, values in seen]
+    spread = [scale * stdev(values) if len(values) > 1 else 0.0 for _, values in seen]
+    axes.plot(at, mean, label=_plain(case), **_style(number))
+    # On a logarithmic axis a band that reaches below zero would tear the scale.
+    low = [max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
+    high = [m + s for m, s in zip(mean, spread, strict=True)]
+    axes.fill_between(at, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.12, linewidth=0)
+    if len(seen) < len({r[x] for r in rows}):
+        axes.plot(at[-1:], mean[-1:], marker="x", color=COLOURS[number % len(COLOURS)])
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))

