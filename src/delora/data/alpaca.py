@@ -1,0 +1,109 @@
+"""Instructions in the form of Alpaca (Taori et al. 2023): read, put into the template, made into tokens with labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delora.data.sentences import DataError
+
+# The archive that the published runs were trained on, of the repository tloen/alpaca-lora: 51,759 instructions.
+FILE = "alpaca_data_cleaned_archive.json"
+IGNORED = -100  # a label that the loss leaves out
+
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    instruction: str
+    output: str
+    input: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """Alpaca's template. No newline after "Response:", as in the script that prepared the published runs' data."""
+        return (_WITH_INPUT if self.input else _WITHOUT_INPUT).format(instruction=self.instruction, input=self.input)
+
+
+def read(source: str) -> list[Instruction]:
+    """The instructions of a ``.json`` (a list) or ``.jsonl`` file, of a folder with `FILE` in it, or of a Hub data set.
+
+    Raises:
+        DataError: there are none, or one lacks a key; says what to fetch.
+    """
+    path = Path(source)
+    file = path / FILE if path.is_dir() else path
+    rows = _rows(file) if file.is_file() else _hub(source)
+    if not rows:
+        raise DataError(f"{source} holds no instruction")
+    return [_instruction(row, f"{source}, item {number}") for number, row in enumerate(rows, 1)]
+
+
+def _rows(file: Path) -> list[Any]:
+    try:
+        text = file.read_text("utf-8")
+        # Not splitlines(), which would cut at separators that JSON allows inside a string.
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if file.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: expected a list of instructions, got a {type(rows).__name__}")
+    return rows
+
+
+def _hub(source: str) -> list[Any]:
+    from datasets import load_dataset
+
+    try:
+        if source.count("/") != 1 or Path(source).suffix in (".json", ".jsonl") or Path(source).exists():
+            raise OSError("it is no name on the Hub")
+        return list(load_dataset(source, split="train"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"there are no instructions at {source!r}: it is no file, no folder that holds {FILE}, and the Hugging Face Hub "
+            f"did not give it ({error}). Fetch {FILE} from the GitHub repository tloen/alpaca-lora and give its path as "
+            "data.source"
+        ) from error
+
+
+def _instruction(row: Any, where: str) -> Instruction:
+    given = row if isinstance(row, dict) else {}
+    values = {"input": given.get("input") or ""} | {key: given.get(key) for key in ("instruction", "output")}
+    for key, value in values.items():
+        if not isinstance(value, str):
+            raise DataError(f"{where}: expected instruction, output and perhaps input as texts; {key} is {value!r}")
+    return Instruction(**values)
+
+
+def split(instructions: Sequence[Instruction], seed: int = 42, test: int = 2000) -> tuple[list[Instruction], list[Instruction]]:
+    """Train and test part, that of torch's `random_split`, as in the published runs (seed 42, 2,000 for the test)."""
+    train = len(instructions) - test
+    if train < 1:
+        raise DataError(f"there are {len(instructions):,} instructions: {test:,} for the test leave none to train on")
+    order = torch.randperm(len(instructions), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [instructions[i] for i in order[:train]], [instructions[i] for i in order[train:]]
+
+
+def encode(item: Instruction, tokenizer: Any, max_tokens: int = 256, response_only: bool = False) -> dict[str, list[int]]:
+    """Prompt, response and end token, cut to ``max_tokens``; a start token if the tokenizer adds one.
+
+    Every token is a label, as in the published runs; ``response_only`` leaves out as many as the prompt alone has.
+    """
+    ids = [*tokenizer(item.prompt + item.output)["input_ids"], tokenizer.eos_token_id][:max_tokens]
+    hidden = min(len(tokenizer(item.prompt)["input_ids"]), len(ids)) if response_only else 0
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * hidden + ids[hidden:]}

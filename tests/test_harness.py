@@ -1,0 +1,58 @@
+"""The harness's scores are those of log-likelihoods computed by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from delora.evaluation.harness import score
+
+WORDS = ["<pad>", "</s>", "is", "a", "stone", "water", "fire", "hot", "cold", "very", "extremely", "long"]
+ITEMS = [
+    {"question": "fire is", "choices": ["hot", "extremely cold"], "answer": 0},
+    {"question": "a stone is", "choices": ["very very hot", "cold"], "answer": 1},
+    {"question": "water is a", "choices": ["long fire", "stone"], "answer": 0},
+]
+
+
+def test_scores_equal_likelihoods_computed_by_hand(tmp_path):
+    pytest.importorskip("lm_eval")
+    torch.manual_seed(1)
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), initializer_range=0.5, **shape)).eval()
+    tokens = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokens.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>")
+    file = tmp_path / "items.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    task = {
+        "task": "made",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+
+    def likelihood(question: str, choice: str) -> float:
+        before, after = tokenizer(question)["input_ids"], tokenizer(choice)["input_ids"]
+        with torch.no_grad():
+            logs = model(torch.tensor([before + after])).logits[0].log_softmax(-1)
+        return sum(logs[len(before) - 1 + i, token].item() for i, token in enumerate(after))
+
+    by_hand = {}
+    for metric, size in (("acc", lambda _: 1), ("acc_norm", len)):
+        scores = [[likelihood(item["question"], c) / size(c) for c in item["choices"]] for item in ITEMS]
+        by_hand[metric] = sum(s.index(max(s)) == item["answer"] for s, item in zip(scores, ITEMS, strict=True)) / 3
+    seen = score(model, tokenizer, [task], batch_size=2)["made"]
+    assert by_hand["acc"] != by_hand["acc_norm"], "the test has nothing to tell: choose another seed"
+    assert {key: seen[key] for key in by_hand} == pytest.approx(by_hand)
