@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test check format bench bench-full docs clean
+.PHONY: demo test check format bench bench-full figures claims studies docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +30,17 @@ bench: .venv/ready
 
 bench-full: .venv/ready
 	$(BIN)/python -m benchmarks.run --full
+
+# Redrawn and judged anew from the rows in results/.  studies: run what is missing of them, hours in all.
+figures: .venv/ready
+	$(BIN)/python -m studies.figures
+
+claims: .venv/ready
+	$(BIN)/python -m studies.page
+
+studies: .venv/ready
+	$(BIN)/python -m studies.digits
+	$(BIN)/python -m studies.sentences
 
 docs: .venv/ready
 	$(BIN)/pdoc delora -o site

@@ -8,15 +8,8 @@ a case, and its lam, are those with the best mean accuracy on the validation pic
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
-import platform
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -24,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
-import delora
 from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
-from delora.files import write_atomically
 from delora.recipes.digits import Job, finetune, pretrained
+from studies import engine
 
 RESULTS = Path("results/digits")
 TUNING_SEEDS, SEEDS = (8, 9), (10, 11, 12)
@@ -138,11 +129,11 @@ START_LAMS = (1.0, 2.0, 4.0, 8.0, 16.0)
 START_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
-def starts() -> Iterator[Job]:
-    """Every start over lam, the rate (lam's is half of it) and clipping; the first seed is watched."""
-    for seed, clip, lam, lr, (case, fields) in product(SEEDS, (0.0, 1.0), START_LAMS, START_RATES, STARTS.items()):
+def starts(study: str = "starts", clip: float = 0.0) -> Iterator[Job]:
+    """Every start over lam and the rate (lam's is half of it); the first seed is watched."""
+    for seed, lam, lr, (case, fields) in product(SEEDS, START_LAMS, START_RATES, STARTS.items()):
         watched = (1, 2, 5, 6, 20, 21, 100, 101, 300) if seed == SEEDS[0] else ()
-        yield Job("starts", case, DeLoRA(r=8, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
+        yield Job(study, case, DeLoRA(r=8, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
 
 
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
@@ -153,84 +144,28 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "rungs-tuning": rungs_tuning,
     "rungs": rungs,
     "starts": starts,
+    "starts-clipped": partial(starts, "starts-clipped", 1.0),
 }
 
 # ---------------------------------------------------------------- running them
 
 
-def read(study: str, results: Path = RESULTS) -> list[dict[str, Any]]:
-    """The rows of a study so far. A last line that a stopped run left unfinished is not counted."""
-    file = results / f"{study}.jsonl"
-    lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
-def _work(job: Job, base: Path, base_steps: int) -> dict[str, Any]:
+def work(job: Job, base: Path, base_steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     return finetune(pretrained(base, base_steps), job, base)
-
-
-def _short(value: Any) -> Any:
-    """Numbers with five digits: what is kept is to be small."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {k: _short(v) for k, v in value.items()}
-    return [_short(v) for v in value] if isinstance(value, list) else value
 
 
 def run(
     study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None, base_steps: int = 700
 ) -> None:
-    """What is missing of a study; each row is written when its run ends. One that raises is reported, the others go on."""
-
-    def key(row: dict[str, Any]) -> str:
-        return json.dumps(_short({name: row[name] for name in Job.__dataclass_fields__ if name in row}), sort_keys=True)
-
-    rows = read(study, results)
-    done = {key(row) for row in rows}
-    missing = [job for job in jobs if key(job.key()) not in done]
-    console.print(f"{study}: {len(rows)} runs are there, {len(missing)} to do")
-    if not missing:
-        return
-    results.mkdir(parents=True, exist_ok=True)
-    file, failed = results / f"{study}.jsonl", 0
-    write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
     with tempfile.TemporaryDirectory() as folder:
         pretrained(Path(folder), base_steps)
-        with (
-            ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn")) as pool,
-            file.open("a") as kept,
-        ):
-            pending = {pool.submit(_work, job, Path(folder), base_steps): job for job in missing}
-            for number, finished in enumerate(as_completed(pending), 1):
-                try:
-                    kept.write(json.dumps(_short(finished.result())) + "\n")
-                    kept.flush()
-                except Exception as error:
-                    failed += 1
-                    console.print(f"{pending[finished].key()} failed: {error}", markup=False)
-                if number % 20 == 0 or number == len(missing):
-                    console.print(f"{study}: {number} of {len(missing)}", highlight=False)
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "transformers": transformers.__version__}
-    about = {"command": f"python -m studies.digits {study}", "delora": delora.__version__, **versions}
-    total = sum(row["seconds"] for row in read(study, results))
-    about |= {"machine": platform.machine(), "cpu_minutes": round(total / 60, 1)}
-    write_atomically(results / f"{study}.json", (json.dumps(about, indent=1) + "\n").encode())
-    if failed:
-        raise SystemExit(f"{failed} runs of {study} failed")
+        engine.run(study, jobs, partial(work, base=Path(folder), base_steps=base_steps), results, console, workers)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("studies", nargs="*", default=list(STUDIES), metavar="STUDY", help=", ".join(STUDIES))
-    parser.add_argument("--workers", type=int)
-    options = parser.parse_args()
-    if unknown := [name for name in options.studies if name not in STUDIES]:
-        sys.exit(f"{unknown[0]} is no study; known are {', '.join(STUDIES)}")
-    for name in options.studies:
-        run(name, STUDIES[name](), RESULTS, Console(), options.workers)
+def read(study: str, results: Path = RESULTS) -> list[dict[str, Any]]:
+    return engine.read(study, results)
 
 
 if __name__ == "__main__":
-    main()
+    engine.command(STUDIES, RESULTS, run)

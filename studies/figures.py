@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from delora import figures
 from delora.training.models import classifier
-from studies.digits import SEEDS, read
-from studies.verdicts import CHANCE, near_best
+from studies.digits import STARTS, read
+from studies.page import means, sentence_rows, strength
+from studies.verdicts import near_best
 
 FIGURES = Path("docs/figures")
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
@@ -47,25 +47,23 @@ def column_norms() -> None:
     figures.save(figure, FIGURES / "figure4-minilm")
 
 
+def sentence_encoder() -> None:
+    rows = sentence_rows()
+    if rows:
+        figures.save(figures.over_rates(scored(rows, "test"), METHODS, "accuracy"), FIGURES / "figure2-sentences")
+
+
 def starts() -> None:
-    rows = [r for r in read("starts") if not r.get("clip")]
-    cells: dict[str, dict[tuple[float, float], list[float]]] = {}
-    for r in rows:
-        cells.setdefault(r["case"], {}).setdefault((r["lr"], strength(r)), []).append(r.get("validation", CHANCE))
-    means = {case: {key: fmean(scores) for key, scores in own.items()} for case, own in cells.items()}
+    rows = read("starts")
+    cells = {case: {(lr, lam): score for (lam, lr), score in means(rows, case).items()} for case in STARTS}
     framed: dict[str, set[Any]] = {}
     for r in near_best(rows):
         framed.setdefault(r["case"], set()).add((r["lr"], strength(r)))
-    figures.save(figures.grids(means, "rate of A and B", "lam", "validation accuracy [%]", framed), FIGURES / "starts-digits")
-
-
-def strength(row: dict[str, Any]) -> float:
-    """lam of a kept row, whose method is text: ``DeLoRA(r=8, lam=4.0, ...)``."""
-    return float(row["method"].partition("lam=")[2].partition(",")[0])
+    figures.save(figures.grids(cells, "rate of A and B", "lam", "validation accuracy [%]", framed), FIGURES / "starts-digits")
 
 
 if __name__ == "__main__":
     digits()
     column_norms()
-    if len({r["seed"] for r in read("starts")}) == len(SEEDS):
-        starts()
+    sentence_encoder()
+    starts()

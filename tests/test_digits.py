@@ -12,6 +12,7 @@ from rich.console import Console
 from delora import DeLoRA, LoRA
 from delora.recipes.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
 from studies.digits import best, read, run
+from studies.page import CLAIMS, STARTS, claims, starts
 from studies.verdicts import CHANCE, area, ladder, r1, r2, r3, r4, r5
 
 JOB = Job("study", "case", DeLoRA(r=2, lam=4.0), lr=1e-2, lam_lr=5e-3, seed=3, steps=4)
@@ -113,6 +114,11 @@ def test_the_base_rate_is_the_best_by_validation(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr("studies.digits.read", lambda study: rows)
     assert best("tuning", {"LoRA": ([method], (1e-3, 1e-2))}) == {"LoRA": (method, 1e-2)}
+
+
+def test_the_pages_are_what_the_kept_rows_say():
+    assert CLAIMS.read_text() == claims()
+    assert STARTS.read_text() == starts()
 
 
 # ---------------------------------------------------------------- rules

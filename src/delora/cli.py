@@ -28,7 +28,7 @@ out = Console()
 err = Console(stderr=True, highlight=False)
 
 # Which extra brings a package that may be missing.
-EXTRAS = {"matplotlib": "plots", "rich": "cli", "typer": "cli"}
+EXTRAS = {"lm_eval": "lm-eval", "matplotlib": "plots", "rich": "cli", "sklearn": "digits", "typer": "cli"}
 
 Kind = Literal["lora", "delora"]
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe, or the config.json of a run.", show_default=False)]

@@ -44,13 +44,17 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score") -> Figure
         _line(left, own, "score", number, case, scale=100)
         _line(right, own, "distance", number, case)
     for axes in (left, right):
+        factors = sorted({r["factor"] for r in rows})
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
+        axes.set_xticks(factors, [f"{f:g}" if f >= 1 else f"1/{1 / f:g}" for f in factors])
+        axes.minorticks_off()
         axes.set_xlabel("factor of the base rate")
     left.set_ylabel(f"{score} [%]")
     left.set_ylim(bottom=0)
     right.set_ylabel("|W' - W|")
     right.set_yscale("log")
+    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "123456" else "")  # numbers, as many as there is room for
     _legend(right)
     return figure
 
@@ -69,7 +73,7 @@ def over_steps(rows: Rows, cases: Sequence[str], bound: str | None = None, score
         if case == bound:
             points = _means(own, "bound", "step")
             colour = COLOURS[number % len(COLOURS)]
-            left.plot(*zip(*points, strict=True), color=colour, linestyle=(0, (1, 2)), label=_plain(f"bound of {case}"))
+            left.plot(*zip(*points, strict=True), color=colour, linewidth=3, alpha=0.4, label=_plain(f"bound of {case}"))
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
         axes.set_ylim(bottom=0)

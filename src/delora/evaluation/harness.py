@@ -24,8 +24,8 @@ def score(
         ImportError: the harness is not installed; says what to do.
     """
     try:
-        from lm_eval import simple_evaluate  # type: ignore[import-untyped, import-not-found, unused-ignore]
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
     except ImportError as error:
         raise ImportError(f"{error}: the evaluation needs pip install lm-eval", name=error.name) from error
     host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
