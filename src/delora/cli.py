@@ -1,4 +1,4 @@
-"""The command line: ``delora train | evaluate | inspect | merge | export``. Exit codes: 0 done, 1 failed, 2 bad usage."""
+"""The command line: ``delora train | sweep | evaluate | inspect | merge | export``. Exit codes: 0 done, 1 failed, 2 misuse."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ out = Console()
 err = Console(stderr=True, highlight=False)
 
 # Which extra brings a package that may be missing.
-EXTRAS = {"lm_eval": "lm-eval", "matplotlib": "plots", "rich": "cli", "sklearn": "digits", "typer": "cli"}
+EXTRAS = {"lm_eval": "lm-eval", "matplotlib": "plots", "ray": "sweep", "rich": "cli", "sklearn": "digits", "typer": "cli"}
 
 Kind = Literal["lora", "delora"]
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe, or the config.json of a run.", show_default=False)]
@@ -58,6 +58,24 @@ def train(
         out.print(line, style="dim", markup=False)
     page = report.write(Path(experiment.out)).name
     out.print(f"Written to {experiment.out}: {page}, adapter, merged, peft", markup=False)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="A TOML file: a recipe, and what of it to vary.", show_default=False)],
+    address: Annotated[str | None, typer.Option(help="A Ray cluster's address; this machine if not given.")] = None,
+    cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="Cores for each trial.")] = 1,
+    concurrent: Annotated[int | None, typer.Option(min=1, help="The most trials at a time.", show_default=False)] = None,
+) -> None:
+    """Run a recipe over a grid of settings, on all cores or a cluster; what is done already is not done again."""
+    from delora import sweep as sweeps
+
+    asked = sweeps.read(file)
+    _quiet()
+    failed = sweeps.run(asked, out, address, cpus, concurrent)
+    out.print(f"Written to {asked.out}: {sweeps.RESULTS}, and a run folder for each trial", markup=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

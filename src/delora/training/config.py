@@ -164,7 +164,7 @@ class Experiment(Strict):
                 kept = [*Adapter.model_fields, *Adapter.method_fields(method)]
                 base = own | {"adapter": {k: v for k, v in own["adapter"].items() if k in kept}}
             merged = _merge(base, {"name": variant.name, **changes})
-            runs.append((variant, _validate(merged, Experiment, f"variants[{number}] ({variant.name})")))
+            runs.append((variant, validate(merged, Experiment, f"variants[{number}] ({variant.name})")))
         return runs
 
 
@@ -182,24 +182,26 @@ def read(recipe: Path, overrides: Sequence[str] = ()) -> Experiment:
     Raises:
         ConfigError: in words, with the key's dotted path.
     """
-    return parse(_load(recipe), overrides, str(recipe))
+    return parse(load_file(recipe), overrides, str(recipe))
 
 
 def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:
     changed = [_assign(data, override) for override in overrides]
-    experiment = _validate(data, Experiment, where)
+    experiment = validate(data, Experiment, where)
     for key in changed:
         _refuse_hidden(experiment, key)
     folders: dict[str, str] = {}
     for variant in experiment.variants:
-        other = folders.setdefault(slug(variant.name), variant.name)
-        if other is not variant.name:
-            raise ConfigError(f"{where}: variants: {other!r} and {variant.name!r} would have the same folder; rename one")
+        if (folder := slug(variant.name)) in folders:
+            raise ConfigError(
+                f"{where}: variants: {folders[folder]!r} and {variant.name!r} would have the same folder; rename one"
+            )
+        folders[folder] = variant.name
     experiment.runs()
     return experiment
 
 
-def _load(recipe: Path) -> dict[str, Any]:
+def load_file(recipe: Path) -> dict[str, Any]:
     try:
         text = recipe.read_text("utf-8")
         return json.loads(text) if recipe.suffix == ".json" else tomllib.loads(text)
@@ -262,7 +264,7 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
 # ---------------------------------------------------------------- errors
 
 
-def _validate(data: Any, kind: type[Model], where: str) -> Model:
+def validate(data: Any, kind: type[Model], where: str) -> Model:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -272,7 +274,10 @@ def _validate(data: Any, kind: type[Model], where: str) -> Model:
 
 def _explain(error: Any, kind: type[BaseModel]) -> str:
     """One line for one error of pydantic: the dotted path, what is wrong, the nearest valid key."""
-    *outer, last = location = error["loc"]
+    location = error["loc"]
+    if not location:  # of the whole
+        return str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
+    *outer, last = location
     path = ".".join(map(str, location))
     match error["type"]:
         case "extra_forbidden":

@@ -1,0 +1,277 @@
+"""A grid of runs of one recipe, on all cores or on a cluster, with Ray Tune. Each trial is a run folder; what is done stays."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, model_validator
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from delora.files import read_json, write_atomically
+from delora.recipes import classification
+from delora.training.config import Experiment, Strict, load_file, parse, slug, validate
+from delora.training.runs import RESULT, Result, exclusive, write_json
+
+SWEEP, RESULTS, TRIALS, FAILED = "sweep.json", "results.csv", "trials", "failed.json"
+
+
+class Case(Strict):
+    """Keys of the recipe that belong together, such as a method with its own rate."""
+
+    name: Annotated[str, Field(min_length=1)]
+    set: dict[str, Any]
+
+
+class Sweep(Strict):
+    """``cases`` x ``factors`` x the lists of ``grid``, each changing the recipe.
+
+    ``grid`` and a case's ``set`` have dotted keys of the recipe (``train.lr``, ``adapter.method``, ``seed`` ...). A factor
+    multiplies the rates of the adapter, ``train.lr`` and ``train.lam_lr``; that of the head only where it follows ``lr``.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    out: Annotated[str, Field(min_length=1)]
+    recipe: str
+    cases: list[Case] = Field(default=[])
+    factors: list[Annotated[float, Field(gt=0)]] = Field(default=[])
+    grid: dict[str, list[Any]] = Field(default={})
+
+    @model_validator(mode="after")
+    def _something(self) -> Sweep:
+        if not (self.cases or self.factors or self.grid):
+            raise ValueError("nothing to sweep over: give grid, cases or factors")
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{key} is an empty list")
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a sweep, and what it is: its case, factor and swept values."""
+
+    experiment: Experiment
+    case: str
+    factor: float | None
+    swept: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.experiment.name
+
+    def folder(self, out: Path) -> Path:
+        return out / TRIALS / slug(self.name)
+
+
+def read(file: Path) -> Sweep:
+    """The sweep of a TOML or JSON file; ``recipe`` is relative to it.
+
+    Raises:
+        ConfigError: in words, with the key's dotted path.
+    """
+    sweep = validate(load_file(file), Sweep, str(file))
+    return sweep.model_copy(update={"recipe": str(file.parent / sweep.recipe)})
+
+
+def trials(sweep: Sweep) -> list[Trial]:
+    """Every trial, checked as far as a configuration can be: an error names the trial."""
+    recipe = load_file(Path(sweep.recipe)) | {"variants": [], "out": sweep.out}
+    plain: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
+    for case in sweep.cases or [Case(name=sweep.name, set={})]:
+        for values in product(*sweep.grid.values()):
+            swept = dict(zip(sweep.grid, values, strict=True))
+            told = ", ".join([*([case.name] if sweep.cases else []), *(f"{key}={value}" for key, value in swept.items())])
+            plain.append((told or sweep.name, case.name, swept, case.set | swept))
+    runs = _runs(recipe, [(told, changes) for told, _, _, changes in plain], sweep.recipe)
+    if not sweep.factors:
+        return [Trial(run, label, None, swept) for run, (_, label, swept, _) in zip(runs, plain, strict=True)]
+    scaled, about = [], []
+    for (told, label, swept, changes), run in zip(plain, runs, strict=True):
+        for factor in sweep.factors:
+            rates = {"train.lr": run.train.lr * factor}
+            if run.train.lam_lr is not None:
+                rates["train.lam_lr"] = run.train.lam_lr * factor
+            scaled.append((f"{told}, x{factor:g}", changes | rates))
+            about.append((label, factor, swept))
+    return [Trial(run, *what) for run, what in zip(_runs(recipe, scaled, sweep.recipe), about, strict=True)]
+
+
+def _runs(recipe: Mapping[str, Any], changes: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Experiment]:
+    """The experiments that changes make of a recipe: as variants, so that all that holds for these holds here."""
+    variants = []
+    for name, keys in changes:
+        variant: dict[str, Any] = {"name": name}
+        for key, value in keys.items():
+            *outer, last = key.split(".")
+            table = variant
+            for part in outer:
+                table = table.setdefault(part, {})
+            table[last] = value
+        variants.append(variant)
+    return [run for _, run in parse({**recipe, "variants": variants}, where=where).runs()]
+
+
+# ---------------------------------------------------------------- running
+
+
+def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 1, concurrent: int | None = None) -> list[str]:
+    """Run what is missing; the names of the trials that failed are returned, and each one's reason is in its folder.
+
+    Args:
+        address: of a Ray cluster, whose machines must all see the folder ``out``; this machine alone if None.
+        cpus: cores for each trial.
+        concurrent: the most trials at a time; as many as there are cores for if None.
+
+    Raises:
+        ConfigError: a trial cannot be made, found before any is started.
+        RunError: another process is running this sweep.
+    """
+    out = Path(sweep.out).absolute()
+    with exclusive(out):
+        every = trials(sweep)
+        for trial in every:
+            classification.check(trial.experiment)  # fetches model and data as well, once and not in every trial
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / SWEEP, sweep.model_dump(mode="json"))
+        missing = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
+        for trial in missing:
+            (trial.folder(out) / FAILED).unlink(missing_ok=True)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            if missing:
+                _on_ray(missing, out, console, live, every, address, cpus, concurrent)
+        write_atomically(out / RESULTS, _csv(every, out).encode())
+        console.print(table(every, out))
+        failed = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
+        for trial in failed:
+            console.print(f"{trial.name} failed: {reason(trial, out)}", markup=False)
+        return [trial.name for trial in failed]
+
+
+def _on_ray(
+    missing: Sequence[Trial],
+    out: Path,
+    console: Console,
+    live: Live,
+    every: Sequence[Trial],
+    address: str | None,
+    cpus: int,
+    concurrent: int | None,
+) -> None:
+    # No message to its makers, no note on GPUs, no printing beside ours.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AIR_NEW_OUTPUT": "0"}
+    import ray
+    from ray import tune
+
+    def show(done: Trial) -> None:
+        if console.is_terminal:
+            live.update(table(every, out), refresh=True)
+        else:
+            console.print(f"{done.name}: {status(done, out)}", markup=False, highlight=False)
+
+    class Shown(tune.Callback):
+        def __init__(self, show: Callable[[Trial], None]) -> None:
+            self.show = show
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}  # Ray keeps a copy of its callbacks in a file, where a console cannot go
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self.show(missing[trial.config["number"]])
+
+        on_trial_error = on_trial_complete
+
+    def work(config: dict[str, Any]) -> None:
+        torch.set_num_threads(cpus)
+        perform(missing[config["number"]], out)
+
+    with tempfile.TemporaryDirectory(prefix="ray-") as logs:
+        local: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, cpus), "_temp_dir": logs, "include_dashboard": False}
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+        ray.init(address=address or "local", **quiet, **({} if address else local))
+        try:
+            tune.Tuner(
+                tune.with_resources(work, {"cpu": cpus}),
+                param_space={"number": tune.grid_search(list(range(len(missing))))},
+                tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
+                run_config=tune.RunConfig(storage_path=logs, verbose=0, callbacks=[Shown(show)]),
+            ).fit()
+        finally:
+            ray.shutdown()
+
+
+def perform(trial: Trial, out: Path) -> None:
+    """One trial, as `delora train` would run it. What it raises is written down: the others go on."""
+    folder = trial.folder(out)
+    try:
+        splits = classification.read_splits(trial.experiment)
+        classification.run(trial.experiment, folder, trial.case, splits, Console(quiet=True))
+    except Exception as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}"})
+
+
+# ---------------------------------------------------------------- what came of it
+
+
+def reason(trial: Trial, out: Path) -> str:
+    file = trial.folder(out) / FAILED
+    return read_json(file)["error"] if file.is_file() else "its process ended without a word (out of memory?)"
+
+
+def status(trial: Trial, out: Path) -> str:
+    result = Result.read(trial.folder(out))
+    if result is None:
+        return "failed" if (trial.folder(out) / FAILED).is_file() else "to do"
+    if result.diverged is not None or result.test_accuracy is None:
+        return f"diverged at step {result.diverged}"
+    return f"test {100 * result.test_accuracy:.1f} %"
+
+
+def table(every: Sequence[Trial], out: Path) -> Table:
+    shown = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("Trial", "Outcome"):
+        shown.add_column(name, overflow="fold")
+    for trial in every:
+        shown.add_row(Text(trial.name), Text(status(trial, out)))
+    return shown
+
+
+def rows(every: Sequence[Trial], out: Path) -> Iterator[dict[str, Any]]:
+    """One row for each trial: what it is, its rates, all numbers of its result."""
+    for trial in every:
+        result = Result.read(trial.folder(out))
+        found = {} if result is None else dataclasses.asdict(result)
+        train = trial.experiment.train
+        yield {
+            "trial": trial.name,
+            "case": trial.case,
+            "factor": trial.factor,
+            "seed": trial.experiment.seed,
+            "lr": train.lr,
+            **trial.swept,
+            "status": status(trial, out),
+            **{key: value for key, value in found.items() if key not in ("name", "row", "folder")},
+        }
+
+
+def _csv(every: Sequence[Trial], out: Path) -> str:
+    lines = list(rows(every, out))
+    names = list(dict.fromkeys(key for line in lines for key in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()

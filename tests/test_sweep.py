@@ -1,0 +1,143 @@
+"""Sweeps: every trial once and as `delora train` would run it; what is done stays; a failure stops nobody."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from delora import sweep as sweeps
+from delora.recipes import classification
+from delora.sweep import FAILED, RESULTS, Sweep, perform, read, run, trials
+from delora.training.config import ConfigError, parse
+from delora.training.runs import RESULT, Result
+from tests.tiny import make_model, make_sentences, recipe
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> dict[str, Any]:
+    """A recipe's file, and the recipe."""
+    folder = tmp_path_factory.mktemp("recipe")
+    values = recipe(make_model(folder / "model"), make_sentences(folder / "data"), folder / "unused", train__epochs=1)
+    (folder / "recipe.json").write_text(json.dumps(values))
+    return {"file": str(folder / "recipe.json"), "values": values}
+
+
+def asked(written, out: Path, **changes: Any) -> Sweep:
+    return Sweep(**{"name": "made", "out": str(out), "recipe": written["file"], "grid": {"seed": [0, 1]}} | changes)
+
+
+def screen() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def test_the_product_of_all_lists(written, tmp_path):
+    cases = [{"name": "L", "set": {"adapter.method": "lora", "train.lr": 1e-3}}, {"name": "D", "set": {"train.lr": 1e-2}}]
+    found = trials(asked(written, tmp_path, cases=cases, factors=[0.5, 4.0], grid={"seed": [0, 1], "adapter.r": [2, 4]}))
+    told = {
+        (
+            t.case,
+            t.factor,
+            t.experiment.seed,
+            t.experiment.adapter.build().r,
+            t.experiment.train.lr,
+            t.experiment.adapter.method,
+        )
+        for t in found
+    }
+    assert told == {
+        (case, factor, seed, r, lr * factor, method)
+        for case, lr, method in (("L", 1e-3, "lora"), ("D", 1e-2, "delora"))
+        for factor in (0.5, 4.0)
+        for seed in (0, 1)
+        for r in (2, 4)
+    }
+    assert len({t.folder(tmp_path) for t in found}) == len(found) == 16
+
+
+def test_a_factor_leaves_the_rate_of_lam_beside_it(written, tmp_path):
+    rates = {"train.lr": [1e-3], "train.lam_lr": [2e-3]}
+    (one,) = trials(asked(written, tmp_path, factors=[4.0], grid=rates))
+    assert (one.experiment.train.lr, one.experiment.train.lam_lr) == (4e-3, 8e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"grid": {"train.lrr": [1.0]}}, "did you mean"),
+        ({"grid": {"train.lr": [1.0, -1.0]}}, "train.lr=-1.0"),
+        ({"grid": {"adapter.method": ["lora", "lorra"]}}, "adapter.method=lorra"),
+        ({"cases": [{"name": "same", "set": {"seed": s}} for s in (0, 1)], "grid": {}}, "same"),
+    ],
+)
+def test_what_cannot_be_is_found_before_anything_is_written(written, tmp_path, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        run(asked(written, tmp_path / "out", **changes), screen())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('name = "a"\nout = "o"\nrecipe = "r.toml"\n', "nothing to sweep over"),
+        ('name = "a"\nout = "o"\nrecipe = "r.toml"\ngrid = { seed = [] }\n', "grid.seed is an empty list"),
+        ('name = "a"\nout = "o"\nrecipe = "r.toml"\nfactors = [0.0]\n', "greater than 0"),
+        ('name = "a"\nout = "o"\nrecipe = "r.toml"\nfaktors = [1.0]\n', "did you mean factors"),
+    ],
+)
+def test_a_file_that_is_no_sweep(tmp_path, text, words):
+    (tmp_path / "sweep.toml").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path / "sweep.toml")
+
+
+def test_the_recipe_is_beside_the_sweep(tmp_path):
+    (tmp_path / "sweep.toml").write_text('name = "a"\nout = "o"\nrecipe = "r.toml"\ngrid = { seed = [0] }\n')
+    assert read(tmp_path / "sweep.toml").recipe == str(tmp_path / "r.toml")
+
+
+def test_a_trial_that_raises_says_why(written, tmp_path, monkeypatch):
+    (one, _) = trials(asked(written, tmp_path))
+    shutil.copytree(Path(written["file"]).parent / "data", tmp_path / "data")
+    broken = one.experiment.model_copy(
+        update={"data": one.experiment.data.model_copy(update={"source": str(tmp_path / "none")})}
+    )
+    perform(sweeps.dataclasses.replace(one, experiment=broken), tmp_path)
+    assert "there is no" in json.loads((one.folder(tmp_path) / FAILED).read_text())["error"]
+
+
+def numbers(result: Result | None) -> dict[str, Any]:
+    assert result is not None
+    return {key: value for key, value in vars(result).items() if key not in ("name", "row", "folder", "seconds")}
+
+
+@pytest.mark.slow
+def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
+    """One that cannot end well fails alone; started again, only what is missing runs."""
+    out = tmp_path / "out"
+    one = asked(written, out)
+    first, second = trials(one)
+    (first.folder(out)).mkdir(parents=True)
+    (first.folder(out) / "notes.txt").write_text("not a run's")  # a folder that no run may take
+    assert run(one, screen()) == [first.name]
+    assert "holds no run" in sweeps.reason(first, out)
+    before = (second.folder(out) / RESULT).stat().st_mtime_ns
+
+    shutil.rmtree(first.folder(out))
+    assert run(one, screen()) == []
+    assert (second.folder(out) / RESULT).stat().st_mtime_ns == before
+
+    values = written["values"] | {"seed": 1, "out": str(tmp_path / "alone"), "variants": []}
+    experiment = parse(values)
+    alone = classification.run(experiment, tmp_path / "alone", "row", classification.read_splits(experiment), screen())
+    assert numbers(Result.read(second.folder(out))) == numbers(alone)
+
+    lines = list(csv.DictReader((out / RESULTS).read_text().splitlines()))
+    assert [(line["trial"], line["seed"]) for line in lines] == [(first.name, "0"), (second.name, "1")]
+    assert float(lines[1]["test_accuracy"]) == alone.test_accuracy
