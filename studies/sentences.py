@@ -77,10 +77,10 @@ def work(job: Job) -> dict[str, Any]:
             }
         )
         splits = classification.read_splits(experiment)
-        result = classification.run(experiment, Path(folder) / "run", "run", splits, Console(quiet=True))
+        result = classification.run(experiment, Path(folder) / "run", "run", "run", splits, Console(quiet=True))
     found = {
-        "validation": result.validation_accuracy,
-        "test": result.test_accuracy,
+        "validation": result.validation,
+        "test": result.test,
         "distance": result.distance,
         "bound_used": result.bound_used,
     }

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from delora.data import alpaca
 from delora.data.alpaca import IGNORED, Instruction
-from delora.data.sentences import DataError
+from delora.data.tasks import DataError
 
 ITEM = Instruction("Add.", " three", "1 2")
 WITH_INPUT = """\

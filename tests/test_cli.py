@@ -75,7 +75,7 @@ def test_a_runs_config_can_be_run_again(world):
 
 def test_evaluate_gives_the_tables_accuracy(world):
     summary = json.loads((world / "out" / "summary.json").read_text())
-    expected = next(r["test_accuracy"] for r in summary["results"] if r["name"] == summary["delivered"])
+    expected = next(r["test"] for r in summary["results"] if r["name"] == summary["delivered"])
     for folder in ("adapter", "merged"):
         code, out, _ = run("evaluate", world / "out" / folder, "--recipe", world / "out" / "config.json")
         assert code == 0

@@ -14,7 +14,7 @@ import pytest
 
 from delora.data import sentences
 from delora.data.packages import PACKAGES, Package, PackageError, fetch
-from delora.data.sentences import DataError, Sentence
+from delora.data.tasks import DataError, Example
 from tests.tiny import make_sentences
 
 
@@ -136,8 +136,8 @@ def test_many_at_once_all_find_it_whole(cache):
 # ---------------------------------------------------------------- sentences
 
 
-def rated(n: int) -> list[Sentence]:
-    return [Sentence(f"sentence {i}", 1.0 if i % 2 else -1.0) for i in range(n)]
+def rated(n: int) -> list[Example]:
+    return [Example(f"sentence {i}", i % 2) for i in range(n)]
 
 
 def test_splits_are_disjoint_and_of_the_sizes_asked_for():

@@ -20,7 +20,10 @@ EVIL = '<script>alert("x")</script> & $\\frac{1}{0}$'
 
 
 def result(name: str, **changes: Any) -> Result:
-    return replace(Result(name, name, name, "LoRA(r=8)", 222_350, 61.4, 0.81, 0.8, 2, 1_234_567, 0.125), **changes)
+    made = Result(
+        name, name, name, name, 0, "LoRA(r=8)", "accuracy", "accuracy", 222_350, 61.4, 0.81, 0.8, {}, 2, 1_234_567, 0.125
+    )
+    return replace(made, **changes)
 
 
 def summary(*results: Result) -> Summary:
@@ -56,20 +59,20 @@ class Page(HTMLParser):
 
 
 def test_the_table_holds_the_results():
-    rows = report.table(summary(result("a"), result("b", row="c", distance=None, test_accuracy=0.5)))
+    rows = report.table(summary(result("a"), result("b", row="c", distance=None, test=0.5)))
     assert rows[0] == ("a", "80.0 ± 1.0", "81.0", "222,350", "1,235", "61", "0.12")
     assert (rows[1][0], rows[1][1], rows[1][-1]) == ("c (b)", "50.0 ± 1.2", report.NOTHING)
 
 
 def test_a_run_that_diverged_has_no_score():
-    bad = result("bad", diverged=7, test_accuracy=None, validation_accuracy=None, adapter_bytes=None, distance=None)
+    bad = result("bad", diverged=7, test=None, validation=None, adapter_bytes=None, distance=None)
     assert report.table(summary(result("a"), bad))[1][1:3] == ("diverged at step 7", report.NOTHING)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A finished experiment with names that are meant to do harm."""
-    runs = [result(EVIL), result("_hidden", bound_used=0.2), result("gone", diverged=2, test_accuracy=None)]
+    runs = [result(EVIL), result("_hidden", bound_used=0.2), result("gone", diverged=2, test=None)]
     write_json(tmp_path / "summary.json", {**vars(summary(*runs)), "name": EVIL, "results": [vars(r) for r in runs]})
     write_json(tmp_path / "config.json", {"model": EVIL, "adapter": {"targets": [EVIL]}})
     rows = [{"run": name, "step": s, "loss": 1 / s, "distance": 0.1 * s} for name in (EVIL, "_hidden") for s in range(1, 20)]
@@ -83,7 +86,7 @@ def test_names_are_shown_as_they_are_and_never_as_markup(folder):
     text = report.write(folder).read_text()
     page = Page(text)
     assert "script" not in page.tags
-    assert page.rows[0] == list(report.HEADER)
+    assert page.rows[0] == list(report.header(Summary.read(folder)))
     assert [row[0] for row in page.rows[1:]] == [EVIL, "_hidden", "gone"]
 
 

@@ -20,7 +20,9 @@ from safetensors import safe_open
 from transformers import AutoModelForSequenceClassification
 
 import delora
+from delora.data import sentences
 from delora.data.sentences import LABELS
+from delora.evaluation import text
 from delora.files import AdapterError
 from delora.recipes import classification
 from delora.recipes.classification import Summary
@@ -144,12 +146,12 @@ def test_the_best_epoch_is_the_best_on_validation(sources, tmp_path):
     scores = [row["validation_accuracy"] for row in lines(run) if "validation_accuracy" in row]
     assert scores.index(max(scores)) + 1 < len(scores), "the test has nothing to tell: choose another rate"
     result = Result.read(run)
-    assert (result.best_epoch, result.validation_accuracy) == (scores.index(max(scores)) + 1, max(scores))
+    assert (result.best_epoch, result.validation) == (scores.index(max(scores)) + 1, max(scores))
     experiment = parse(json.loads((out / "config.json").read_text()))
     model, tokenizer = classifier(sources[0], LABELS)
     delora.load(model, out / "adapter")
     part = classification.read_splits(experiment).validation
-    predicted = classification.predict(model, tokenizer, part, experiment.data)
+    predicted = text.predict(model, tokenizer, part, sentences.TASKS["sentiment"], experiment.data.max_tokens)
     assert (predicted == torch.tensor([s.label for s in part])).double().mean().item() == max(scores)
 
 
@@ -159,7 +161,7 @@ def test_a_run_that_diverges_is_a_row_of_the_table(sources, tmp_path):
     wild = {"name": "wild", "adapter": {"method": "lora", "alpha": 1e30}, "train": {"lr": 1e30}}
     summary = train((str(model), sources[1]), out, variants=[{"name": "tame"}, wild])
     assert summary.results[1].diverged is not None
-    assert summary.results[1].test_accuracy is None
+    assert summary.results[1].test is None
     assert summary.delivered == "tame"
 
 
@@ -195,11 +197,18 @@ def test_the_merged_model_is_a_plain_one(done):
 
 
 def test_of_the_runs_that_share_a_row_the_best_by_validation_is_shown():
-    def result(name: str, row: str, validation: float | None, test: float) -> Result:
-        return Result(name, row, name, "", 0, 0.0, validation_accuracy=validation, test_accuracy=test)
+    def result(setting: str, row: str, seed: int, validation: float | None) -> Result:
+        test = None if validation is None else 1 - validation
+        return Result(
+            f"{setting}{seed}", row, setting, "", seed, "", "accuracy", "accuracy", 0, 0.0, validation=validation, test=test
+        )
 
-    results = [result("a", "x", 0.7, 0.9), result("b", "x", 0.8, 0.1), result("c", "y", 0.1, 0.1), result("d", "x", None, 1.0)]
-    assert [r.name for r in shown(results)] == ["b", "c"]
+    results = [result("a", "x", 0, 0.7), result("b", "x", 0, 0.8), result("c", "y", 0, 0.1), result("d", "x", 0, None)]
+    assert [row.setting for row in shown(results)] == ["b", "c"]
+    # With two seeds the mean decides, and a setting that diverged with one of them is not the best.
+    results += [result("a", "x", 1, 0.7), result("b", "x", 1, 0.2), result("e", "x", 0, 0.9), result("e", "x", 1, None)]
+    row, other = shown(results)
+    assert (row.setting, [run.seed for run in row.runs], other.setting) == ("a", [0, 1], "c")
 
 
 # ---------------------------------------------------------------- stopping and going on
@@ -351,7 +360,7 @@ def test_a_model_that_is_none(sources, tmp_path):
 
 def test_evaluating(sources, done, tmp_path):
     whole = parse(json.loads((done / "config.json").read_text()))
-    expected = next(r for r in Summary.read(done).results if r.name == "DeLoRA").test_accuracy
+    expected = next(r for r in Summary.read(done).results if r.name == "DeLoRA").scores
     for folder in ("adapter", "merged", "peft"):
         assert classification.evaluate(whole, done / folder) == (expected, 64)
     with pytest.raises(RunError, match=r"is no finetuned classifier: it has no classifier\.bias"):

@@ -28,7 +28,15 @@ out = Console()
 err = Console(stderr=True, highlight=False)
 
 # Which extra brings a package that may be missing.
-EXTRAS = {"lm_eval": "lm-eval", "matplotlib": "plots", "ray": "sweep", "rich": "cli", "sklearn": "digits", "typer": "cli"}
+EXTRAS = {
+    "lm_eval": "lm-eval",
+    "matplotlib": "plots",
+    "ray": "sweep",
+    "rich": "cli",
+    "sklearn": "digits",
+    "torchmetrics": "text",
+    "typer": "cli",
+}
 
 Kind = Literal["lora", "delora"]
 Recipe = Annotated[Path, typer.Argument(help="A TOML recipe, or the config.json of a run.", show_default=False)]
@@ -53,7 +61,7 @@ def train(
     from delora.recipes import classification
 
     summary = classification.train(experiment, out, fresh)
-    _print(report.HEADER, report.table(summary), summary.name)
+    _print(report.header(summary), report.table(summary), summary.name)
     for line in report.reading(summary):
         out.print(line, style="dim", markup=False)
     page = report.write(Path(experiment.out)).name
@@ -63,6 +71,7 @@ def train(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help="A TOML file: a recipe, and what of it to vary.", show_default=False)],
+    changes: Changes = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster's address; this machine if not given.")] = None,
     cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="Cores for each trial.")] = 1,
     concurrent: Annotated[int | None, typer.Option(min=1, help="The most trials at a time.", show_default=False)] = None,
@@ -70,7 +79,7 @@ def sweep(
     """Run a recipe over a grid of settings, on all cores or a cluster; what is done already is not done again."""
     from delora import sweep as sweeps
 
-    asked = sweeps.read(file)
+    asked = sweeps.read(file, changes or [])
     _quiet()
     failed = sweeps.run(asked, out, address, cpus, concurrent)
     out.print(f"Written to {asked.out}: {sweeps.RESULTS}, and a run folder for each trial", markup=False)
@@ -81,10 +90,10 @@ def sweep(
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="An adapter's or a whole model's folder.", show_default=False)],
-    recipe: Annotated[Path, typer.Option("--recipe", help="Whose base model and test sentences.", show_default=False)],
+    recipe: Annotated[Path, typer.Option("--recipe", help="Whose base model and test examples.", show_default=False)],
     changes: Changes = None,
 ) -> None:
-    """The accuracy of a saved adapter, or of a merged model, on a recipe's test sentences."""
+    """The scores of a saved adapter, or of a merged model, on a recipe's test examples."""
     from delora.training.config import read
 
     experiment = read(recipe, changes or [])
@@ -92,10 +101,12 @@ def evaluate(
     from delora.evaluation.text import standard_error
     from delora.recipes import classification
 
-    score, n = classification.evaluate(experiment, folder)
-    out.print(
-        f"{folder}: test accuracy {100 * score:.1f} ± {100 * standard_error(score, n):.1f} % of {n:,} sentences", markup=False
-    )
+    scores, n = classification.evaluate(experiment, folder)
+    told = [
+        f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "")
+        for name, score in scores.items()
+    ]
+    out.print(f"{folder}: test {', '.join(told)} % of {n:,} examples", markup=False)
 
 
 @app.command()
@@ -189,7 +200,7 @@ ERRORS = {
     ("delora.training.config", "ConfigError"): 2,
     ("delora.files", "AdapterError"): 1,
     ("delora.data.packages", "PackageError"): 1,
-    ("delora.data.sentences", "DataError"): 1,
+    ("delora.data.tasks", "DataError"): 1,
     ("delora.training.models", "ModelError"): 1,
     ("delora.training.runs", "RunError"): 1,
 }

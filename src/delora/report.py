@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -12,10 +13,9 @@ from delora.evaluation.text import standard_error
 from delora.files import write_atomically
 from delora.plots import draw
 from delora.recipes.classification import Summary
-from delora.training.runs import CONFIG, METRICS, Result, shown
+from delora.training.runs import CONFIG, METRICS, Result, Row, shown
 
 REPORT = "report.html"
-HEADER = ("Run", "Test accuracy [%]", "Validation [%]", "Trainable", "Adapter [kB]", "Seconds", "|dW|/|W|")
 NOTHING = "–"
 
 _STYLE = """
@@ -38,30 +38,63 @@ ul { padding-left: 1.2rem; }
 """
 
 
+def header(summary: Summary) -> tuple[str, ...]:
+    metrics = {result.reported for result in summary.results}
+    metric = metrics.pop() if len(metrics) == 1 else "score"
+    return "Run", f"Test {metric} [%]", "Validation [%]", "Trainable", "Adapter [kB]", "Seconds", "|dW|/|W|"
+
+
 def table(summary: Summary) -> list[tuple[str, ...]]:
-    """The rows under `HEADER`; of the runs that share a row, the best by validation."""
-    results = shown(summary.results)
-    return [_row(r, summary) for r in results]
+    """The rows under `header`; of the settings that share a row, the best by validation."""
+    return [_row(row, summary.test) for row in shown(summary.results)]
 
 
-def _row(r: Result, summary: Summary) -> tuple[str, ...]:
-    name = r.row if r.row == r.name else f"{r.row} ({r.name})"
-    if r.diverged is not None or r.test_accuracy is None or r.validation_accuracy is None:
-        scores = (f"diverged at step {r.diverged}", NOTHING)
-    else:
-        error = standard_error(r.test_accuracy, summary.test)
-        scores = (f"{100 * r.test_accuracy:.1f} ± {100 * error:.1f}", f"{100 * r.validation_accuracy:.1f}")
-    size = NOTHING if r.adapter_bytes is None else f"{r.adapter_bytes / 1000:,.0f}"
-    distance = NOTHING if r.distance is None else f"{r.distance:.2f}"
-    return name, *scores, f"{r.trainable:,}", size, f"{r.seconds:.0f}", distance
+def _row(row: Row, examples: int) -> tuple[str, ...]:
+    name = row.name if row.name == row.setting else f"{row.name} ({row.setting})"
+
+    def mean(figure: Callable[[Result], float | None], form: str, unit: float = 1) -> str:
+        values = row.values(figure)
+        return format(unit * statistics.fmean(values), form) if values else NOTHING
+
+    return (
+        name,
+        score(row, examples),
+        mean(lambda r: r.validation, ".1f", 100),
+        f"{row.runs[0].trainable:,}",
+        mean(lambda r: r.adapter_bytes, ",.0f", 1e-3),
+        mean(lambda r: r.seconds, ".0f"),
+        mean(lambda r: r.distance, ".2f"),
+    )
+
+
+def score(row: Row, examples: int | None) -> str:
+    """In percent: mean ± standard deviation over the seeds; of one seed its accuracy ± the standard error over ``examples``."""
+    values = row.values(lambda r: r.test)
+    if not values:
+        return f"diverged at step {row.diverged[0].diverged}"
+    text = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) > 1:
+        text += f" ± {100 * statistics.stdev(values):.1f}"
+    elif examples is not None and row.runs[0].reported == "accuracy" and len(row.runs) == 1:
+        text += f" ± {100 * standard_error(values[0], examples):.1f}"
+    return text + (f" ({len(row.diverged)} of {len(row.runs)} seeds diverged)" if row.diverged else "")
 
 
 def reading(summary: Summary) -> list[str]:
     """What the table says, and what it does not."""
+    seeds = len({result.seed for result in summary.results})
+    if any(len(row.runs) > 1 for row in shown(summary.results)):
+        spread = f"± is the standard deviation over {seeds} seeds, which also decide who is in which part of the data."
+    else:
+        spread = (
+            f"± is one standard error of an accuracy over {summary.test:,} test examples. Every figure is of one seed: "
+            "differences of less than about two standard errors say nothing about which method is better."
+            if any(result.reported == "accuracy" for result in summary.results)
+            else "Every figure is of one seed: small differences say nothing about which method is better."
+        )
     lines = [
-        f"± is one standard error of an accuracy over {summary.test:,} test sentences. Every figure is of one seed: "
-        "differences of less than about two standard errors say nothing about which method is better.",
-        "The best epoch, and the best run of a row, were chosen on the validation sentences alone.",
+        spread,
+        "The best epoch, and the best setting of a row, were chosen on the validation part alone.",
         "|dW|/|W| is the mean over the adapted layers at the best epoch; modules that are trained whole are not in it. "
         "Seconds are of training and validation.",
     ]
@@ -76,19 +109,19 @@ def reading(summary: Summary) -> list[str]:
 def write(out: Path) -> Path:
     """``report.html`` and its plots, from what is in a finished experiment's folder."""
     summary = Summary.read(out)
-    plots = draw(out / METRICS, [r.name for r in shown(summary.results)], out)
+    plots = draw(out / METRICS, [row.runs[0].name for row in shown(summary.results)], out)
     config = json.loads((out / CONFIG).read_text())
     write_atomically(out / REPORT, page(summary, config, plots).encode())
     return out / REPORT
 
 
 def page(summary: Summary, config: dict[str, object], plots: Sequence[Path]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in HEADER)
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header(summary))
     body = "".join(
-        f"<tr{' class=delivered' if result.name == summary.delivered else ''}>"
+        f"<tr{' class=delivered' if summary.delivered in [run.name for run in shown_.runs] else ''}>"
         + "".join(f"<td>{escape(cell)}</td>" for cell in row)
         + "</tr>\n"
-        for result, row in zip(shown(summary.results), table(summary), strict=True)
+        for shown_, row in zip(shown(summary.results), table(summary), strict=True)
     )
     figures = "".join(
         f'<figure><img alt="{escape(plot.stem)} per optimizer step" '

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from delora.files import read_json, write_atomically
 from delora.recipes import classification
-from delora.training.config import Experiment, Strict, load_file, parse, slug, validate
+from delora.training.config import Experiment, Strict, assign, load_file, parse, slug, validate
 from delora.training.runs import RESULT, Result, exclusive, write_json
 
 SWEEP, RESULTS, TRIALS, FAILED = "sweep.json", "results.csv", "trials", "failed.json"
@@ -61,10 +61,11 @@ class Sweep(Strict):
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, and what it is: its case, factor and swept values."""
+    """One run of a sweep, and what it is: its case, setting (the same for all seeds), factor and swept values."""
 
     experiment: Experiment
     case: str
+    setting: str
     factor: float | None
     swept: dict[str, Any]
 
@@ -76,36 +77,47 @@ class Trial:
         return out / TRIALS / slug(self.name)
 
 
-def read(file: Path) -> Sweep:
-    """The sweep of a TOML or JSON file; ``recipe`` is relative to it.
+def read(file: Path, changes: Sequence[str] = ()) -> Sweep:
+    """The sweep of a TOML or JSON file, with ``key=value`` changes. The file's ``recipe`` is relative to it.
 
     Raises:
         ConfigError: in words, with the key's dotted path.
     """
-    sweep = validate(load_file(file), Sweep, str(file))
-    return sweep.model_copy(update={"recipe": str(file.parent / sweep.recipe)})
+    data = load_file(file)
+    if isinstance(data.get("recipe"), str):
+        data["recipe"] = str(file.parent / data["recipe"])
+    for change in changes:
+        assign(data, change)
+    return validate(data, Sweep, str(file))
 
 
 def trials(sweep: Sweep) -> list[Trial]:
     """Every trial, checked as far as a configuration can be: an error names the trial."""
     recipe = load_file(Path(sweep.recipe)) | {"variants": [], "out": sweep.out}
-    plain: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = []
+    seeds = recipe.pop("seeds", [])
+    given = {*sweep.grid, *(key for case in sweep.cases for key in case.set)}
+    if seeds and "seed" not in given:  # the recipe's own seeds are a list of the grid
+        sweep = sweep.model_copy(update={"grid": sweep.grid | {"seed": seeds}})
+    plain: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = []
     for case in sweep.cases or [Case(name=sweep.name, set={})]:
         for values in product(*sweep.grid.values()):
             swept = dict(zip(sweep.grid, values, strict=True))
-            told = ", ".join([*([case.name] if sweep.cases else []), *(f"{key}={value}" for key, value in swept.items())])
-            plain.append((told or sweep.name, case.name, swept, case.set | swept))
-    runs = _runs(recipe, [(told, changes) for told, _, _, changes in plain], sweep.recipe)
+            start = [case.name] if sweep.cases else []
+            told = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items())])
+            setting = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items() if key != "seed")])
+            plain.append((told or sweep.name, case.name, setting or sweep.name, swept, case.set | swept))
+    runs = _runs(recipe, [(told, changes) for told, *_, changes in plain], sweep.recipe)
     if not sweep.factors:
-        return [Trial(run, label, None, swept) for run, (_, label, swept, _) in zip(runs, plain, strict=True)]
+        found = zip(runs, plain, strict=True)
+        return [Trial(run, label, setting, None, swept) for run, (_, label, setting, swept, _) in found]
     scaled, about = [], []
-    for (told, label, swept, changes), run in zip(plain, runs, strict=True):
+    for (told, label, setting, swept, changes), run in zip(plain, runs, strict=True):
         for factor in sweep.factors:
             rates = {"train.lr": run.train.lr * factor}
             if run.train.lam_lr is not None:
                 rates["train.lam_lr"] = run.train.lam_lr * factor
             scaled.append((f"{told}, x{factor:g}", changes | rates))
-            about.append((label, factor, swept))
+            about.append((label, f"{setting}, x{factor:g}", factor, swept))
     return [Trial(run, *what) for run, what in zip(_runs(recipe, scaled, sweep.recipe), about, strict=True)]
 
 
@@ -217,7 +229,7 @@ def perform(trial: Trial, out: Path) -> None:
     folder = trial.folder(out)
     try:
         splits = classification.read_splits(trial.experiment)
-        classification.run(trial.experiment, folder, trial.case, splits, Console(quiet=True))
+        classification.run(trial.experiment, folder, trial.case, trial.setting, splits, Console(quiet=True))
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}"})
@@ -235,9 +247,9 @@ def status(trial: Trial, out: Path) -> str:
     result = Result.read(trial.folder(out))
     if result is None:
         return "failed" if (trial.folder(out) / FAILED).is_file() else "to do"
-    if result.diverged is not None or result.test_accuracy is None:
+    if result.diverged is not None or result.test is None:
         return f"diverged at step {result.diverged}"
-    return f"test {100 * result.test_accuracy:.1f} %"
+    return f"test {result.reported} {100 * result.test:.1f} %"
 
 
 def table(every: Sequence[Trial], out: Path) -> Table:
@@ -263,7 +275,8 @@ def rows(every: Sequence[Trial], out: Path) -> Iterator[dict[str, Any]]:
             "lr": train.lr,
             **trial.swept,
             "status": status(trial, out),
-            **{key: value for key, value in found.items() if key not in ("name", "row", "folder")},
+            **{key: value for key, value in found.items() if key not in ("name", "row", "setting", "folder", "scores")},
+            **{f"test {key}": value for key, value in found.get("scores", {}).items()},
         }
 
 

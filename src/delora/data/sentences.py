@@ -1,4 +1,4 @@
-"""Sentences whose sentiment was rated by people: two classes, as in SST-2, in four domains.
+"""Sentences whose sentiment was rated by people, in four domains: as two classes (as SST-2) or as the rating (as STS-B).
 
 C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text", ICWSM
 2014. Each sentence has the mean of 20 people's ratings from -4 to 4.
@@ -7,10 +7,12 @@ C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentimen
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from delora.data.packages import PACKAGES, fetch
+from delora.data.tasks import DataError, Example, Splits, Task
 
 DOMAINS = {
     "movie": "movieReviewSnippets",
@@ -20,10 +22,7 @@ DOMAINS = {
 }
 LABELS = ("negative", "positive")
 NEUTRAL = 0.5  # ratings from -0.5 to 0.5 belong to neither class
-
-
-class DataError(ValueError):
-    """The data are not there, not what they should be, or too few."""
+TASKS = {"sentiment": Task(LABELS, ("accuracy",)), "rating": Task(("rating",), ("pearson", "spearman", "average"))}
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,15 @@ class Sentence:
         return int(self.rating > 0)
 
 
-@dataclass(frozen=True)
-class Splits:
-    train: list[Sentence]
-    validation: list[Sentence]
-    test: list[Sentence]
+def splits(task: str, domain: str, source: str, seed: int, sizes: Sequence[int]) -> Splits:
+    """Disjoint parts for "sentiment" (two classes) or "rating" (a regression). ``sizes``: train, validation, test."""
+    found = read(domain, source, neutral=task == "rating")
+    examples = [Example(s.text, s.rating if task == "rating" else s.label) for s in found]
+    return split(examples, seed, *sizes)
 
 
-def read(domain: str, source: str = "vaderSentiment") -> list[Sentence]:
-    """The sentences of a domain that have a class, each text once, in the file's order.
+def read(domain: str, source: str = "vaderSentiment", neutral: bool = False) -> list[Sentence]:
+    """The sentences of a domain that have a class (with ``neutral``: all), each text once, in the file's order.
 
     Args:
         domain: "movie", "product", "newspaper" or "tweet".
@@ -63,7 +62,7 @@ def read(domain: str, source: str = "vaderSentiment") -> list[Sentence]:
     for number, line in enumerate(file.read_text("utf-8", errors="replace").split("\n"), 1):
         if line.strip():
             sentence = _parse(line.rstrip("\r"), f"{file}, line {number}")
-            if abs(sentence.rating) > NEUTRAL:
+            if neutral or abs(sentence.rating) > NEUTRAL:
                 found.setdefault(sentence.text, sentence)
     return list(found.values())
 
@@ -71,12 +70,15 @@ def read(domain: str, source: str = "vaderSentiment") -> list[Sentence]:
 def _parse(line: str, where: str) -> Sentence:
     try:
         _, rating, text = line.split("\t")
-        return Sentence(text.strip(), float(rating))
+        sentence = Sentence(text.strip(), float(rating))
     except ValueError as error:
         raise DataError(f"{where}: expected id, rating and text with tabs between, got {line[:80]!r}") from error
+    if not -4 <= sentence.rating <= 4:
+        raise DataError(f"{where}: the rating is {rating}, expected a number from -4 to 4")
+    return sentence
 
 
-def split(sentences: list[Sentence], seed: int, train: int, validation: int, test: int) -> Splits:
+def split(sentences: Sequence[Example], seed: int, train: int, validation: int, test: int) -> Splits:
     """Three disjoint parts of a seeded shuffle. The test part depends on the seed and its own size alone."""
     asked = train + validation + test
     if asked > len(sentences):
@@ -84,6 +86,6 @@ def split(sentences: list[Sentence], seed: int, train: int, validation: int, tes
             f"there are {len(sentences):,} sentences, but train {train:,} + validation {validation:,} + test {test:,} "
             f"= {asked:,} were asked for"
         )
-    order = sentences.copy()
+    order = list(sentences)
     random.Random(seed).shuffle(order)
     return Splits(test=order[:test], validation=order[test : test + validation], train=order[test + validation : asked])

@@ -1,4 +1,7 @@
-"""Classify sentences: several methods and rates on one task, one of them delivered as adapter, merged model and PEFT LoRA."""
+"""Language understanding, GLUE or rated sentences: methods, rates and seeds on one task; the best run is delivered.
+
+Delivered are the adapter, the merged model and the PEFT LoRA, each read back and compared with what was trained.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from rich.console import Console
-from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments, set_seed
 
 import delora
-from delora.data import sentences
-from delora.data.sentences import LABELS, Sentence, Splits
+from delora.data import glue, sentences
+from delora.data.tasks import Example, Splits, Task
 from delora.diagnostics import Recorder
 from delora.evaluation import text
 from delora.files import read_json, write_atomically
 from delora.inject import adapters
 from delora.layer import Adapter, Copy
-from delora.training.config import ConfigError, Data, Experiment, slug
+from delora.training.config import ConfigError, Experiment, slug
 from delora.training.models import classifier, drawn, is_adapter, loading, save_merged, skeleton
 from delora.training.progress import Bar
 from delora.training.runs import METRICS, Result, RunError, claim, discard, exclusive, write_json
@@ -50,34 +53,38 @@ class Summary:
     @classmethod
     def read(cls, folder: Path) -> Summary:
         data = read_json(folder / SUMMARY)
-        return cls(**data | {"results": [Result(**result) for result in data["results"]]})
+        return cls(**data | {"results": [Result.of(result, folder) for result in data["results"]]})
 
 
 # ---------------------------------------------------------------- one run
 
 
-def run(experiment: Experiment, folder: Path, row: str, splits: Splits, console: Console) -> Result:
+def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Splits, console: Console) -> Result:
     """Model, inject, data, train, evaluate. A run that was stopped goes on from its last checkpoint to the same numbers."""
+    task, max_tokens = task_of(experiment), experiment.data.max_tokens
     finished = Result.read(folder)
     if finished is not None:
         return finished
     claim(folder, experiment)
 
     set_seed(experiment.seed)
-    model, tokenizer = classifier(experiment.model, LABELS)
+    model, tokenizer = classifier(experiment.model, task.labels)
     inject(model, experiment)
 
     bar = Bar(experiment.name, console)
     trainer = AdapterTrainer(
         model,
-        arguments(experiment, folder / "checkpoints"),
-        train_dataset=encoded(splits.train, tokenizer, experiment.data),
-        eval_dataset=encoded(splits.validation, tokenizer, experiment.data),
+        arguments(experiment, folder / "checkpoints", len(splits.train)),
+        train_dataset=Encoded(splits.train, tokenizer, max_tokens, task),
+        eval_dataset=Encoded(splits.validation, tokenizer, max_tokens, task),
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(-1) == seen.label_ids).mean())},
+        compute_metrics=lambda seen: text.scores(
+            text.decided(torch.from_numpy(seen.predictions), task), splits.validation, task
+        ),
         callbacks=[Metrics(folder / METRICS), bar],
         lam_lr=experiment.train.lam_lr,
         head_lr=experiment.train.head_lr,
+        lam_weight_decay=experiment.train.lam_weight_decay,
     )
     scores: dict[str, Any]
     try:
@@ -87,12 +94,14 @@ def run(experiment: Experiment, folder: Path, row: str, splits: Splits, console:
         scores = {"diverged": error.step}
     else:
         delora.save(model, folder / "adapter")
-        predicted = predict(model, tokenizer, splits.test, experiment.data)
+        predicted = text.predict(model, tokenizer, splits.test, task, max_tokens)
         write_json(folder / PREDICTIONS, predicted.tolist())
         reached = Recorder(model).record()
+        found = text.scores(predicted, splits.test, task)
         scores = {
-            "validation_accuracy": trainer.state.best_metric,
-            "test_accuracy": text.accuracy(predicted, [s.label for s in splits.test]),
+            "validation": trainer.state.best_metric,
+            "test": found[task.reported],
+            "scores": found,
             "best_epoch": trainer.best_epoch(),
             "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").iterdir()),
             "distance": reached.get("distance"),
@@ -101,8 +110,12 @@ def run(experiment: Experiment, folder: Path, row: str, splits: Splits, console:
     result = Result(
         name=experiment.name,
         row=row,
+        setting=setting,
         folder=folder.name,
+        seed=experiment.seed,
         method=str(experiment.adapter.build()),
+        metric=task.metrics[0],
+        reported=task.reported,
         trainable=delora.summary(model).trainable,
         seconds=trainer.state.log_history[-1]["seconds"],
         **scores,
@@ -118,7 +131,8 @@ def inject(model: torch.nn.Module, experiment: Experiment) -> None:
         raise ConfigError(f"{experiment.name}: adapter: {error}") from error
 
 
-def arguments(experiment: Experiment, folder: Path) -> TrainingArguments:
+def arguments(experiment: Experiment, folder: Path, examples: int) -> TrainingArguments:
+    """Every step of up to 2,000 is recorded, and a thousand or more of a longer run."""
     train = experiment.train
     return TrainingArguments(
         output_dir=str(folder),
@@ -138,9 +152,9 @@ def arguments(experiment: Experiment, folder: Path) -> TrainingArguments:
         save_strategy="epoch",
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="accuracy",
+        metric_for_best_model=task_of(experiment).metrics[0],
         greater_is_better=True,
-        logging_steps=1,
+        logging_steps=max(1, train.epochs * -(-examples // (train.batch_size * train.accumulation)) // 1000),
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -149,19 +163,36 @@ def arguments(experiment: Experiment, folder: Path) -> TrainingArguments:
     )
 
 
-def encoded(part: Sequence[Sentence], tokenizer: Any, data: Data) -> Any:
-    ids = tokenizer([s.text for s in part], truncation=True, max_length=data.max_tokens)["input_ids"]
-    return [{"input_ids": i, "attention_mask": [1] * len(i), "labels": s.label} for i, s in zip(ids, part, strict=True)]
+@dataclass(frozen=True)
+class Encoded(Dataset[Any]):
+    """Examples as the model takes them; tokenised when asked for, as MNLI's 393,000 would fill the memory."""
+
+    part: Sequence[Example]
+    tokenizer: Any
+    max_tokens: int
+    task: Task
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.part[index]
+        encoded = text.encode(self.tokenizer, [example], self.max_tokens)
+        label = float(example.label) if self.task.regression else int(example.label)
+        return {key: values[0] for key, values in encoded.items()} | {"labels": label}
 
 
-def predict(model: torch.nn.Module, tokenizer: Any, part: Sequence[Sentence], data: Data) -> Tensor:
-    return text.predict(model, tokenizer, [s.text for s in part], data.max_tokens)
+def task_of(experiment: Experiment) -> Task:
+    data = experiment.data
+    return sentences.TASKS[data.task] if data.rated else glue.TASKS[data.task]
 
 
 def read_splits(experiment: Experiment) -> Splits:
-    data = experiment.data
-    rated = sentences.read(data.domain, data.source)
-    return sentences.split(rated, experiment.seed, data.train, data.validation, data.test)
+    data, seed = experiment.data, experiment.seed
+    if not data.rated:
+        return glue.splits(data.task, data.source, seed)
+    sizes = cast(list[int], [data.train, data.validation, data.test])
+    return sentences.splits(data.task, cast(str, data.domain), data.source, seed, sizes)
 
 
 # ---------------------------------------------------------------- all runs, and what is delivered
@@ -183,8 +214,8 @@ def train(experiment: Experiment, console: Console, fresh: bool = False) -> Summ
         claim(out, experiment)
         results = []
         for (variant, each), parts in zip(runs, splits, strict=True):
-            folder = out / "variants" / slug(variant.name)
-            results.append(run(each, folder, variant.row or variant.name, parts, console))
+            folder = out / "variants" / slug(each.name)
+            results.append(run(each, folder, variant.row or variant.name, variant.name, parts, console))
             gather(out, results)
         if not (out / SUMMARY).is_file():
             best = choose(experiment, [each for _, each in runs], results)
@@ -198,10 +229,11 @@ def train(experiment: Experiment, console: Console, fresh: bool = False) -> Summ
 
 def check(experiment: Experiment) -> Splits:
     """Everything that can be wrong with a run, found in seconds; its data."""
-    model = skeleton(experiment.model, LABELS)
+    labels = task_of(experiment).labels
+    model = skeleton(experiment.model, labels)
     inject(model, experiment)
     whole = [name for name, adapter in adapters(model).items() if isinstance(adapter, Copy)]
-    for key in drawn(experiment.model, LABELS):
+    for key in drawn(experiment.model, labels):
         if not any(key.startswith(name + ".") for name in whole):
             head = key.rpartition(".")[0]
             raise ConfigError(
@@ -223,23 +255,29 @@ def gather(out: Path, results: Sequence[Result]) -> None:
 
 def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence[Result]) -> int:
     """The best run by validation of the experiment's own method; of all, if it has no such run."""
-    alive = [i for i, result in enumerate(results) if result.validation_accuracy is not None]
+    alive = [i for i, result in enumerate(results) if result.validation is not None]
     own = [i for i in alive if runs[i].adapter.method == experiment.adapter.method]
     if not alive:
         raise RunError("every run diverged: there is nothing to deliver; lower train.lr")
-    return max(own or alive, key=lambda i: results[i].validation_accuracy or 0.0)
+    return max(own or alive, key=lambda i: cast(float, results[i].validation))
 
 
-def deliver(experiment: Experiment, run: Path, test: Sequence[Sentence], out: Path) -> dict[str, int]:
-    """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal predictions."""
+def deliver(experiment: Experiment, run: Path, test: Sequence[Example], out: Path) -> dict[str, int]:
+    """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal predictions.
+
+    Equal is the class; of a regression, half of float32's digits.
+    """
+    task = task_of(experiment)
     trained = torch.tensor(json.loads((run / PREDICTIONS).read_text()))
+    close = torch.finfo(torch.float32).eps ** 0.5 if task.regression else 0.0
 
     def equal(model: torch.nn.Module) -> int:
-        return int((predict(model, tokenizer, test, experiment.data) == trained).sum())
+        predicted = text.predict(model, tokenizer, test, task, experiment.data.max_tokens)
+        return int(torch.isclose(predicted, trained, rtol=close, atol=close).sum())
 
     # Another seed than the run's: what the head starts from must not matter.
     set_seed(experiment.seed + 1)
-    model, tokenizer = classifier(experiment.model, LABELS)
+    model, tokenizer = classifier(experiment.model, task.labels)
     delora.load(model, run / "adapter")
     delora.save(model, out / "adapter")
     model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
@@ -248,7 +286,7 @@ def deliver(experiment: Experiment, run: Path, test: Sequence[Sentence], out: Pa
     parts = [a for a in adapters(model).values() if isinstance(a, Adapter)]
     if parts and all(a.low_rank() is not None for a in parts):
         delora.export.peft(model, out / "peft")
-        agreement["peft"] = equal(read_peft(classifier(experiment.model, LABELS)[0], out / "peft"))
+        agreement["peft"] = equal(read_peft(classifier(experiment.model, task.labels)[0], out / "peft"))
     if all(a.mergeable() for a in parts):
         save_merged(model, out / "merged")
         agreement["merged"] = equal(loading(AutoModelForSequenceClassification, str(out / "merged")))
@@ -269,20 +307,20 @@ def read_peft(model: Any, folder: Path) -> torch.nn.Module:
         return PeftModel.from_pretrained(model, folder)
 
 
-def evaluate(experiment: Experiment, folder: Path) -> tuple[float, int]:
-    """The accuracy of an adapter, or of a whole model, on the experiment's test sentences, and their number."""
+def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
+    """The scores of an adapter, or of a whole model, on the experiment's test examples, and their number."""
+    task = task_of(experiment)
     if is_adapter(folder):
-        model, tokenizer = classifier(experiment.model, LABELS)
+        model, tokenizer = classifier(experiment.model, task.labels)
         delora.load(model, folder)
     elif folder.is_dir():
-        model, tokenizer = classifier(str(folder), LABELS)
-        if untrained := drawn(str(folder), LABELS):
+        model, tokenizer = classifier(str(folder), task.labels)
+        if untrained := drawn(str(folder), task.labels):
             raise RunError(f"{folder} is no finetuned classifier: it has no {untrained[0]}")
     else:
         raise RunError(f"there is no folder {folder}")
     test = read_splits(experiment).test
-    predicted = predict(model, tokenizer, test, experiment.data)
-    return text.accuracy(predicted, [s.label for s in test]), len(test)
+    return text.scores(text.predict(model, tokenizer, test, task, experiment.data.max_tokens), test, task), len(test)
 
 
 def environment() -> dict[str, str]:

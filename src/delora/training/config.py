@@ -44,14 +44,43 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Data(Strict):
-    """Which sentences, and how many. ``source``: a packaged data set or a folder."""
+    """Which task, and its examples. ``source``: a packaged data set, a folder, or a name on the Hugging Face Hub.
 
-    source: str = "vaderSentiment"
-    domain: Literal["movie", "product", "newspaper", "tweet"] = "movie"
-    train: Count = 2000
-    validation: Count = 1000
-    test: Count = 1500
-    max_tokens: Annotated[int, Field(ge=3)] = 32  # longer sentences are cut
+    ``task`` is "sentiment" or "rating", over the rated sentences of a ``domain`` and as many as are asked for, or one of
+    GLUE's, whose parts follow from `delora.data.glue.divide`. Texts of more than ``max_tokens`` are cut.
+    """
+
+    task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"] = "sentiment"
+    source: str
+    domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
+    train: Count | None = None
+    validation: Count | None = None
+    test: Count | None = None
+    max_tokens: Annotated[int, Field(ge=3)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_task(cls, data: Any) -> Any:
+        """What the task decides where the recipe is silent."""
+        if not isinstance(data, dict):
+            return data
+        if data.get("task", "sentiment") in ("sentiment", "rating"):
+            silent = {"source": "vaderSentiment", "domain": "movie", "train": 2000, "validation": 1000, "test": 1500}
+            return silent | {"max_tokens": 32} | data
+        return {"source": "nyu-mll/glue", "max_tokens": 256} | data
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        if not self.rated:
+            for key in ("domain", "train", "validation", "test"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"data.{key} is for the rated sentences; the parts of {self.task} are GLUE's own")
+        return self
+
+    @property
+    def rated(self) -> bool:
+        """Whether these are the rated sentences, not GLUE."""
+        return self.task in ("sentiment", "rating")
 
 
 class Adapter(Strict):
@@ -103,11 +132,11 @@ class Adapter(Strict):
 
 
 class Train(Strict):
-    """How it is trained: AdamW, a linear schedule with warm-up, the best epoch by validation accuracy.
+    """How it is trained: AdamW, a linear schedule with warm-up, the best epoch by validation.
 
     ``lam_lr`` and ``head_lr`` are the rates of the strengths and of the modules trained whole (``lr`` if not given);
     ``warmup`` is a share of all steps; ``clip`` the largest gradient norm (0: no clipping); a step takes
-    ``batch_size * accumulation`` sentences.
+    ``batch_size * accumulation`` examples. ``lam_weight_decay`` is the decay of the strengths.
     """
 
     epochs: Count = 2
@@ -117,9 +146,24 @@ class Train(Strict):
     lam_lr: Rate | None = None
     head_lr: Rate | None = None
     weight_decay: Rate = 0.0
+    lam_weight_decay: Rate = 0.0
     warmup: Share = 0.06
     clip: Rate = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class Published(Strict):
+    """A figure of the paper, in percent, shown beside ours only where the model and the task are these."""
+
+    model: str
+    task: str
+    test: float
+    deviation: float | None = None
+
+    def of(self, experiment: Experiment) -> bool:
+        """Whether an experiment is on this model (by its own name, wherever it lies) and task."""
+        same = experiment.model.rstrip("/").rpartition("/")[2] == self.model.rpartition("/")[2]
+        return same and experiment.data.task == self.task
 
 
 class Variant(Strict):
@@ -132,30 +176,51 @@ class Variant(Strict):
     data: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    published: dict[str, Any] = {}
 
     def changes(self) -> dict[str, Any]:
         return {key: value for key, value in self if key not in ("name", "row") and value not in (None, {})}
 
 
 class Experiment(Strict):
-    """Everything that decides a run's numbers. ``model``: a packaged model, a folder, or a name on the Hugging Face Hub."""
+    """Everything that decides a run's numbers. ``model``: a packaged model, a folder, or a name on the Hugging Face Hub.
+
+    With ``seeds`` every variant is run once for each of them, in place of ``seed``.
+    """
 
     name: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)] = 0
+    seeds: list[Annotated[int, Field(ge=0)]] = []
     out: Annotated[str, Field(min_length=1)]
     model: str
-    data: Data = Data()
+    data: Data = Data.model_validate({})
     adapter: Adapter
     train: Train = Train()
+    published: Published | None = None
     variants: list[Variant] = []
 
     def runs(self) -> list[tuple[Variant, Experiment]]:
-        """Each variant with the experiment it stands for, which has no variants; the experiment itself if there are none."""
+        """Each variant, and for each seed, with the experiment it stands for, which has neither variants nor seeds.
+
+        Without variants it is the experiment itself.
+        """
+        return [(variant, seeded) for variant, run in self._varied() for seeded in run._seeded()]
+
+    def _seeded(self) -> list[Experiment]:
+        one: dict[str, Any] = {"seeds": [], "variants": []}
+        runs: list[dict[str, Any]] = [{"name": f"{self.name}, seed {seed}", "seed": seed} for seed in self.seeds] or [{}]
+        return [self.model_copy(update=one | run) for run in runs]
+
+    def _varied(self) -> list[tuple[Variant, Experiment]]:
         own = self.model_dump(exclude={"variants"})
         if not self.variants:
             return [(Variant(name=self.name), self)]
         runs = []
         for number, variant in enumerate(self.variants):
+            if self.seeds and variant.seed is not None:
+                raise ConfigError(
+                    f"variants[{number}] ({variant.name}): has a seed, but seeds = {self.seeds} is for all variants"
+                )
             changes = variant.changes()
             base = own
             method = changes.get("adapter", {}).get("method")
@@ -186,18 +251,15 @@ def read(recipe: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:
-    changed = [_assign(data, override) for override in overrides]
+    changed = [assign(data, override) for override in overrides]
     experiment = validate(data, Experiment, where)
     for key in changed:
         _refuse_hidden(experiment, key)
     folders: dict[str, str] = {}
-    for variant in experiment.variants:
-        if (folder := slug(variant.name)) in folders:
-            raise ConfigError(
-                f"{where}: variants: {folders[folder]!r} and {variant.name!r} would have the same folder; rename one"
-            )
-        folders[folder] = variant.name
-    experiment.runs()
+    for _, run in experiment.runs():
+        if (folder := slug(run.name)) in folders:
+            raise ConfigError(f"{where}: variants: {folders[folder]!r} and {run.name!r} would have the same folder; rename one")
+        folders[folder] = run.name
     return experiment
 
 
@@ -212,7 +274,7 @@ def load_file(recipe: Path) -> dict[str, Any]:
         raise ConfigError(f"{recipe} is not valid {kind}: {error}") from error
 
 
-def _assign(data: dict[str, Any], override: str) -> str:
+def assign(data: dict[str, Any], override: str) -> str:
     """Apply one ``key=value``; the key is returned."""
     key, equals, text = override.partition("=")
     *outer, last = parts = key.strip().split(".")
@@ -231,6 +293,8 @@ def _assign(data: dict[str, Any], override: str) -> str:
 
 def _refuse_hidden(experiment: Experiment, key: str) -> None:
     """A change that variants undo would be silently without effect."""
+    if key == "seed" and experiment.seeds:
+        raise ConfigError(f"seed: the recipe has seeds = {experiment.seeds}, which come before it; change seeds")
     hiding = [variant.name for variant in experiment.variants if _has(variant.changes(), key.split("."))]
     if hiding:
         raise ConfigError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +25,27 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """What one run gave. Accuracies and ``distance``, the mean |dW|/|W| of the adapted layers, are shares.
+    """What one run gave.
 
-    ``row`` is the run's line in a table, ``folder`` the name of its folder. A run whose loss ceased to be a number has
-    ``diverged``, the step at which it was seen, and no scores.
+    ``row`` is the run's line in a table, ``setting`` what it shares with its runs of other seeds, ``folder`` the name of
+    its folder. ``validation`` is in ``metric``, at the epoch that was the best in it; there, ``test`` is in ``reported``,
+    and ``scores`` has every metric of the task on the test part. ``distance`` is the mean |dW|/|W| of the adapted layers.
+    A run whose loss ceased to be a number has ``diverged``, the step at which it was seen, and no scores.
     """
 
     name: str
     row: str
+    setting: str
     folder: str
+    seed: int
     method: str
+    metric: str
+    reported: str
     trainable: int
     seconds: float
-    validation_accuracy: float | None = None
-    test_accuracy: float | None = None
+    validation: float | None = None
+    test: float | None = None
+    scores: dict[str, float] = dataclasses.field(default_factory=dict)
     best_epoch: int | None = None
     adapter_bytes: int | None = None
     distance: float | None = None
@@ -48,15 +57,58 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path) -> Result | None:
-        """The result of a finished run; None for one that is not finished."""
-        return cls(**read_json(folder / RESULT)) if (folder / RESULT).is_file() else None
+        """The result of a finished run; None for one that is not finished.
+
+        Raises:
+            RunError: the file is of another version.
+        """
+        return cls.of(read_json(folder / RESULT), folder) if (folder / RESULT).is_file() else None
+
+    @classmethod
+    def of(cls, data: Any, where: Path) -> Result:
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise RunError(
+                f"{where} holds a run of another version of delora ({error}): run it anew in another folder"
+            ) from error
 
 
-def shown(results: Sequence[Result]) -> list[Result]:
-    """One result for each row of a table: the best by validation of those that share it."""
-    rows: dict[str, Result] = {}
+@dataclass(frozen=True)
+class Row:
+    """A line of a table: the runs of one setting, one for each seed."""
+
+    runs: list[Result]
+
+    @property
+    def name(self) -> str:
+        return self.runs[0].row
+
+    @property
+    def setting(self) -> str:
+        return self.runs[0].setting
+
+    @property
+    def diverged(self) -> list[Result]:
+        return [run for run in self.runs if run.test is None]
+
+    def values(self, score: Callable[[Result], float | None]) -> list[float]:
+        """One figure of each run that has it."""
+        return [value for run in self.runs if (value := score(run)) is not None]
+
+    def validation(self) -> float:
+        """The mean over seeds, by which a row's setting is chosen. One that diverged with any seed comes last."""
+        return -math.inf if self.diverged else statistics.fmean(self.values(lambda run: run.validation))
+
+
+def shown(results: Sequence[Result]) -> list[Row]:
+    """The rows of a table: of the settings that share one, the best by the mean validation."""
+    settings: dict[tuple[str, str], Row] = {}
     for result in results:
-        rows[result.row] = max(rows.get(result.row, result), result, key=lambda r: r.validation_accuracy or 0.0)
+        settings.setdefault((result.row, result.setting), Row([])).runs.append(result)
+    rows: dict[str, Row] = {}
+    for row in settings.values():
+        rows[row.name] = max(rows.get(row.name, row), row, key=Row.validation)
     return list(rows.values())
 
 

@@ -33,9 +33,16 @@ class AdapterTrainer(Trainer):
     ``head_lr`` for the modules trained whole. A checkpoint holds the adapter and the optimizer, never the base model.
     """
 
-    def __init__(self, *args: Any, lam_lr: float | None = None, head_lr: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        lam_lr: float | None = None,
+        head_lr: float | None = None,
+        lam_weight_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.lam_lr, self.head_lr = lam_lr, head_lr
+        self.lam_lr, self.head_lr, self.lam_weight_decay = lam_lr, head_lr, lam_weight_decay
         self.remove_callback(PrinterCallback)  # the Trainer's own printing of every log
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -47,6 +54,7 @@ class AdapterTrainer(Trainer):
                 lam_lr=self.lam_lr,
                 head_lr=self.head_lr,
                 weight_decay=args.weight_decay,
+                lam_weight_decay=self.lam_weight_decay,
             )
             self.optimizer = torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
         return self.optimizer
@@ -127,11 +135,12 @@ class Metrics(TrainerCallback):
 
 KEPT = {key: key for key in ("step", "epoch", "seconds", "loss", "distance", "spectral", "bound_used", "lam")}
 KEPT |= {key: key for key in ("turn_A", "turn_B", "learning_rate")}
-KEPT |= {"eval_loss": "validation_loss", "eval_accuracy": "validation_accuracy"}
+COST = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
 def metrics(row: dict[str, Any]) -> dict[str, Any] | None:
     """A line of ``metrics.jsonl`` from a row of the Trainer's history: of a step, or of a validation; finite numbers only."""
     if "loss" not in row and "eval_loss" not in row:
         return None  # the Trainer's summary of the whole, which counts from the last resume
-    return {name: row[key] for key, name in KEPT.items() if key in row and math.isfinite(row[key])}
+    scores = {key: key.replace("eval_", "validation_", 1) for key in row if key.startswith("eval_") and key not in COST}
+    return {name: row[key] for key, name in (KEPT | scores).items() if key in row and math.isfinite(row[key])}

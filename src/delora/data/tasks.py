@@ -1,0 +1,44 @@
+"""What a task of language understanding is: examples of one or two texts, labels, metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class DataError(ValueError):
+    """The data are not there, not what they should be, or too few."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """``label`` is the index of a class, or the target of a regression. ``pair`` is the second text, if there is one."""
+
+    text: str
+    label: float
+    pair: str | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """``labels`` are the classes; a single one names the target of a regression.
+
+    ``metrics`` are keys of `delora.evaluation.text.METRICS`: the first one selects the epoch, ``reported`` is the paper's.
+    """
+
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def reported(self) -> str:
+        return "average" if "average" in self.metrics else self.metrics[0]
+
+    @property
+    def regression(self) -> bool:
+        return len(self.labels) == 1
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
