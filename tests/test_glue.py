@@ -25,9 +25,10 @@ from delora.data.sentences import TASKS as RATED
 from delora.data.tasks import DataError, Example, Task
 from delora.evaluation import text
 from delora.recipes import classification
-from delora.recipes.classification import Summary
 from delora.report import write
+from delora.training import experiments
 from delora.training.config import ConfigError, parse, read
+from delora.training.experiments import Summary
 from delora.training.models import skeleton
 from tests import tiny
 
@@ -234,7 +235,7 @@ def test_every_recipe_on_the_real_shapes(recipe, shape):
         assert run.published.of(run)
         labels = classification.task_of(run).labels
         model = skeleton(shape, labels)
-        classification.inject(model, run)
+        experiments.inject(model, run)
         head = 768 * 768 + 768 + 768 * len(labels) + len(labels)
         count = COUNTS.get(recipe.stem, 294_936)
         assert delora.summary(model).trainable == count + head, run.name
@@ -312,7 +313,7 @@ def test_each_task_from_end_to_end(task, roberta, tmp_path):
     small = ["train.epochs=2", "train.batch_size=16", "seeds=[42, 43]", "data.max_tokens=32", "adapter.r=2"]
     changes = [*small, f"model={roberta}", f"data.source={source}", f"out={tmp_path / 'out'}"]
     experiment = read(ROOT / "recipes" / "glue" / f"{task}.toml", changes)
-    summary = classification.train(experiment, Console(quiet=True))
+    summary = experiments.train(classification, experiment, Console(quiet=True))
     known = glue.TASKS[task]
     assert [(r.seed, r.metric, r.reported, set(r.scores)) for r in summary.results] == [
         (seed, known.metrics[0], known.reported, set(known.metrics)) for seed in (42, 43)
@@ -339,7 +340,7 @@ def test_seeds_and_variants_are_runs_and_the_split_follows_the_seed(roberta, tmp
     assert [run.name for run in runs] == ["a, seed 1", "a, seed 2", "b, seed 1", "b, seed 2"]
     first, second = (classification.read_splits(run).test for run in runs[:2])
     assert first == classification.read_splits(runs[2]).test != second
-    classification.train(experiment, Console(quiet=True))
+    experiments.train(classification, experiment, Console(quiet=True))
     results = Summary.read(tmp_path / "out").results
     assert [(r.row, r.setting, r.seed) for r in results] == [("LoRA", s, n) for s in "ab" for n in (1, 2)]
     for change, words in (("seed=3", "change seeds"), ("variants=[{name='a', seed=1}]", "is for all variants")):
@@ -352,7 +353,9 @@ def test_the_first_metric_selects_and_a_tie_keeps_the_earlier_epoch(roberta, tmp
     source = save("stsb", tmp_path / "data", 40, train=16)
     changes = [f"model={roberta}", f"data.source={source}", f"out={tmp_path / 'out'}", "seeds=[]", "data.max_tokens=32"]
     changes += ["train.epochs=3", "train.lr=0.0", "train.lam_lr=0.0", "adapter.r=2"]
-    (result,) = classification.train(read(ROOT / "recipes" / "glue" / "stsb.toml", changes), Console(quiet=True)).results
+    (result,) = experiments.train(
+        classification, read(ROOT / "recipes" / "glue" / "stsb.toml", changes), Console(quiet=True)
+    ).results
     (run,) = (tmp_path / "out" / "variants").iterdir()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     seen = [row for row in rows if "validation_pearson" in row]

@@ -13,7 +13,7 @@ import pytest
 
 from delora import report
 from delora.plots import CURVES, draw
-from delora.recipes.classification import Summary
+from delora.training.experiments import Summary
 from delora.training.runs import Result, write_json
 
 EVIL = '<script>alert("x")</script> & $\\frac{1}{0}$'

@@ -25,8 +25,9 @@ from delora.data.sentences import LABELS
 from delora.evaluation import text
 from delora.files import AdapterError
 from delora.recipes import classification
-from delora.recipes.classification import Summary
+from delora.training import experiments
 from delora.training.config import ConfigError, Experiment, parse
+from delora.training.experiments import Summary
 from delora.training.models import ModelError, classifier
 from delora.training.runs import Result, RunError, claim, discard, exclusive, shown
 from delora.training.trainer import last_checkpoint, metrics
@@ -42,7 +43,7 @@ def sources(tmp_path_factory) -> tuple[str, str]:
 
 
 def train(sources: tuple[str, str], out: Path, **changes: Any) -> Summary:
-    return classification.train(parse(tiny.recipe(*sources, out, **changes)), QUIET)
+    return experiments.train(classification, parse(tiny.recipe(*sources, out, **changes)), QUIET)
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_of_the_runs_that_share_a_row_the_best_by_validation_is_shown():
 
 def test_what_is_finished_is_not_done_again(sources, done):
     before = {p: p.stat().st_mtime_ns for p in done.rglob("*")}
-    classification.train(parse(json.loads((done / "config.json").read_text())), QUIET)
+    experiments.train(classification, parse(json.loads((done / "config.json").read_text())), QUIET)
     # Only the gathered metrics are written again, with the same content.
     assert {p.name for p in done.rglob("*") if before.get(p) != p.stat().st_mtime_ns} <= {"metrics.jsonl", "done"}
 
@@ -234,7 +235,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(sources, done, tmp_pa
     elif left == "no checkpoint":
         shutil.rmtree(checkpoints)
     experiment = parse(json.loads((out / "config.json").read_text()), [f"out={out}"])
-    classification.train(experiment, QUIET)
+    experiments.train(classification, experiment, QUIET)
     assert numbers(out) == numbers(done)
     assert lines(out / "variants" / "delora") == lines(done / "variants" / "delora")
     assert lines(out) == lines(done)
@@ -261,8 +262,8 @@ def test_a_killed_process_goes_on_to_the_same_numbers(sources, tmp_path, epoch):
     process.wait()
     assert not (tmp_path / "killed" / "variants" / "tiny" / "result.json").exists(), "killed too late to tell anything"
 
-    classification.train(parse(killed), QUIET)
-    classification.train(parse(whole), QUIET)
+    experiments.train(classification, parse(killed), QUIET)
+    experiments.train(classification, parse(whole), QUIET)
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     predictions = [tmp_path / name / "variants" / "tiny" / "predictions.json" for name in ("killed", "whole")]
@@ -321,7 +322,7 @@ def test_fresh_starts_anew(sources, tmp_path):
     out = tmp_path / "r"
     train(sources, out, train__epochs=1)
     (out / "variants" / "tiny" / "old").touch()
-    classification.train(parse(tiny.recipe(*sources, out, train__lr=5e-3, train__epochs=1)), QUIET, fresh=True)
+    experiments.train(classification, parse(tiny.recipe(*sources, out, train__lr=5e-3, train__epochs=1)), QUIET, fresh=True)
     assert not (out / "variants" / "tiny" / "old").exists()
     assert json.loads((out / "config.json").read_text())["train"]["lr"] == 5e-3
 

