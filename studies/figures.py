@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from studies.verdicts import near_best
 
 FIGURES = Path("docs/figures")
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
+METHOD = re.compile(r"DeLoRA\(r=(\d+), lam=([\d.]+), norm='columns', start='subtract', .*")
+WIDTH = 64  # of the digits model
 
 
 def scored(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -33,7 +37,27 @@ def digits() -> None:
     save(figures.over_rates([*decoupling, *both], sweeps, "accuracy"), FIGURES / "figure6-digits")
     points = [p | {"case": r["case"], "score": p["validation"]} for r in read("prolonged") for p in r["trace"]]
     cases = (*METHODS, "DeLoRA, lam fixed")
+    reached = reachable(read("prolonged"))
+    points = [p | ({"reachable": reached[p["bound"]]} if p["case"] == "DeLoRA" else {}) for p in points]
     save(figures.over_steps(points, cases, "DeLoRA", "accuracy"), FIGURES / "figure3-digits")
+
+
+def reachable(rows: list[dict[str, Any]]) -> dict[float, float]:
+    """By the bound of DeLoRA's rows, |W| sqrt((lam^2 + lam0^2) / (r in)): the expected distance of two halves of r orthogonal
+    terms, one at the start's strength and one at lam, whose directions are independent of each other and of W's columns."""
+    fixed = next(r for r in rows if r["case"] == "DeLoRA, lam fixed")
+    norm = fixed["distance"] / fixed["relative"]  # |W| of the drawn layer
+    found = {}
+    for row in rows:
+        if row["case"] == "DeLoRA":
+            method = METHOD.fullmatch(row["method"])
+            assert method is not None
+            r, lam0 = int(method[1]), float(method[2])
+            largest = fixed["trace"][0]["bound"] / (2 * lam0)  # the largest column norm
+            for point in row["trace"]:
+                lam = point["bound"] / largest - lam0
+                found[point["bound"]] = norm * math.sqrt((lam**2 + lam0**2) / (r * WIDTH))
+    return found
 
 
 def column_norms() -> None:

@@ -18,7 +18,7 @@ LEVELS = [
     {"merge", "checkpoint", "files", "export", "diagnostics"},
     {"training", "data", "evaluation"},
     {"recipes"},
-    {"sweep", "report", "plots", "figures", "cli"},
+    {"sweep", "report", "overview", "plots", "figures", "cli"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

@@ -21,7 +21,23 @@ EVIL = '<script>alert("x")</script> & $\\frac{1}{0}$'
 
 def result(name: str, **changes: Any) -> Result:
     made = Result(
-        name, name, name, name, 0, "LoRA(r=8)", "accuracy", "accuracy", 222_350, 61.4, 0.81, 0.8, {}, 2, 1_234_567, 0.125
+        name,
+        name,
+        name,
+        name,
+        0,
+        "sentiment",
+        "LoRA(r=8)",
+        "accuracy",
+        "accuracy",
+        222_350,
+        61.4,
+        0.81,
+        0.8,
+        {},
+        2,
+        1_234_567,
+        0.125,
     )
     return replace(made, **changes)
 

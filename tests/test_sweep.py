@@ -14,9 +14,9 @@ from rich.console import Console
 
 from delora import sweep as sweeps
 from delora.recipes import classification
-from delora.sweep import FAILED, RESULTS, Sweep, perform, read, run, trials
+from delora.sweep import RESULTS, Sweep, perform, read, run, trials
 from delora.training.config import ConfigError, parse
-from delora.training.runs import RESULT, Result
+from delora.training.runs import FAILED, RESULT, Result
 from tests.tiny import make_model, make_sentences, recipe
 
 
@@ -59,6 +59,7 @@ def test_the_product_of_all_lists(written, tmp_path):
         for r in (2, 4)
     }
     assert len({t.folder(tmp_path) for t in found}) == len(found) == 16
+    assert all(t.experiment.factor == t.factor for t in found)
 
 
 def test_a_factor_leaves_the_rate_of_lam_beside_it(written, tmp_path):

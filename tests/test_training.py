@@ -201,7 +201,19 @@ def test_of_the_runs_that_share_a_row_the_best_by_validation_is_shown():
     def result(setting: str, row: str, seed: int, validation: float | None) -> Result:
         test = None if validation is None else 1 - validation
         return Result(
-            f"{setting}{seed}", row, setting, "", seed, "", "accuracy", "accuracy", 0, 0.0, validation=validation, test=test
+            f"{setting}{seed}",
+            row,
+            setting,
+            "",
+            seed,
+            "sentiment",
+            "",
+            "accuracy",
+            "accuracy",
+            0,
+            0.0,
+            validation=validation,
+            test=test,
         )
 
     results = [result("a", "x", 0, 0.7), result("b", "x", 0, 0.8), result("c", "y", 0, 0.1), result("d", "x", 0, None)]

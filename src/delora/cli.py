@@ -1,4 +1,7 @@
-"""The command line: ``delora train | sweep | evaluate | inspect | merge | export``. Exit codes: 0 done, 1 failed, 2 misuse."""
+"""The command line: ``delora train | sweep | report | evaluate | inspect | merge | export``.
+
+Exit codes: 0 done, 1 failed, 2 misuse.
+"""
 
 from __future__ import annotations
 
@@ -86,6 +89,17 @@ def sweep(
     out.print(f"Written to {asked.out}: {sweeps.RESULTS}, and a run folder for each trial", markup=False)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of experiments and sweeps.", show_default=False)],
+    folder: Annotated[Path, typer.Option("--out", help="Where the page, its figures and its numbers go.")] = Path("report"),
+) -> None:
+    """Tables, figures and a CSV file of many runs, on one page: methods by tasks, robustness to the rate, distances."""
+    from delora import overview
+
+    out.print(f"Written to {overview.write(runs, folder)}", markup=False)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from torch import nn
 from delora.diagnostics import column_norms
 from delora.plots import COLOURS, DASHES, STYLE
 
+METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
 Rows = Iterable[Mapping[str, Any]]
 
 
@@ -31,7 +32,7 @@ def save(figure: Figure, stem: Path) -> list[Path]:
     return files
 
 
-def over_rates(rows: Rows, cases: Sequence[str], score: str = "score") -> Figure:
+def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance: str = "|W' - W|") -> Figure:
     """Figures 2, 5 and 6: score (left) and distance (right) over factors of each case's base rate.
 
     Rows have ``case``, ``factor``, ``score`` [share] and ``distance``, one for each seed. Lines are means, bands one standard
@@ -39,7 +40,7 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score") -> Figure
     """
     rows = list(rows)
     figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
-    for number, case in enumerate(cases):
+    for case, number in numbers(cases).items():
         own = [r for r in rows if r["case"] == case]
         _line(left, own, "score", number, case, scale=100)
         _line(right, own, "distance", number, case)
@@ -51,22 +52,27 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score") -> Figure
         axes.set_xlabel("factor of the base rate")
     left.set_ylabel(f"{score} [%]")
     left.set_ylim(bottom=0)
-    right.set_ylabel("|W' - W|")
+    right.set_ylabel(distance)
     right.set_yscale("log")
+    low, high = right.get_ylim()
+    first_digits = "123456" if high < 30 * low else "1"  # numbers, as many as there is room for
     for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        axis(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "123456" else "")  # numbers, as many as there is room for
+        axis(lambda y, _: f"{y:g}" if f"{y:e}"[0] in first_digits else "")
     _legend(right)
     return figure
 
 
-def over_steps(rows: Rows, cases: Sequence[str], bound: str | None = None, score: str = "score") -> Figure:
+def over_steps(
+    rows: Rows, cases: Sequence[str], bound: str | None = None, score: str = "score", distance: str = "|W' - W|"
+) -> Figure:
     """Figure 3: distance and score over training. Rows have ``case``, ``step``, ``distance``, ``score``, one for each seed.
 
-    ``bound``: the case whose ``bound`` is drawn as well, what its distance cannot exceed.
+    ``bound``: the case whose ``bound`` is drawn as well, what its distance cannot exceed, and ``reachable``, where rows
+    have it: the distance at which its directions have nothing left in common with those of the start.
     """
     rows = list(rows)
     figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
-    for number, case in enumerate(cases):
+    for case, number in numbers(cases).items():
         own = [r for r in rows if r["case"] == case]
         _line(left, own, "distance", number, case, x="step")
         _line(right, own, "score", number, case, x="step", scale=100)
@@ -74,10 +80,13 @@ def over_steps(rows: Rows, cases: Sequence[str], bound: str | None = None, score
             points = _means(own, "bound", "step")
             colour = COLOURS[number % len(COLOURS)]
             left.plot(*zip(*points, strict=True), color=colour, linewidth=3, alpha=0.4, label=_plain(f"bound of {case}"))
+            if points := _means(own, "reachable", "step"):
+                label = _plain(f"reachable size of {case}")
+                left.plot(*zip(*points, strict=True), color=colour, linewidth=1, linestyle=(0, (1, 3)), label=label)
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
         axes.set_ylim(bottom=0)
-    left.set_ylabel("|W' - W|")
+    left.set_ylabel(distance)
     right.set_ylabel(f"{score} [%]")
     handles, labels = left.get_legend_handles_labels()
     right.legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -144,6 +153,13 @@ def _canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
         return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
+def numbers(cases: Sequence[str]) -> dict[str, int]:
+    """Each case's colour and dash, by number: a method of the paper's figures has the same in all figures."""
+    taken = [METHODS.index(case) for case in cases if case in METHODS]
+    free = iter(n for n in range(len(METHODS) + len(cases)) if n not in taken)
+    return {case: METHODS.index(case) if case in METHODS else next(free) for case in cases}
+
+
 def _style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)], "linewidth": 1.6}
 
@@ -179,7 +195,7 @@ def _line(
     low = [max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axes.fill_between(at, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.12, linewidth=0)
-    if len(seen) < len({r[x] for r in rows}):
+    if x == "factor" and len(seen) < len({r[x] for r in rows}):
         axes.plot(at[-1:], mean[-1:], marker="x", color=COLOURS[number % len(COLOURS)])
 
 

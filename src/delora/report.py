@@ -18,7 +18,7 @@ from delora.training.runs import CONFIG, METRICS, Result, Row, shown
 REPORT = "report.html"
 NOTHING = "–"
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1a1a1a; background: #fff;
        max-width: 54rem; margin: 3rem auto; padding: 0 1.5rem; }
@@ -31,6 +31,7 @@ th { font-weight: 600; border-bottom: 2px solid #1a1a1a; vertical-align: bottom;
 th:first-child, td:first-child { text-align: left; }
 tr.delivered td { background: #eef4fa; }
 figure { margin: 1.2rem 0; break-inside: avoid; }
+figcaption { color: #555; font-size: .85rem; }
 figure img { max-width: 100%; height: auto; }
 pre { background: #f6f6f6; padding: 1rem; font-size: .8rem; line-height: 1.4; white-space: pre-wrap; overflow-wrap: anywhere; }
 ul { padding-left: 1.2rem; }
@@ -136,7 +137,7 @@ def page(summary: Summary, config: dict[str, object], plots: Sequence[Path]) -> 
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(summary.name)}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{escape(summary.name)}</h1>

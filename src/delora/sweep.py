@@ -23,9 +23,9 @@ from rich.text import Text
 from delora import recipes
 from delora.files import read_json, write_atomically
 from delora.training.config import Experiment, Strict, assign, load_file, parse, slug, validate
-from delora.training.runs import RESULT, Result, exclusive, write_json
+from delora.training.runs import FAILED, RESULT, Result, exclusive, write_json
 
-SWEEP, RESULTS, TRIALS, FAILED = "sweep.json", "results.csv", "trials", "failed.json"
+SWEEP, RESULTS, TRIALS = "sweep.json", "results.csv", "trials"
 
 
 class Case(Strict):
@@ -118,7 +118,8 @@ def trials(sweep: Sweep) -> list[Trial]:
                 rates["train.lam_lr"] = run.train.lam_lr * factor
             scaled.append((f"{told}, x{factor:g}", changes | rates))
             about.append((label, f"{setting}, x{factor:g}", factor, swept))
-    return [Trial(run, *what) for run, what in zip(_runs(recipe, scaled, sweep.recipe), about, strict=True)]
+    runs = _runs(recipe, scaled, sweep.recipe)
+    return [Trial(run.model_copy(update={"factor": what[2]}), *what) for run, what in zip(runs, about, strict=True)]
 
 
 def _runs(recipe: Mapping[str, Any], changes: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Experiment]:

@@ -63,6 +63,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Sp
         setting=setting,
         folder=folder.name,
         seed=experiment.seed,
+        task=experiment.data.task,
         method=str(experiment.adapter.build()),
         metric=task.metrics[0],
         reported=task.reported,

@@ -81,6 +81,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Mate
         setting=setting,
         folder=folder.name,
         seed=experiment.seed,
+        task=experiment.data.task,
         method=str(experiment.adapter.build()),
         metric=METRIC,
         reported=reported(experiment),

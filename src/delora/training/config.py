@@ -244,12 +244,15 @@ class Variant(Strict):
 class Experiment(Strict):
     """Everything that decides a run's numbers. ``model``: a packaged model, a folder, or a name on the Hugging Face Hub.
 
-    With ``seeds`` every variant is run once for each of them, in place of ``seed``.
+    With ``seeds`` every variant is run once for each of them, in place of ``seed``. ``row`` is the line of a table to which
+    variants without one belong. ``factor`` is what a sweep multiplied the rates by, for its report.
     """
 
     name: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)] = 0
     seeds: list[Annotated[int, Field(ge=0)]] = []
+    row: str | None = None
+    factor: Annotated[float, Field(gt=0)] | None = None
     out: Annotated[str, Field(min_length=1)]
     model: str
     data: Data = Data.model_validate({})
@@ -294,7 +297,7 @@ class Experiment(Strict):
                 # Fields that another method does not have (lam, for LoRA) end here; those it shares (r) go over.
                 kept = [*Adapter.model_fields, *Adapter.method_fields(method)]
                 base = own | {"adapter": {k: v for k, v in own["adapter"].items() if k in kept}}
-            merged = _merge(base, {"name": variant.name, **changes})
+            merged = _merge(base, {"name": variant.name, "row": variant.row or self.row, **changes})
             runs.append((variant, validate(merged, Experiment, f"variants[{number}] ({variant.name})")))
         return runs
 

@@ -169,7 +169,7 @@ def train(recipe: Recipe, experiment: Experiment, console: Console, fresh: bool 
         for (variant, each), own in zip(runs, data, strict=True):
             folder = out / "variants" / slug(each.name)
             done = Result.read(folder)
-            results.append(done or recipe.run(each, folder, variant.row or variant.name, variant.name, own, console))
+            results.append(done or recipe.run(each, folder, each.row or variant.name, variant.name, own, console))
             gather(out, results)
         if not (out / SUMMARY).is_file():
             best = choose(experiment, [each for _, each in runs], results)

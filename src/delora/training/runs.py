@@ -16,7 +16,7 @@ from typing import Any
 from delora.files import read_json, write_atomically
 from delora.training.config import Experiment, differences
 
-CONFIG, RESULT, METRICS = "config.json", "result.json", "metrics.jsonl"
+CONFIG, RESULT, METRICS, FAILED = "config.json", "result.json", "metrics.jsonl", "failed.json"
 
 
 class RunError(RuntimeError):
@@ -38,6 +38,7 @@ class Result:
     setting: str
     folder: str
     seed: int
+    task: str
     method: str
     metric: str
     reported: str
@@ -102,13 +103,14 @@ class Row:
 
 
 def shown(results: Sequence[Result]) -> list[Row]:
-    """The rows of a table: of the settings that share one, the best by the mean validation."""
-    settings: dict[tuple[str, str], Row] = {}
+    """The rows of a table: of the settings that share one, and its task, the best by the mean validation."""
+    settings: dict[tuple[str, str, str], Row] = {}
     for result in results:
-        settings.setdefault((result.row, result.setting), Row([])).runs.append(result)
-    rows: dict[str, Row] = {}
+        settings.setdefault((result.task, result.row, result.setting), Row([])).runs.append(result)
+    rows: dict[tuple[str, str], Row] = {}
     for row in settings.values():
-        rows[row.name] = max(rows.get(row.name, row), row, key=Row.validation)
+        key = (row.runs[0].task, row.name)
+        rows[key] = max(rows.get(key, row), row, key=Row.validation)
     return list(rows.values())
 
 

@@ -1,0 +1,369 @@
+"""``delora report``: many runs, of experiments and sweeps, on one page with tables, figures and a CSV file."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from delora import figures
+from delora.files import read_json, write_atomically
+from delora.report import NOTHING, REPORT, STYLE
+from delora.training.config import Experiment, slug, validate
+from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, shown
+
+CSV = "runs.csv"
+POINTS = 300  # of a curve, at the most
+OVER_RATES = (
+    "Score (left) and distance from the base model (right) over factors of each case's base rate. Bands: one standard "
+    "deviation over seeds; a cross: at the next factor a run diverges."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder with what it is and what it gave."""
+
+    folder: Path
+    experiment: Experiment
+    result: Result
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    title: str
+    png: Path
+    note: str
+
+
+# ---------------------------------------------------------------- reading
+
+
+def collect(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
+    """Every finished run below the folders, and why others failed, by the name of their folder.
+
+    Raises:
+        RunError: there is none; a file is of another version.
+    """
+    runs: list[Run] = []
+    failed: dict[str, str] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise RunError(f"there is no folder {folder}")
+        for file in sorted(folder.rglob(RESULT)):
+            experiment = validate(read_json(file.parent / CONFIG), Experiment, str(file.parent / CONFIG))
+            runs.append(Run(file.parent, experiment, Result.of(read_json(file), file.parent)))
+        failed |= {file.parent.name: str(read_json(file)["error"]) for file in sorted(folder.rglob(FAILED))}
+    if not runs:
+        raise RunError(
+            f"there is no finished run in {', '.join(map(str, folders))}: no {RESULT} of delora train or delora sweep"
+        )
+    return runs, failed
+
+
+def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Of each run what it is and all its numbers: the rows of the CSV file."""
+    found = []
+    for run in runs:
+        e, r = run.experiment, run.result
+        found.append(
+            {
+                "model": e.model,
+                "task": e.data.task,
+                "row": r.row,
+                "setting": r.setting,
+                "seed": r.seed,
+                "factor": e.factor,
+                "method": r.method,
+                "lr": e.train.lr,
+                "lam_lr": e.train.lam_lr,
+                "trainable": r.trainable,
+                "metric": r.metric,
+                "validation": r.validation,
+                "reported": r.reported,
+                "test": r.test,
+                "best_epoch": r.best_epoch,
+                "distance": r.distance,
+                "bound_used": r.bound_used,
+                "diverged": r.diverged,
+                "seconds": r.seconds,
+                **{f"test {name}": value for name, value in r.scores.items()},
+            }
+        )
+    return found
+
+
+# ---------------------------------------------------------------- tables
+
+
+def table(model: str, runs: Sequence[Run]) -> Table:
+    """Methods by tasks, as Tables 4, 5 and 8: of each row's settings the best by validation, mean ± deviation over seeds.
+
+    The paper's figure stands below ours where the model and the task are the paper's.
+    """
+    columns: dict[tuple[str, str], None] = {}
+    for run in runs:
+        task = run.experiment.data.task
+        several = [name for name in run.result.scores if name in run.experiment.evaluate.tasks]
+        columns |= dict.fromkeys([(task, name) for name in several] if len(several) > 1 else [])
+        columns[task, run.result.reported] = None
+        columns |= dict.fromkeys((task, name) for name in run.result.scores if name.startswith("perplexity"))
+    experiments = {id(run.result): run.experiment for run in runs}
+    rows: dict[str, dict[tuple[str, str], Row]] = {}
+    for row in shown([run.result for run in runs]):
+        for column in columns:
+            if column[0] == row.runs[0].task and (column[1] == row.runs[0].reported or column[1] in row.runs[0].scores):
+                rows.setdefault(row.name, {})[column] = row
+    tasks = {task for task, _ in columns}
+    mean = len(tasks) > 1 and len(columns) == len(tasks)
+    body = []
+    for name, cells in rows.items():
+        first = next(iter(cells.values())).runs[0]
+        line = [name, f"{first.trainable:,}"]
+        line += [_cell(cells.get(column), column[1], experiments) for column in columns]
+        if mean:
+            values = [_mean(cells[column], column[1]) for column in columns if column in cells]
+            line.append(f"{statistics.fmean(values):.1f}" if len(values) == len(columns) else NOTHING)
+        body.append(line)
+    head = [f"{task} {name}" if len(tasks) > 1 else name for task, name in columns]
+    seeds = sorted({run.result.seed for run in runs})
+    notes = [
+        f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); no ± means one seed. Scores are in percent, "
+        "perplexities are not. Of the settings of a row the best by validation is shown.",
+    ]
+    if any(run.experiment.published and run.experiment.published.of(run.experiment) for run in runs):
+        notes.append("“paper”: what the paper prints for this model and task.")
+    return Table(model, ["Method", "Trainable", *head, *(["mean"] if mean else [])], body, notes)
+
+
+def _value(result: Result, name: str) -> float | None:
+    return result.test if name == result.reported else result.scores.get(name)
+
+
+def _mean(row: Row, name: str) -> float:
+    values = row.values(lambda r: _value(r, name))
+    return 100 * statistics.fmean(values) if values else math.nan
+
+
+def _cell(row: Row | None, name: str, experiments: dict[int, Experiment]) -> str:
+    if row is None:
+        return NOTHING
+    unit = 1 if name.startswith("perplexity") else 100
+    values = [unit * value for value in row.values(lambda r: _value(r, name))]
+    text = "diverged"
+    if values:
+        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        text = f"{statistics.fmean(values):.1f}{spread}"
+        if row.diverged:
+            text += f" ({len(row.diverged)} of {len(row.runs)} diverged)"
+    experiment = experiments[id(row.runs[0])]
+    known = experiment.published
+    if known is not None and known.of(experiment):
+        paper = known.test if name == row.runs[0].reported else known.scores.get(name)
+        if paper is not None:
+            spread = f" ± {known.deviation:.1f}" if known.deviation is not None and name == row.runs[0].reported else ""
+            text += f"\npaper {paper:.1f}{spread}"
+    return text
+
+
+def robustness(runs: Sequence[Run]) -> Table:
+    """What each case keeps over factors of its base rate. See ``docs/robustness.md``."""
+    body = []
+    for case, own in _cases(runs).items():
+        by_factor: dict[float, list[Result]] = {}
+        for run in own:
+            by_factor.setdefault(run.experiment.factor or 1.0, []).append(run.result)
+        means = {f: (statistics.fmean(v) if None not in v else -math.inf) for f, v in _sorted(by_factor, lambda r: r.test)}
+        best = max(means, key=lambda f: means[f])
+        if means[best] == -math.inf:
+            body.append([case, "diverged", NOTHING, NOTHING, NOTHING, NOTHING])
+            continue
+        low, high = safe(means, by_factor)
+        growth = " to ".join(_distance(by_factor[f]) for f in (best, max(by_factor)))
+        lost = [f for f, score in means.items() if score == -math.inf]
+        worst = min((score for score in means.values() if score > -math.inf), default=math.nan)
+        told = f"{100 * worst:.1f}" + (f"; diverges at {', '.join(f'{f:g}' for f in lost)}" if lost else "")
+        body.append([case, f"{100 * means[best]:.1f}", f"{best:g}", f"{low:g} to {high:g}", told, growth])
+    header = ["Case", "Best [%]", "at factor", "Safe factors", "Worst [%]", "|dW|/|W|, at the best to at the largest factor"]
+    notes = [
+        "Factors multiply the rates of the adapter (and of lam). Safe: the factors around the best one at which the mean score "
+        "is within one point, or one standard deviation of the best if that is more."
+    ]
+    return Table("Is the learning rate safe?", header, body, notes)
+
+
+def _distance(results: Sequence[Result]) -> str:
+    values = [r.distance for r in results if r.distance is not None]
+    return f"{statistics.fmean(values):.2f}" if values else NOTHING
+
+
+def safe(means: dict[float, float], results: dict[float, list[Result]]) -> tuple[float, float]:
+    """The factors, without a gap, around the best one at which the mean score is within max(0.01, deviation) of the best."""
+    order = sorted(means)
+    best = max(order, key=lambda f: means[f])
+    scores = [r.test for r in results[best] if r.test is not None]
+    least = means[best] - max(0.01, statistics.stdev(scores) if len(scores) > 1 else 0.0)
+    low = high = order.index(best)
+    while low > 0 and means[order[low - 1]] >= least:
+        low -= 1
+    while high + 1 < len(order) and means[order[high + 1]] >= least:
+        high += 1
+    return order[low], order[high]
+
+
+def _sorted(found: dict[float, list[Result]], value: Callable[[Result], float | None]) -> list[tuple[float, list[Any]]]:
+    return [(factor, [value(r) for r in results]) for factor, results in sorted(found.items())]
+
+
+def _cases(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.result.row, []).append(run)
+    return found
+
+
+# ---------------------------------------------------------------- figures
+
+
+def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
+    """Of runs on one task: score and distance over factors (as Fig. 2, 5, 6), distance and score over steps (as Fig. 3)."""
+    drawn = []
+    scaled = [run for run in runs if run.experiment.factor is not None]
+    stem = slug(title)
+    if len({run.experiment.factor for run in scaled}) > 1:
+        rows = [
+            {"case": run.result.row, "factor": run.experiment.factor, "distance": run.result.distance}
+            | ({} if run.result.test is None else {"score": run.result.test})
+            for run in scaled
+        ]
+        figure = figures.over_rates(rows, list(_cases(scaled)), runs[0].result.reported, "|dW| / |W|")
+        png, _ = figures.save(figure, out / f"{stem}-rates")
+        note = OVER_RATES
+        drawn.append(Drawn(f"{title}: over learning rates", png, note))
+    best = shown([run.result for run in runs])
+    kept = {id(result) for row in best for result in row.runs}
+    points = [point for run in runs if id(run.result) in kept for point in _points(run)]
+    if any("distance" in point for point in points):
+        cases = [row.name for row in best]
+        bounded = next((case for case in cases if any(p["case"] == case and "bound" in p for p in points)), None)
+        figure = figures.over_steps(points, cases, bounded, runs[0].result.metric, "|dW| / |W|")
+        png, _ = figures.save(figure, out / f"{stem}-steps")
+        note = "Distance from the base model (left) and validation score (right) over training, of each row's best setting."
+        drawn.append(Drawn(f"{title}: over training", png, note))
+    return drawn
+
+
+def _points(run: Run) -> list[dict[str, Any]]:
+    """A run's curve, at most `POINTS` of it, each step once."""
+    file = run.folder / METRICS
+    steps: dict[int, dict[str, Any]] = {}
+    for text in file.read_text("utf-8").splitlines() if file.is_file() else ():
+        row = json.loads(text)
+        steps.setdefault(row["step"], {}).update(row)
+    metric = f"validation_{run.result.metric}"
+    order = sorted(steps)
+    chosen = {*order[:: max(1, len(order) // POINTS)], *(s for s in order if metric in steps[s])}
+    found = []
+    for step in sorted(chosen):
+        row = steps[step]
+        point = {"case": run.result.row, "step": step}
+        if "distance" in row:
+            point["distance"] = row["distance"]
+            if row.get("bound_used"):
+                point["bound"] = row["distance"] / row["bound_used"]
+        if metric in row:
+            point["score"] = row[metric]
+        found.append(point)
+    return found
+
+
+# ---------------------------------------------------------------- the page
+
+
+def write(folders: Sequence[Path], out: Path) -> Path:
+    """``report.html``, ``runs.csv`` and the figures of all runs below the folders, into ``out``.
+
+    Raises:
+        RunError: there is no run; ``out`` holds other things. Nothing is written then.
+    """
+    runs, failed = collect(folders)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file())):
+        raise RunError(f"{out} is not empty and holds no report: choose another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    tables, drawn = [], []
+    for model in dict.fromkeys(run.experiment.model for run in runs):
+        own = [run for run in runs if run.experiment.model == model]
+        tables.append(table(model, own))
+        for task in dict.fromkeys(run.experiment.data.task for run in own):
+            part = [run for run in own if run.experiment.data.task == task]
+            if len({run.experiment.factor for run in part if run.experiment.factor is not None}) > 1:
+                tables.append(robustness([run for run in part if run.experiment.factor is not None]))
+            drawn += draw(f"{model}, {task}", part, out)
+    write_atomically(out / CSV, _csv(lines(runs)).encode())
+    write_atomically(out / REPORT, page(runs, failed, tables, drawn).encode())
+    return out / REPORT
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def page(runs: Sequence[Run], failed: dict[str, str], tables: Sequence[Table], drawn: Sequence[Drawn]) -> str:
+    def cell(text: str, tag: str = "td") -> str:
+        return f"<{tag}>{escape(text).replace(chr(10), '<br>')}</{tag}>"
+
+    parts = []
+    for one in tables:
+        body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in one.rows)
+        head = "".join(cell(name, "th") for name in one.header)
+        notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
+        parts.append(
+            f"<h2>{escape(one.title)}</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n<ul>{notes}</ul>"
+        )
+    for picture in drawn:
+        data = base64.b64encode(picture.png.read_bytes()).decode()
+        parts.append(
+            f'<h2>{escape(picture.title)}</h2>\n<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
+            f"<figcaption>{escape(picture.note)}</figcaption></figure>"
+        )
+    if failed:
+        why = "".join(f"<li><b>{escape(name)}</b>: {escape(reason)}</li>" for name, reason in failed.items())
+        parts.append(f"<h2>Failed</h2>\n<ul>{why}</ul>")
+    hours = sum(run.result.seconds for run in runs) / 3600
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>delora report</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<h1>{len(runs)} runs</h1>
+<p class="what">{hours:.1f} hours of training; {len(failed)} failed.
+Every number is in {CSV}; the figures are beside it as PNG and PDF.</p>
+{chr(10).join(parts)}
+</body>
+</html>
+"""
