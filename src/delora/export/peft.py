@@ -50,7 +50,7 @@ def peft(
     whole = {layer: a for layer, a in chosen.items() if isinstance(a, Copy)}
     if not weights:
         raise ValueError("this adapter trains whole modules only: there is no low-rank change to export; use delora.merge")
-    config, tensors = _as_lora(weights) if kind == "lora" else _as_delora(weights)
+    config, tensors = as_lora(weights) if kind == "lora" else _as_delora(weights)
     for layer, copy in whole.items():
         tensors |= {f"{layer}.{key}": t for key, t in copy.at_strength().items()}
     for key, t in tensors.items():
@@ -73,7 +73,7 @@ def peft(
     return folder
 
 
-def _as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer, adapter in layers.items():
