@@ -32,6 +32,8 @@ err = Console(stderr=True, highlight=False)
 
 # Which extra brings a package that may be missing.
 EXTRAS = {
+    "PIL": "images",
+    "diffusers": "images",
     "gguf": "lm-eval",
     "lm_eval": "lm-eval",
     "matplotlib": "plots",

@@ -120,7 +120,8 @@ def table(model: str, runs: Sequence[Run]) -> Table:
     columns: dict[tuple[str, str], None] = {}
     for run in runs:
         task = run.experiment.data.task
-        several = [name for name in run.result.scores if name in run.experiment.evaluate.tasks]
+        wanted = ("clip_i", "clip_t") if task == "subject" else run.experiment.evaluate.tasks
+        several = [name for name in run.result.scores if name in wanted]
         columns |= dict.fromkeys([(task, name) for name in several] if len(several) > 1 else [])
         columns[task, run.result.reported] = None
         columns |= dict.fromkeys((task, name) for name in run.result.scores if name.startswith("perplexity"))

@@ -11,5 +11,5 @@ from delora.training.experiments import Recipe
 
 def of(experiment: Experiment) -> Recipe:
     """The recipe for an experiment's task."""
-    name = "instruction" if experiment.data.task == "instructions" else "classification"
+    name = {"instructions": "instruction", "subject": "subject"}.get(experiment.data.task, "classification")
     return cast(Recipe, importlib.import_module(f"delora.recipes.{name}"))

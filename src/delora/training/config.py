@@ -67,9 +67,9 @@ class Data(Strict):
     response. Texts of more than ``max_tokens`` are cut.
     """
 
-    task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "instructions"] = (
-        "sentiment"
-    )
+    task: Literal[
+        "sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "instructions", "subject"
+    ] = "sentiment"
     source: str
     domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
     train: Count | None = None
@@ -89,6 +89,8 @@ class Data(Strict):
         match data.get("task", "sentiment"), data.get("domain"):
             case (("sentiment" | "rating"), _):
                 silent = {"source": "vaderSentiment", "domain": "movie", **sizes, "max_tokens": 32}
+            case "subject", _:
+                silent = {"source": "dreambooth/dataset", "max_tokens": 77}
             case "instructions", None:
                 silent = {"source": "alpaca_data_cleaned_archive.json", "test": 2000, "max_tokens": 256}
             case "instructions", _:
@@ -103,6 +105,8 @@ class Data(Strict):
         why = f"the parts of {self.task} are GLUE's own"
         if self.rated:
             unused = ()
+        elif self.task == "subject":
+            why = "a subject has photographs"
         elif self.task == "instructions":
             unused, why = ("train", "validation"), "Alpaca's are all that test leaves"
         for key in unused:
@@ -171,7 +175,7 @@ class Adapter(Strict):
 
 
 class Train(Strict):
-    """How it is trained: AdamW, a linear schedule with warm-up, the best epoch by validation.
+    """How it is trained: AdamW, a schedule with warm-up, for ``epochs``, or for ``steps`` if these are given.
 
     ``lam_lr`` and ``head_lr`` are the rates of the strengths and of the modules trained whole (``lr`` if not given);
     ``lam_weight_decay`` is the decay of the strengths; ``warmup`` is a share of all steps or, from 1, their number; ``clip``
@@ -181,6 +185,7 @@ class Train(Strict):
     """
 
     epochs: Count = 2
+    steps: Count | None = None
     batch_size: Count = 32
     accumulation: Count = 1
     lr: Rate = 1e-3
@@ -208,6 +213,30 @@ class Evaluate(Strict):
     batch_size: Count = 8
     text: str | None = None
     before: bool = True
+
+
+class Subject(Strict):
+    """How a text-to-image model learns a subject, and how that is judged.
+
+    ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word``, the class, and
+    ``prompts`` with ``{}`` in the subject's place. ``class_images`` preserve the prior, with ``prior_weight`` in the loss.
+    ``images`` are made for each prompt in ``steps`` of the solver with ``guidance``; ``snapshots``: the steps of training
+    from one sample picture to the next (0: none). ``dino`` and ``clip`` judge, the first CLIP for the table.
+    """
+
+    names: list[str] = []
+    word: str | None = None
+    prompts: list[str] = []
+    token: Annotated[str, Field(min_length=1)] = "qwe"
+    resolution: Annotated[int, Field(ge=8)] = 512
+    class_images: Annotated[int, Field(ge=0)] = 200
+    prior_weight: Rate = 1.0
+    images: Count = 4
+    steps: Count = 25
+    guidance: Rate = 7.5
+    snapshots: Annotated[int, Field(ge=0)] = 200
+    dino: str = "facebook/dino-vits16"
+    clip: Annotated[list[str], Field(min_length=1)] = ["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"]
 
 
 class Published(Strict):
@@ -259,6 +288,7 @@ class Experiment(Strict):
     adapter: Adapter
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    subject: Subject = Subject()
     published: Published | None = None
     variants: list[Variant] = []
 
@@ -266,6 +296,8 @@ class Experiment(Strict):
     def _has_what_it_names(self) -> Self:
         if self.data.task != "instructions" and self.evaluate != Evaluate():
             raise ValueError("evaluate is for a language model, with data.task = 'instructions'")
+        if self.data.task != "subject" and self.subject != Subject():
+            raise ValueError("subject is for a text-to-image model, with data.task = 'subject'")
         return self
 
     def runs(self) -> list[tuple[Variant, Experiment]]:

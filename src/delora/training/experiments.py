@@ -16,7 +16,7 @@ import torch
 import transformers
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import delora
 from delora.diagnostics import Recorder
@@ -83,7 +83,15 @@ def begin(experiment: Experiment, folder: Path) -> None:
     set_seed(experiment.seed)
 
 
-def fit(experiment: Experiment, folder: Path, model: Any, console: Console, metric: str | None, **data: Any) -> AdapterTrainer:
+def fit(
+    experiment: Experiment,
+    folder: Path,
+    model: Any,
+    console: Console,
+    metric: str | None,
+    watch: Sequence[TrainerCallback] = (),
+    **data: Any,
+) -> AdapterTrainer:
     """Train in the run's folder, from its last checkpoint if there is one.
 
     With a ``metric`` every epoch is validated and the best one kept; else the last state stays. The Trainer's ``diverged``
@@ -92,24 +100,29 @@ def fit(experiment: Experiment, folder: Path, model: Any, console: Console, metr
     train, bar = experiment.train, Bar(experiment.name, console)
     trainer = AdapterTrainer(
         model,
-        arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric),
-        callbacks=[Metrics(folder / METRICS), bar],
+        arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data),
+        callbacks=[Metrics(folder / METRICS), bar, *watch],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
         lam_weight_decay=train.lam_weight_decay,
         **data,
     )
+    checkpoint = last_checkpoint(folder / "checkpoints")
+    if checkpoint is not None and checkpoint.endswith(f"-{train.steps}"):
+        trainer.finished(checkpoint)
+        return trainer
     try:
         with bar.progress:
-            trainer.train(resume_from_checkpoint=last_checkpoint(folder / "checkpoints"))
+            trainer.train(resume_from_checkpoint=checkpoint)
     except Diverged as error:
         trainer.diverged = error.step
     return trainer
 
 
-def arguments(experiment: Experiment, folder: Path, examples: int, metric: str | None) -> TrainingArguments:
+def arguments(experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool) -> TrainingArguments:
     """Every step of up to 2,000 is recorded, and a thousand or more of a longer run."""
     train = experiment.train
+    steps = train.steps or train.epochs * -(-examples // (train.batch_size * train.accumulation))
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True}
     return TrainingArguments(
         output_dir=str(folder),
@@ -127,12 +140,13 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         seed=experiment.seed,
-        eval_strategy="epoch",
+        max_steps=train.steps or -1,
+        eval_strategy="epoch" if validate else "no",
         save_strategy="epoch" if train.save_steps is None else "steps",
         save_steps=train.save_steps or 500,
         save_total_limit=2,
         **(best if metric else {}),
-        logging_steps=max(1, train.epochs * -(-examples // (train.batch_size * train.accumulation)) // 1000),
+        logging_steps=max(1, steps // 1000),
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),

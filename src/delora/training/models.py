@@ -86,8 +86,9 @@ def _named(loaded: Any, name: str) -> Any:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     for owner in (model, getattr(model, "config", None)):
         for attribute in ("name_or_path", "_name_or_path"):
-            if hasattr(owner, attribute):
-                setattr(owner, attribute, name)
+            with contextlib.suppress(AttributeError):  # a pipeline says its name itself
+                if hasattr(owner, attribute):
+                    setattr(owner, attribute, name)
     return loaded
 
 

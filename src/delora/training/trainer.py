@@ -79,6 +79,11 @@ class AdapterTrainer(Trainer):
         # Not the path that the state remembers: the run's folder may have been moved since.
         load(self._injected, self._folder / f"checkpoint-{self.state.best_global_step}")
 
+    def finished(self, checkpoint: str) -> None:
+        """Take up a checkpoint after which there is nothing to train. The Trainer itself would do one more step."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
     def best_epoch(self) -> int:
         """The epoch, from 1, whose validation was the best."""
         scores = {row["step"]: row["epoch"] for row in self.state.log_history if "eval_loss" in row}

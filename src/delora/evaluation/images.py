@@ -1,0 +1,64 @@
+"""How alike pictures are to a subject's photographs and to a prompt: cosines of features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+
+from delora.training.models import loading
+
+
+class Encoder:
+    """Unit features of pictures and, with a CLIP, of texts.
+
+    A CLIP's are its projected ones; those of any other vision transformer (DINO, DINOv2) the class token after the last norm.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name, self.device = name, device
+        self.model: nn.Module = loading(AutoModel, name).to(device).eval()
+        self.processor = loading(AutoImageProcessor, name)
+        self.tokenizer = loading(AutoTokenizer, name) if isinstance(self.model, CLIPModel) else None
+
+    @torch.no_grad()
+    def images(self, pictures: Sequence[Any], batch: int = 32) -> Tensor:
+        """[pictures, features], each of norm one."""
+        found = []
+        for start in range(0, len(pictures), batch):
+            pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt")["pixel_values"].to(self.device)
+            if isinstance(self.model, CLIPModel):
+                found.append(_unit(_tensor(self.model.get_image_features(pixel_values=pixels))))
+            else:
+                found.append(_unit(self.model(pixel_values=pixels).last_hidden_state[:, 0]))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """[prompts, features], each of norm one; of a CLIP alone."""
+        assert self.tokenizer is not None
+        batch = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
+        model: Any = self.model
+        return _unit(_tensor(model.get_text_features(**batch)))
+
+
+def _tensor(seen: Any) -> Tensor:
+    return seen if isinstance(seen, Tensor) else seen.pooler_output  # transformers 5 gives the latter
+
+
+def _unit(features: Tensor) -> Tensor:
+    return nn.functional.normalize(features.float().cpu(), dim=-1)
+
+
+def pairs(references: Tensor, made: Tensor) -> Tensor:
+    """The cosine of every reference with every picture that was made, in one row."""
+    return (references @ made.T).flatten()
+
+
+def own_pairs(references: Tensor) -> Tensor:
+    """The cosines of all ordered pairs of different references: what real photographs of one subject have."""
+    n = len(references)
+    return (references @ references.T)[~torch.eye(n, dtype=torch.bool)]
