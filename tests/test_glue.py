@@ -272,6 +272,10 @@ def test_a_published_figure_is_for_its_own_model_and_task():
     ):
         run = read(recipe, [f"model={model}", f"data.task={task}"])
         assert run.published.of(run) is holds
+    recipe = ROOT / "recipes" / "subject" / "lora.toml"
+    for changes, holds in (([], True), (["subject.word=dog"], False)):
+        run = read(recipe, changes)
+        assert run.published.of(run) is holds
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda file: file.stem)

@@ -18,12 +18,13 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, V
 import delora
 from delora.data import dreambooth
 from delora.data.tasks import DataError
+from delora.evaluation import generation
 from delora.evaluation.images import Encoder, own_pairs, pairs
 from delora.recipes import subject
 from delora.training import experiments
 from delora.training.config import ConfigError, parse, read
 from delora.training.models import ModelError
-from tests import tiny_diffusion
+from tests import test_cli, tiny_diffusion
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes" / "subject").glob("*.toml"))
@@ -319,3 +320,53 @@ def test_a_damaged_photograph_and_another_prompts_file(world, tmp_path):
     (data / dreambooth.FILE).write_text("nothing of the kind")
     with pytest.raises(DataError, match="is not the file of google/dreambooth"):
         dreambooth.read(str(data))
+
+
+# ---------------------------------------------------------------- delora generate
+
+
+def test_generate_writes_a_row_for_each_strength(world, done, tmp_path):
+    adapter = done / "adapter" / "dog2"
+    given = ["generate", adapter, "a photo of qwe dog", "--model", world / "pipe", "--count", 2, "--steps", 2]
+    code, _, told = test_cli.run(*given, "--strength", "0,1", "--out", tmp_path / "grid.png")
+    assert code == 0, told
+    sheet = np.array(Image.open(tmp_path / "grid.png"))
+    size, step = tiny_diffusion.SIZE, tiny_diffusion.SIZE + generation.MARGIN
+    rows = [generation.MARGIN + i * (step + generation.LABEL) + generation.LABEL for i in range(2)]
+    seen = [
+        [sheet[top : top + size, left : left + size] for left in (generation.MARGIN, generation.MARGIN + step)] for top in rows
+    ]
+    pipe = generation.pipeline(str(world / "pipe"))
+    base = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 7.5)
+    delora.load(pipe.unet, adapter)
+    tuned = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 7.5)
+    assert all(np.array_equal(a, np.array(b)) for a, b in zip(seen[0], base, strict=True))
+    assert all(np.array_equal(a, np.array(b)) for a, b in zip(seen[1], tuned, strict=True))
+    assert not np.array_equal(seen[0][0], seen[1][0])
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--strength", "1;2"], 2, "numbers with commas between"),
+        (["--strength", "-1"], 1, "must be a finite number, at least 0"),
+        (["--out", "{tmp}/there.png"], 2, "exists: choose another file"),
+        (["--model", "{tmp}"], 1, "is not a folder that diffusers can read"),
+    ],
+)
+def test_a_mistake_of_generate_is_told(world, done, tmp_path, options, code, words):
+    (tmp_path / "there.png").touch()
+    given = [
+        "generate",
+        done / "adapter" / "dog2",
+        "a dog",
+        "--model",
+        world / "pipe",
+        "--steps",
+        1,
+        "--out",
+        tmp_path / "x.png",
+    ]
+    seen, _, told = test_cli.run(*given, *(o.format(tmp=tmp_path) for o in options))
+    assert (seen, words in " ".join(told.replace("│", " ").split())) == (code, True), told
+    assert names(tmp_path) == ["there.png"]

@@ -1,4 +1,4 @@
-"""The command line: ``delora train | sweep | report | evaluate | inspect | merge | export``.
+"""The command line: ``delora train | sweep | report | evaluate | inspect | generate | merge | export``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -71,7 +71,8 @@ def train(
     for line in report.reading(summary):
         out.print(line, style="dim", markup=False)
     page = report.write(Path(experiment.out)).name
-    out.print(f"Written to {experiment.out}: {page}, adapter, merged, peft", markup=False)
+    forms = [form for form in ("adapter", "merged", "peft", "diffusers") if (Path(experiment.out) / form).is_dir()]
+    out.print(f"Written to {experiment.out}: {', '.join([page, *forms])}", markup=False)
 
 
 @app.command()
@@ -126,6 +127,36 @@ def evaluate(
         for name, score in scores.items()
     ]
     out.print(f"{folder}: test {', '.join(told)} ({n:,} examples)", markup=False)
+
+
+@app.command()
+def generate(
+    adapter: AdapterFolder,
+    prompt: Annotated[str, typer.Argument(help="What to make, with the token: 'a photo of qwe dog on the beach'.")],
+    model: Annotated[str, typer.Option("--model", help="The text-to-image model: a folder, or a name on the Hub.")],
+    strength: Annotated[str, typer.Option(help="Of the adapter, one row each; 0 is the model as it was.")] = "0,0.5,1,1.5",
+    count: Annotated[int, typer.Option(min=1, help="Pictures in a row.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, the same for all rows.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Of the solver.")] = 25,
+    guidance: Annotated[float, typer.Option(help="How much the prompt counts.")] = 7.5,
+    file: Annotated[Path, typer.Option("--out", help="A PNG file that does not exist yet.")] = Path("grid.png"),
+) -> None:
+    """A grid of pictures from a text-to-image model with an adapter, at several strengths."""
+    try:
+        values = [float(value) for value in strength.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--strength {strength!r}: numbers with commas between, such as 0,0.5,1") from error
+    if file.exists():
+        raise typer.BadParameter(f"{file} exists: choose another file with --out")
+    _quiet()
+    from delora import load
+    from delora.evaluation.generation import pipeline, strengths, write
+
+    pipe = pipeline(model)
+    load(pipe.unet, adapter)
+    with _refusals():
+        write(strengths(pipe, prompt, values, seed, count, steps, guidance), file)
+    out.print(f"Written to {file}: strengths {strength}, {count} pictures each", markup=False)
 
 
 @app.command()

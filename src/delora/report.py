@@ -17,6 +17,11 @@ from delora.training.runs import CONFIG, METRICS, Result, Row, shown
 
 REPORT = "report.html"
 NOTHING = "–"
+CHOSEN = {
+    "subject": "There is no part to validate on: settings are compared by the test score itself, as in the paper.",
+    "instructions": "The best setting of a row was chosen by the probability of the tokens of held-out instructions.",
+    "others": "The best epoch, and the best setting of a row, were chosen on the validation part alone.",
+}
 
 STYLE = """
 :root { color-scheme: light; }
@@ -95,8 +100,8 @@ def reading(summary: Summary) -> list[str]:
         )
     lines = [
         spread,
-        "The best epoch, and the best setting of a row, were chosen on the validation part alone.",
-        "|dW|/|W| is the mean over the adapted layers at the best epoch; modules that are trained whole are not in it. "
+        CHOSEN.get(summary.results[0].task, CHOSEN["others"]),
+        "|dW|/|W| is the mean over the adapted layers in the kept state; modules that are trained whole are not in it. "
         "Seconds are of training and validation.",
     ]
     same = ", ".join(f"{kind} {count:,}" for kind, count in summary.agreement.items())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -25,13 +25,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import delora
 from delora.data import dreambooth
 from delora.data.dreambooth import Subject, open_image
+from delora.evaluation.generation import pipeline, sample, write
 from delora.evaluation.images import Encoder, own_pairs, pairs
 from delora.files import read_json
 from delora.inject import adapters
 from delora.layer import Adapter
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.experiments import begin, fit, inject, reached
-from delora.training.models import ModelError, loading
+from delora.training.models import ModelError
 from delora.training.runs import METRICS, Result, RunError, write_json
 
 SCORES = "scores.json"
@@ -86,11 +87,9 @@ def one(experiment: Experiment, place: Path, subject: Subject, prior: Path, cons
     ``prior``: the folder of class pictures, which all runs of an experiment share.
     """
     asked = experiment.subject
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or torch.device("cpu")
-    pipe = pipeline(experiment, device)
+    pipe = pipeline(experiment.model, experiment.train.weights)
     photographs = [open_image(file) for file in subject.images]
-    encoders = {"dino": Encoder(asked.dino, device)} | {name: Encoder(name, device) for name in asked.clip}
+    encoders = {"dino": Encoder(asked.dino, pipe.device)} | {name: Encoder(name, pipe.device) for name in asked.clip}
     real = {key: own_pairs(encoder.images(photographs)) for key, encoder in encoders.items()}  # the anchor, first
 
     class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {asked.token} {subject.word}"
@@ -139,16 +138,6 @@ def one(experiment: Experiment, place: Path, subject: Subject, prior: Path, cons
 
 
 # ---------------------------------------------------------------- the model and its material
-
-
-def pipeline(experiment: Experiment, device: torch.device) -> Any:
-    """The whole frozen pipeline, without a safety checker."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[experiment.train.weights]
-    pipe = loading(DiffusionPipeline, experiment.model, torch_dtype=dtype, safety_checker=None).to(device)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 class Denoiser(nn.Module):
@@ -235,38 +224,20 @@ def class_pictures(experiment: Experiment, pipe: Any, word: str, folder: Path) -
     """What the pretrained model makes of the class, once for all runs of an experiment: the prior that is preserved."""
     asked, folder = experiment.subject, folder / slug(word)
     folder.mkdir(parents=True, exist_ok=True)
-    size = {"height": asked.resolution, "width": asked.resolution}
     for number in range(asked.class_images):
         file = folder / f"{number:04d}.png"
         if not file.is_file():
-            noise = torch.Generator().manual_seed(number)
-            _save(sample(experiment, pipe, f"a photo of {word}", noise, 1, **size)[0], file)
+            write(sampled(experiment, pipe, f"a photo of {word}", number, 1)[0], file)
     return [open_image(folder / f"{number:04d}.png") for number in range(asked.class_images)]
 
 
 # ---------------------------------------------------------------- pictures
 
 
-@torch.no_grad()
-def sample(experiment: Experiment, pipe: Any, prompt: str, noise: torch.Generator, count: int, **size: int) -> list[Any]:
-    """Pictures for a prompt with the multistep solver, as the published scores."""
-    asked, kept = experiment.subject, pipe.scheduler
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
-    training = pipe.unet.training
-    pipe.unet.eval()
-    try:
-        seen = pipe(
-            prompt,
-            num_inference_steps=asked.steps,
-            guidance_scale=asked.guidance,
-            num_images_per_prompt=count,
-            generator=noise,
-            **size,
-        )
-        return list(seen.images)
-    finally:
-        pipe.scheduler = kept
-        pipe.unet.train(training)
+def sampled(experiment: Experiment, pipe: Any, prompt: str, seed: int, count: int) -> list[Any]:
+    """`sample` as the experiment asks for it."""
+    asked = experiment.subject
+    return sample(pipe, prompt, seed, count, asked.steps, asked.guidance, asked.resolution)
 
 
 def generate(experiment: Experiment, pipe: Any, subject: Subject, folder: Path) -> list[Any]:
@@ -277,19 +248,12 @@ def generate(experiment: Experiment, pipe: Any, subject: Subject, folder: Path) 
     for number, prompt in enumerate(subject.prompts):
         files = [folder / f"{number:02d}-{i}.png" for i in range(asked.images)]
         if not all(file.is_file() for file in files):
-            noise = torch.Generator().manual_seed(1000 * experiment.seed + number)
             text = prompt.format(f"{asked.token} {subject.word}")
-            size = {"height": asked.resolution, "width": asked.resolution}
-            for picture, file in zip(sample(experiment, pipe, text, noise, asked.images, **size), files, strict=True):
-                _save(picture, file)
+            made = sampled(experiment, pipe, text, 1000 * experiment.seed + number, asked.images)
+            for picture, file in zip(made, files, strict=True):
+                write(picture, file)
         found += [open_image(file) for file in files]
     return found
-
-
-def _save(picture: Any, file: Path) -> None:
-    partial = file.with_suffix(".part")
-    picture.save(partial, "PNG")
-    partial.rename(file)
 
 
 class Snapshots(TrainerCallback):
@@ -307,12 +271,9 @@ class Snapshots(TrainerCallback):
             self._draw(state.global_step)
 
     def _draw(self, step: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        asked = self.experiment.subject
-        noise = torch.Generator().manual_seed(self.experiment.seed)  # of its own: training draws as if nothing was drawn here
-        size = {"height": asked.resolution, "width": asked.resolution}
-        (picture,) = sample(self.experiment, self.pipe, self.prompt, noise, 1, **size)
-        _save(picture, self.folder / f"{step:05d}.png")
+        # From noise of its own: training draws as if nothing was drawn here.
+        (picture,) = sampled(self.experiment, self.pipe, self.prompt, self.experiment.seed, 1)
+        write(picture, self.folder / f"{step:05d}.png")
 
 
 def _metrics(folder: Path, subjects: Sequence[Subject]) -> str:
@@ -356,12 +317,11 @@ def deliver(experiment: Experiment, run: Path, subjects: list[Subject], out: Pat
 
     Compared are the pictures of its first prompt with those of the run: equal is a mean difference below one level of 256.
     """
-    device = torch.device("cpu") if not torch.accelerator.is_available() else torch.accelerator.current_accelerator()
     agreement: dict[str, int] = {}
     asked, first = experiment.subject, subjects[0]
     made = [open_image(run / "subjects" / slug(first.name) / "pictures" / f"00-{i}.png") for i in range(asked.images)]
     for subject in subjects:
-        pipe = pipeline(experiment, device or torch.device("cpu"))
+        pipe = pipeline(experiment.model, experiment.train.weights)
         delora.load(pipe.unet, run / "subjects" / slug(subject.name) / "adapter")
         delora.save(pipe.unet, out / "adapter" / slug(subject.name))
         if subject is first:
@@ -370,7 +330,7 @@ def deliver(experiment: Experiment, run: Path, subjects: list[Subject], out: Pat
         if all(isinstance(a, Adapter) and a.low_rank() is not None for a in parts):
             delora.export.diffusers(pipe, out / "diffusers" / slug(subject.name))
             if subject is first and importlib.util.find_spec("peft"):  # which diffusers reads LoRA files with
-                fresh = pipeline(experiment, device or torch.device("cpu"))
+                fresh = pipeline(experiment.model, experiment.train.weights)
                 fresh.load_lora_weights(out / "diffusers" / slug(subject.name))
                 agreement["diffusers"] = _alike(experiment, fresh, subject, made)
     for kind, same in agreement.items():
@@ -380,11 +340,8 @@ def deliver(experiment: Experiment, run: Path, subjects: list[Subject], out: Pat
 
 
 def _alike(experiment: Experiment, pipe: Any, subject: Subject, expected: Sequence[Any]) -> int:
-    asked = experiment.subject
-    noise = torch.Generator().manual_seed(1000 * experiment.seed)
-    size = {"height": asked.resolution, "width": asked.resolution}
-    text = subject.prompts[0].format(f"{asked.token} {subject.word}")
-    seen = sample(experiment, pipe, text, noise, asked.images, **size)
+    text = subject.prompts[0].format(f"{experiment.subject.token} {subject.word}")
+    seen = sampled(experiment, pipe, text, 1000 * experiment.seed, len(expected))
     return sum((numbers(a) - numbers(b)).abs().mean().item() < 1 for a, b in zip(seen, expected, strict=True))
 
 

@@ -249,9 +249,10 @@ class Published(Strict):
     scores: dict[str, float] = {}
 
     def of(self, experiment: Experiment) -> bool:
-        """Whether an experiment is on this model (by its own name, wherever it lies) and task."""
+        """Whether an experiment is on this model (by its own name, wherever it lies) and task, and not on other data."""
         same = experiment.model.rstrip("/").rpartition("/")[2] == self.model.rpartition("/")[2]
-        return same and experiment.data.task == self.task
+        other = experiment.data.domain is not None or experiment.subject.word is not None
+        return same and not other and experiment.data.task == self.task
 
 
 class Variant(Strict):

@@ -73,7 +73,8 @@ def loading(auto: Any, name: str, **kwargs: Any) -> Any:
         return _named(auto.from_pretrained(path_of(name), **kwargs), name)
     except (OSError, ValueError, RuntimeError) as error:
         if Path(path_of(name)).is_dir():
-            raise ModelError(f"{name} is not a folder that transformers can read as this kind of model: {error}") from error
+            library = auto.__module__.partition(".")[0]
+            raise ModelError(f"{name} is not a folder that {library} can read as this kind of model: {error}") from error
         packaged = sorted(n for n, package in PACKAGES.items() if package.kind == "model")
         raise ModelError(
             f"there is no model {name!r}: it is no packaged model ({', '.join(packaged)}), no folder, and the "
@@ -84,11 +85,12 @@ def loading(auto: Any, name: str, **kwargs: Any) -> Any:
 def _named(loaded: Any, name: str) -> Any:
     """Files of ours and of transformers record this: the name says more than where this machine keeps the model."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    if hasattr(type(model), "components"):
+        return loaded  # a pipeline says its name itself
     for owner in (model, getattr(model, "config", None)):
         for attribute in ("name_or_path", "_name_or_path"):
-            with contextlib.suppress(AttributeError):  # a pipeline says its name itself
-                if hasattr(owner, attribute):
-                    setattr(owner, attribute, name)
+            if hasattr(owner, attribute):
+                setattr(owner, attribute, name)
     return loaded
 
 

@@ -1,0 +1,93 @@
+"""Pictures of a text-to-image pipeline of diffusers, with an adapter at several strengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from PIL import Image, ImageDraw
+
+import delora
+from delora.training.models import loading
+
+MARGIN, LABEL = 4, 14  # pixels between the pictures of a grid, and above a row for its label
+
+
+def pipeline(model: str, weights: str = "fp32") -> Any:
+    """The frozen pipeline of a folder or a name on the Hub, on the accelerator if there is one, without a safety checker."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    pipe = loading(DiffusionPipeline, model, torch_dtype=dtype, safety_checker=None).to(device or torch.device("cpu"))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        part.requires_grad_(False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any, prompt: str, seed: int, count: int, steps: int, guidance: float, resolution: int | None = None
+) -> list[Any]:
+    """Pictures for a prompt with the multistep solver, always from the noise of ``seed``; the pipeline is left as it was."""
+    kept, training = pipe.scheduler, pipe.unet.training
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
+    pipe.unet.eval()
+    try:
+        seen = pipe(
+            prompt,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            num_images_per_prompt=count,
+            generator=torch.Generator().manual_seed(seed),
+            height=resolution,
+            width=resolution,
+        )
+        return list(seen.images)
+    finally:
+        pipe.scheduler = kept
+        pipe.unet.train(training)
+
+
+def strengths(
+    pipe: Any,
+    prompt: str,
+    values: Sequence[float],
+    seed: int,
+    count: int,
+    steps: int,
+    guidance: float,
+    resolution: int | None = None,
+) -> Any:
+    """A picture with a row for each strength of the U-Net's adapter, from the same noise; 0 is the model as it was."""
+    rows = []
+    for value in values:
+        delora.strength(pipe.unet, value)
+        rows.append(sample(pipe, prompt, seed, count, steps, guidance, resolution))
+    delora.strength(pipe.unet, 1.0)
+    return grid(rows, [f"strength {value:g}" for value in values])
+
+
+def grid(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> Any:
+    """Pictures of one size in rows, each under its label."""
+    width, height = rows[0][0].size
+    columns = max(map(len, rows))
+    size = (columns * (width + MARGIN) + MARGIN, len(rows) * (height + LABEL + MARGIN) + MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        top = MARGIN + number * (height + LABEL + MARGIN)
+        draw.text((MARGIN, top), label, fill="black")
+        for place, picture in enumerate(row):
+            sheet.paste(picture, (MARGIN + place * (width + MARGIN), top + LABEL))
+    return sheet
+
+
+def write(picture: Any, file: Path) -> None:
+    """As PNG; the file is there only when it is whole."""
+    partial = file.with_name(f".{file.name}.part")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(partial, "PNG")
+    partial.rename(file)
