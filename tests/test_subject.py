@@ -300,7 +300,7 @@ def test_the_prompts_of_objects_and_of_live_subjects(world):
         ({"model": "{tmp}/nothing"}, ModelError, "there is no text-to-image model .*model=FOLDER"),
         ({"train": {"steps": None}}, ConfigError, r"give train\.steps"),
         ({"adapter": {"targets": ["to_qq"]}}, ConfigError, "no module ends with 'to_qq'"),
-        ({"data": {"train": 3}}, ConfigError, r"data\.train is for the rated sentences; a subject has photographs"),
+        ({"data": {"train": 3}}, ConfigError, r"data\.train is for the rated sentences; this task has pictures"),
         ({"data": {"task": "sentiment"}}, ConfigError, "subject is for a text-to-image model"),
     ],
 )

@@ -122,7 +122,7 @@ def evaluate(
     scores, n = recipes.of(experiment).evaluate(experiment, folder)
     told = [
         f"{name} {score:.2f}"
-        if "perplexity" in name
+        if name.startswith(("perplexity", "fid"))
         else f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "") + " %"
         for name, score in scores.items()
     ]

@@ -21,6 +21,8 @@ from delora.training.config import Experiment, slug, validate
 from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, shown
 
 CSV = "runs.csv"
+OTHERS = {"subject": ["clip_i", "clip_t"], "semantic_map": ["accuracy"]}  # scores beside the one that is reported
+PLAIN = ("perplexity", "fid")  # no shares
 POINTS = 300  # of a curve, at the most
 OVER_RATES = (
     "Score (left) and distance from the base model (right) over factors of each case's base rate. Bands: one standard "
@@ -120,11 +122,11 @@ def table(model: str, runs: Sequence[Run]) -> Table:
     columns: dict[tuple[str, str], None] = {}
     for run in runs:
         task = run.experiment.data.task
-        wanted = ("clip_i", "clip_t") if task == "subject" else run.experiment.evaluate.tasks
+        wanted = OTHERS.get(task, run.experiment.evaluate.tasks)
         several = [name for name in run.result.scores if name in wanted]
-        columns |= dict.fromkeys([(task, name) for name in several] if len(several) > 1 else [])
+        columns |= dict.fromkeys([(task, name) for name in several] if len(several) > 1 or task in OTHERS else [])
         columns[task, run.result.reported] = None
-        columns |= dict.fromkeys((task, name) for name in run.result.scores if name.startswith("perplexity"))
+        columns |= dict.fromkeys((task, name) for name in run.result.scores if name.startswith(PLAIN))
     experiments = {id(run.result): run.experiment for run in runs}
     rows: dict[str, dict[tuple[str, str], Row]] = {}
     for row in shown([run.result for run in runs]):
@@ -146,7 +148,7 @@ def table(model: str, runs: Sequence[Run]) -> Table:
     seeds = sorted({run.result.seed for run in runs})
     notes = [
         f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); no ± means one seed. Scores are in percent, "
-        "perplexities are not. Of the settings of a row the best by validation is shown.",
+        "perplexities and FID are not. Of the settings of a row the best by validation is shown.",
     ]
     if any(run.experiment.published and run.experiment.published.of(run.experiment) for run in runs):
         notes.append("“paper”: what the paper prints for this model and task.")
@@ -165,7 +167,7 @@ def _mean(row: Row, name: str) -> float:
 def _cell(row: Row | None, name: str, experiments: dict[int, Experiment]) -> str:
     if row is None:
         return NOTHING
-    unit = 1 if name.startswith("perplexity") else 100
+    unit = 1 if name.startswith(PLAIN) else 100
     values = [unit * value for value in row.values(lambda r: _value(r, name))]
     text = "diverged"
     if values:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw
 
 import delora
 from delora.training.models import loading
 
+SOLVERS: dict[str, Any] = {"dpm": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
 MARGIN, LABEL = 4, 14  # pixels between the pictures of a grid, and above a row for its label
 
 
@@ -29,11 +30,21 @@ def pipeline(model: str, weights: str = "fp32") -> Any:
 
 @torch.no_grad()
 def sample(
-    pipe: Any, prompt: str, seed: int, count: int, steps: int, guidance: float, resolution: int | None = None
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    count: int,
+    steps: int,
+    guidance: float,
+    resolution: int | None = None,
+    solver: str = "dpm",
 ) -> list[Any]:
-    """Pictures for a prompt with the multistep solver, always from the noise of ``seed``; the pipeline is left as it was."""
+    """Pictures for a prompt, always from the noise of ``seed``; the pipeline is left as it was.
+
+    ``solver``: "dpm", the multistep one, or "ddim", without noise added in between.
+    """
     kept, training = pipe.scheduler, pipe.unet.training
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(kept.config)
+    pipe.scheduler = SOLVERS[solver].from_config(kept.config)
     pipe.unet.eval()
     try:
         seen = pipe(

@@ -11,5 +11,6 @@ from delora.training.experiments import Recipe
 
 def of(experiment: Experiment) -> Recipe:
     """The recipe for an experiment's task."""
-    name = {"instructions": "instruction", "subject": "subject"}.get(experiment.data.task, "classification")
+    own = {"instructions": "instruction", "subject": "subject", "semantic_map": "semantic_map"}
+    name = own.get(experiment.data.task, "classification")
     return cast(Recipe, importlib.import_module(f"delora.recipes.{name}"))

@@ -68,7 +68,19 @@ class Data(Strict):
     """
 
     task: Literal[
-        "sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb", "instructions", "subject"
+        "sentiment",
+        "rating",
+        "mnli",
+        "sst2",
+        "mrpc",
+        "cola",
+        "qnli",
+        "qqp",
+        "rte",
+        "stsb",
+        "instructions",
+        "subject",
+        "semantic_map",
     ] = "sentiment"
     source: str
     domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
@@ -91,6 +103,8 @@ class Data(Strict):
                 silent = {"source": "vaderSentiment", "domain": "movie", **sizes, "max_tokens": 32}
             case "subject", _:
                 silent = {"source": "dreambooth/dataset", "max_tokens": 77}
+            case "semantic_map", _:
+                silent = {"source": "ade20k", "max_tokens": 77}
             case "instructions", None:
                 silent = {"source": "alpaca_data_cleaned_archive.json", "test": 2000, "max_tokens": 256}
             case "instructions", _:
@@ -105,8 +119,8 @@ class Data(Strict):
         why = f"the parts of {self.task} are GLUE's own"
         if self.rated:
             unused = ()
-        elif self.task == "subject":
-            why = "a subject has photographs"
+        elif self.task in ("subject", "semantic_map"):
+            why = "this task has pictures"
         elif self.task == "instructions":
             unused, why = ("train", "validation"), "Alpaca's are all that test leaves"
         for key in unused:
@@ -239,6 +253,24 @@ class Subject(Strict):
     clip: Annotated[list[str], Field(min_length=1)] = ["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"]
 
 
+class SemanticMap(Strict):
+    """How a text-to-image model learns to follow label maps, and how that is judged.
+
+    ``hint``: a ControlNet whose hint encoder is taken (a fresh one if not given); it trains if ``adapter.also_train`` has
+    "conv_in.encoder". ``maps``: how many of the validation maps are drawn (all if not given), each in ``steps`` of DDIM with
+    ``guidance``. ``segmenter`` of transformers with ``classes``; ``fid``: "inception", or a vision model for the features.
+    """
+
+    hint: str | None = None
+    resolution: Annotated[int, Field(ge=8)] = 512
+    maps: Annotated[int, Field(ge=2)] | None = None
+    steps: Count = 50
+    guidance: Rate = 9.0
+    segmenter: str = "openmmlab/upernet-convnext-small"
+    classes: Count = 150
+    fid: str = "inception"
+
+
 class Published(Strict):
     """Figures of the paper, in percent, shown beside ours only where the model and the task are these. ``scores``: by task."""
 
@@ -290,6 +322,7 @@ class Experiment(Strict):
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
     subject: Subject = Subject()
+    semantic_map: SemanticMap = SemanticMap()
     published: Published | None = None
     variants: list[Variant] = []
 
@@ -299,6 +332,8 @@ class Experiment(Strict):
             raise ValueError("evaluate is for a language model, with data.task = 'instructions'")
         if self.data.task != "subject" and self.subject != Subject():
             raise ValueError("subject is for a text-to-image model, with data.task = 'subject'")
+        if self.data.task != "semantic_map" and self.semantic_map != SemanticMap():
+            raise ValueError("semantic_map is for a text-to-image model, with data.task = 'semantic_map'")
         return self
 
     def runs(self) -> list[tuple[Variant, Experiment]]:

@@ -1,0 +1,267 @@
+"""Semantic map to image: a text-to-image model learns to follow label maps.
+
+A small hint encoder (ControlNet's) reads the coloured map; what it gives is added once, to what the U-Net's first convolution
+puts out. The adapter is in the attention and the gated layers. Scores: mIoU and accuracy of a segmenter on the pictures, FID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ControlNetModel, DDPMScheduler
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import delora
+from delora.data import maps
+from delora.data.dreambooth import open_image
+from delora.data.maps import Scene
+from delora.data.tasks import DataError
+from delora.evaluation.generation import pipeline, sample, write
+from delora.evaluation.images import Encoder
+from delora.evaluation.segmentation import UNLABELLED, Inception, Overlap, Segmenter, frechet
+from delora.files import write_atomically
+from delora.recipes.subject import Denoiser, embedded, numbers, skeleton
+from delora.training.config import ConfigError, Experiment
+from delora.training.experiments import begin, fit, inject, reached
+from delora.training.models import loading
+from delora.training.runs import Result, RunError
+
+CHECKED = 2  # pictures that are made again with what is delivered
+
+
+@dataclass(frozen=True)
+class Material:
+    train: list[Scene]
+    test: list[Scene]
+
+
+class Hinted(nn.Module):
+    """The U-Net's first convolution plus the hint, ``layer(x) + encoder(control)``.
+
+    ``control`` is [batch, 3, height, width] in [0, 1]. The encoder makes its input eight times smaller, as Stable Diffusion's
+    latents are; for others the control is resized first, without mixing colours. Without a control, the convolution alone.
+    Where x has more pictures than the control (guidance), that is repeated.
+    """
+
+    def __init__(self, layer: nn.Module, encoder: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.encoder = layer, encoder
+        self.control: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.control is None:
+            return y
+        size = [8 * side for side in y.shape[-2:]]
+        control = self.control.to(next(self.encoder.parameters()).dtype)
+        if list(control.shape[-2:]) != size:
+            control = nn.functional.interpolate(control, size)
+        hint = self.encoder(control).to(y.dtype)
+        return y + hint.repeat(len(y) // len(hint), 1, 1, 1)
+
+
+def with_hint(unet: nn.Module, source: str | None) -> nn.Module:
+    """Give the U-Net a hint encoder: that of a ControlNet, or a fresh one, whose last layer is zero: the model as it was."""
+    conv: Any = unet.conv_in
+    if source is None:
+        with torch.device(conv.weight.device):
+            encoder: nn.Module = ControlNetConditioningEmbedding(conv.out_channels, block_out_channels=(16, 32, 96, 256))
+    else:
+        encoder = loading(ControlNetModel, source).controlnet_cond_embedding
+        given = encoder.get_submodule("conv_out").get_parameter("weight").shape[0]
+        if given != conv.out_channels:
+            raise ConfigError(f"the hint encoder of {source} gives {given} channels, the U-Net has {conv.out_channels}")
+    unet.conv_in = Hinted(conv, encoder.to(conv.weight.device).requires_grad_(False))
+    return unet
+
+
+def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Material, console: Console) -> Result:
+    """Pipeline, hint, inject, data, train, pictures, scores. A run that was stopped goes on; pictures made are kept."""
+    asked = experiment.semantic_map
+    begin(experiment, folder)
+    pipe = adaptable(experiment)
+    scenes = Cached(data.train, folder.parent.parent / "cache", asked.resolution)
+    scenes.fill(pipe, console)
+    inject(pipe.unet, experiment)
+    denoiser = Denoiser(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, 0.0)
+    trainer = fit(experiment, folder, Mapped(denoiser), console, metric=None, train_dataset=scenes)
+    found: dict[str, Any] = {"diverged": trainer.diverged}
+    if trainer.diverged is None:
+        delora.save(pipe.unet, folder / "adapter")
+        scores = scored(experiment, pipe, data.test, folder / "pictures")
+        # There is no part to validate on beside the test maps: settings are compared by the score itself.
+        found |= {"validation": scores["miou"], "test": scores["miou"], "scores": scores}
+        found |= reached(pipe.unet, folder / "adapter")
+    result = Result(
+        name=experiment.name,
+        row=row,
+        setting=setting,
+        folder=folder.name,
+        seed=experiment.seed,
+        task=experiment.data.task,
+        method=str(experiment.adapter.build()),
+        metric="miou",
+        reported="miou",
+        trainable=delora.summary(pipe.unet).trainable,
+        seconds=trainer.state.log_history[-1]["seconds"],
+        **found,
+    )
+    result.write(folder)
+    return result
+
+
+def adaptable(experiment: Experiment) -> Any:
+    pipe = pipeline(experiment.model, experiment.train.weights)
+    with_hint(pipe.unet, experiment.semantic_map.hint)
+    return pipe
+
+
+class Mapped(nn.Module):
+    """A `Denoiser` whose U-Net sees the control of each picture."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, mean: Tensor, std: Tensor, text: Tensor, control: Tensor) -> dict[str, Tensor]:
+        hinted: Any = self.denoiser.unet.conv_in
+        hinted.control = control
+        try:
+            return self.denoiser(mean[:, None], std[:, None], text[:, None])
+        finally:
+            hinted.control = None
+
+
+@dataclass(frozen=True)
+class Cached(Dataset[Any]):
+    """Scenes as latents and text embeddings, each in a file that is written once for all runs of an experiment."""
+
+    scenes: Sequence[Scene]
+    folder: Path
+    resolution: int
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        scene = self.scenes[index]
+        kept = {key: t.float() for key, t in from_bytes(self.file(scene).read_bytes()).items()}
+        return kept | {"control": control(scene, self.resolution)}
+
+    def file(self, scene: Scene) -> Path:
+        return self.folder / f"{scene.name}.safetensors"
+
+    @torch.no_grad()
+    def fill(self, pipe: Any, console: Console) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        missing = [scene for scene in self.scenes if not self.file(scene).is_file()]
+        if missing:
+            console.print(f"Encoding {len(missing):,} pictures and captions, once", markup=False)
+        for scene in missing:
+            pixels = numbers(squared(open_image(scene.image), self.resolution)) / 127.5 - 1
+            seen = pipe.vae.encode(pixels[None].to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+            kept = {"mean": seen.mean[0], "std": seen.std[0], "text": embedded(pipe, [scene.caption])[0]}
+            write_atomically(self.file(scene), to_bytes({key: t.half().cpu().contiguous() for key, t in kept.items()}))
+
+
+def squared(picture: Any, size: int, nearest: bool = False) -> Any:
+    return picture.resize((size, size), Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC)
+
+
+def control(scene: Scene, resolution: int) -> Tensor:
+    """The coloured map [3, resolution, resolution] in [0, 1]; its colours are never mixed."""
+    return numbers(squared(open_image(scene.control), resolution, nearest=True)) / 255
+
+
+def annotation(scene: Scene, size: int, classes: int) -> Tensor:
+    """The class of each pixel, from 0; `UNLABELLED` where there is none."""
+    with Image.open(scene.annotation) as image:
+        labels = torch.from_numpy(np.array(squared(image, size, nearest=True), dtype=np.int64)) - 1
+    if labels.ndim != 2 or labels.max() >= classes or labels.min() < UNLABELLED:
+        raise DataError(
+            f"{scene.annotation}: expected one channel of values from 0 to {classes}, found up to {int(labels.max()) + 1}"
+        )
+    return labels
+
+
+# ---------------------------------------------------------------- scores
+
+
+def made(experiment: Experiment, pipe: Any, scene: Scene, seed: int) -> Any:
+    """A picture for a scene's map and caption, by DDIM."""
+    asked = experiment.semantic_map
+    pipe.unet.conv_in.control = control(scene, asked.resolution)[None].to(pipe.device)
+    try:
+        return sample(pipe, scene.caption, seed, 1, asked.steps, asked.guidance, asked.resolution, solver="ddim")[0]
+    finally:
+        pipe.unet.conv_in.control = None
+
+
+def scored(experiment: Experiment, pipe: Any, scenes: Sequence[Scene], folder: Path) -> dict[str, float]:
+    """mIoU and accuracy on the pictures made, and on the real ones (what the segmenter can reach); FID between both."""
+    asked = experiment.semantic_map
+    segmenter = Segmenter(asked.segmenter, pipe.device)
+    eyes: Any = Inception(pipe.device) if asked.fid == "inception" else Encoder(asked.fid, pipe.device)
+    overlaps = {"": Overlap(asked.classes), " real": Overlap(asked.classes)}
+    features: dict[str, list[Tensor]] = {"": [], " real": []}
+    for number, scene in enumerate(scenes):
+        file = folder / f"{scene.name}.png"
+        if not file.is_file():
+            write(made(experiment, pipe, scene, 10_000 * experiment.seed + number), file)
+        labels = annotation(scene, asked.resolution, asked.classes)
+        for kind, picture in (("", open_image(file)), (" real", squared(open_image(scene.image), asked.resolution))):
+            overlaps[kind].add(segmenter.labels(picture, (asked.resolution, asked.resolution)), labels)
+            features[kind].append(eyes.images([picture]))
+    found = {f"{name}{kind}": value for kind, overlap in overlaps.items() for name, value in overlap.scores().items()}
+    return found | {"fid": frechet(torch.cat(features[" real"]), torch.cat(features[""]))}
+
+
+# ---------------------------------------------------------------- before all runs, and after
+
+
+def check(experiment: Experiment) -> Material:
+    """Everything that can be wrong with a run, found before any is started; its scenes."""
+    unet = with_hint(skeleton(experiment.model), None)
+    inject(unet, experiment)
+    asked, source = experiment.semantic_map, experiment.data.source
+    train, test = (maps.read(source, part) for part in maps.PARTS)
+    if asked.maps is not None:
+        test = test[: asked.maps]
+    for scene in (train[0], *test):
+        annotation(scene, asked.resolution, asked.classes)
+    if len(test) < 2:
+        raise DataError(f"{source}: {len(test)} validation map; a Frechet distance needs two or more")
+    return Material(train, test)
+
+
+def deliver(experiment: Experiment, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
+    """The adapter with its hint encoder, read back: how many of the first pictures come out as the run's."""
+    pipe = adaptable(experiment)
+    delora.load(pipe.unet, run / "adapter")
+    delora.save(pipe.unet, out / "adapter")
+    some = data.test[:CHECKED]
+    same = 0
+    for number, scene in enumerate(some):
+        again = made(experiment, pipe, scene, 10_000 * experiment.seed + number)
+        same += (numbers(again) - numbers(open_image(run / "pictures" / f"{scene.name}.png"))).abs().mean().item() < 1
+    if same < len(some):
+        raise RunError(f"{out / 'adapter'} makes {len(some) - same} of {len(some)} other pictures than the trained model")
+    return {"adapter": same}, len(some)
+
+
+def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
+    """The scores of an adapter on the test maps; its pictures are written beside it."""
+    data, pipe = check(experiment), adaptable(experiment)
+    delora.load(pipe.unet, folder)
+    return scored(experiment, pipe, data.test, folder.with_name(f"{folder.name}-pictures")), len(data.test)
