@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 import json
 import math
 import statistics
@@ -18,7 +16,7 @@ from delora import figures
 from delora.files import read_json, write_atomically
 from delora.report import NOTHING, REPORT, STYLE
 from delora.training.config import Experiment, slug, validate
-from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, shown
+from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, shown
 
 CSV = "runs.csv"
 OTHERS = {"subject": ["clip_i", "clip_t"], "semantic_map": ["accuracy"]}  # scores beside the one that is reported
@@ -318,18 +316,9 @@ def write(folders: Sequence[Path], out: Path) -> Path:
             if len({run.experiment.factor for run in part if run.experiment.factor is not None}) > 1:
                 tables.append(robustness([run for run in part if run.experiment.factor is not None]))
             drawn += draw(f"{model}, {task}", part, out)
-    write_atomically(out / CSV, _csv(lines(runs)).encode())
+    write_atomically(out / CSV, as_csv(lines(runs)).encode())
     write_atomically(out / REPORT, page(runs, failed, tables, drawn).encode())
     return out / REPORT
-
-
-def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def page(runs: Sequence[Run], failed: dict[str, str], tables: Sequence[Table], drawn: Sequence[Drawn]) -> str:

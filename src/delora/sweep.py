@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import logging
 import os
 import tempfile
@@ -23,7 +21,7 @@ from rich.text import Text
 from delora import recipes
 from delora.files import read_json, write_atomically
 from delora.training.config import Experiment, Strict, assign, load_file, parse, slug, validate
-from delora.training.runs import FAILED, RESULT, Result, exclusive, write_json
+from delora.training.runs import FAILED, RESULT, Result, as_csv, exclusive, write_json
 
 SWEEP, RESULTS, TRIALS = "sweep.json", "results.csv", "trials"
 
@@ -165,7 +163,7 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
         with Live(console=console, auto_refresh=False, transient=True) as live:
             if missing:
                 _on_ray(missing, out, console, live, every, address, cpus, concurrent)
-        write_atomically(out / RESULTS, _csv(every, out).encode())
+        write_atomically(out / RESULTS, as_csv(list(rows(every, out))).encode())
         console.print(table(every, out))
         failed = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
         for trial in failed:
@@ -280,13 +278,3 @@ def rows(every: Sequence[Trial], out: Path) -> Iterator[dict[str, Any]]:
             **{key: value for key, value in found.items() if key not in ("name", "row", "setting", "folder", "scores")},
             **{f"test {key}": value for key, value in found.get("scores", {}).items()},
         }
-
-
-def _csv(every: Sequence[Trial], out: Path) -> str:
-    lines = list(rows(every, out))
-    names = list(dict.fromkeys(key for line in lines for key in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()

@@ -23,7 +23,7 @@ from delora.evaluation import text
 from delora.inject import adapters
 from delora.layer import Adapter, Copy
 from delora.training.config import ConfigError, Experiment
-from delora.training.experiments import begin, fit, inject, reached, read_peft
+from delora.training.experiments import begin, cost, finish, fit, inject, reached, read_peft
 from delora.training.models import classifier, drawn, is_adapter, loading, save_merged, skeleton
 from delora.training.runs import Result, RunError, write_json
 
@@ -57,22 +57,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Sp
         found = text.scores(predicted, splits.test, task)
         scores |= {"validation": trainer.state.best_metric, "test": found[task.reported], "scores": found}
         scores |= {"best_epoch": trainer.best_epoch()} | reached(model, folder / "adapter")
-    result = Result(
-        name=experiment.name,
-        row=row,
-        setting=setting,
-        folder=folder.name,
-        seed=experiment.seed,
-        task=experiment.data.task,
-        method=str(experiment.adapter.build()),
-        metric=task.metrics[0],
-        reported=task.reported,
-        trainable=delora.summary(model).trainable,
-        seconds=trainer.state.log_history[-1]["seconds"],
-        **scores,
-    )
-    result.write(folder)
-    return result
+    return finish(experiment, folder, row, setting, task.metrics[0], task.reported, **cost(model, trainer), **scores)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from delora.files import read_json
 from delora.inject import adapters
 from delora.layer import Adapter
 from delora.training.config import ConfigError, Experiment
-from delora.training.experiments import begin, fit, inject, reached, read_peft
+from delora.training.experiments import begin, cost, finish, fit, inject, reached, read_peft
 from delora.training.models import is_adapter, language_model, language_skeleton, loading, save_merged
 from delora.training.runs import Result, RunError, write_json
 
@@ -75,22 +75,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Mate
         found |= {"validation": likelihood, "test": scores[reported(experiment)]}
         found |= {"scores": scores | {f"{name} before": value for name, value in before.items()}}
         found |= {"best_epoch": experiment.train.epochs} | reached(model, folder / "adapter")
-    result = Result(
-        name=experiment.name,
-        row=row,
-        setting=setting,
-        folder=folder.name,
-        seed=experiment.seed,
-        task=experiment.data.task,
-        method=str(experiment.adapter.build()),
-        metric=METRIC,
-        reported=reported(experiment),
-        trainable=delora.summary(model).trainable,
-        seconds=trainer.state.log_history[-1]["seconds"],
-        **found,
-    )
-    result.write(folder)
-    return result
+    return finish(experiment, folder, row, setting, METRIC, reported(experiment), **cost(model, trainer), **found)
 
 
 @dataclass(frozen=True)

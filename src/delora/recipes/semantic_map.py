@@ -33,7 +33,7 @@ from delora.evaluation.segmentation import UNLABELLED, Inception, Overlap, Segme
 from delora.files import write_atomically
 from delora.recipes.subject import Denoiser, embedded, numbers, skeleton
 from delora.training.config import ConfigError, Experiment
-from delora.training.experiments import begin, fit, inject, reached
+from delora.training.experiments import begin, cost, finish, fit, inject, reached
 from delora.training.models import loading
 from delora.training.runs import Result, RunError
 
@@ -103,22 +103,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Mate
         # There is no part to validate on beside the test maps: settings are compared by the score itself.
         found |= {"validation": scores["miou"], "test": scores["miou"], "scores": scores}
         found |= reached(pipe.unet, folder / "adapter")
-    result = Result(
-        name=experiment.name,
-        row=row,
-        setting=setting,
-        folder=folder.name,
-        seed=experiment.seed,
-        task=experiment.data.task,
-        method=str(experiment.adapter.build()),
-        metric="miou",
-        reported="miou",
-        trainable=delora.summary(pipe.unet).trainable,
-        seconds=trainer.state.log_history[-1]["seconds"],
-        **found,
-    )
-    result.write(folder)
-    return result
+    return finish(experiment, folder, row, setting, "miou", "miou", **cost(pipe.unet, trainer), **found)
 
 
 def adaptable(experiment: Experiment) -> Any:

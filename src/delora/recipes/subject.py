@@ -31,7 +31,7 @@ from delora.files import read_json
 from delora.inject import adapters
 from delora.layer import Adapter
 from delora.training.config import ConfigError, Experiment, slug
-from delora.training.experiments import begin, fit, inject, reached
+from delora.training.experiments import begin, finish, fit, inject, reached
 from delora.training.models import ModelError
 from delora.training.runs import METRICS, Result, RunError, write_json
 
@@ -63,22 +63,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, subjects: 
         # There is no part to validate on: as in the paper, settings are compared by the score itself.
         found |= {"validation": pooled["dino"], "test": pooled["dino"], "scores": pooled | macro, **last}
     (folder / METRICS).write_text(_metrics(folder, subjects), "utf-8")
-    result = Result(
-        name=experiment.name,
-        row=row,
-        setting=setting,
-        folder=folder.name,
-        seed=experiment.seed,
-        task=experiment.data.task,
-        method=str(experiment.adapter.build()),
-        metric="dino",
-        reported="dino",
-        trainable=trainable,
-        seconds=seconds,
-        **found,
-    )
-    result.write(folder)
-    return result
+    return finish(experiment, folder, row, setting, "dino", "dino", trainable=trainable, seconds=seconds, **found)
 
 
 def one(experiment: Experiment, place: Path, subject: Subject, prior: Path, console: Console) -> None:

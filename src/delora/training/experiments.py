@@ -162,6 +162,29 @@ def reached(model: nn.Module, adapter: Path) -> dict[str, Any]:
     return {"adapter_bytes": size, "distance": last.get("distance"), "bound_used": last.get("bound_used")}
 
 
+def finish(experiment: Experiment, folder: Path, row: str, setting: str, metric: str, reported: str, **found: Any) -> Result:
+    """The run's result, written into its folder: from here on the run is finished."""
+    result = Result(
+        name=experiment.name,
+        row=row,
+        setting=setting,
+        folder=folder.name,
+        seed=experiment.seed,
+        task=experiment.data.task,
+        method=str(experiment.adapter.build()),
+        metric=metric,
+        reported=reported,
+        **found,
+    )
+    result.write(folder)
+    return result
+
+
+def cost(model: nn.Module, trainer: AdapterTrainer) -> dict[str, Any]:
+    """How much was trained, and how long."""
+    return {"trainable": delora.summary(model).trainable, "seconds": trainer.state.log_history[-1]["seconds"]}
+
+
 # ---------------------------------------------------------------- all runs, and what is delivered
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,15 @@ def shown(results: Sequence[Result]) -> list[Row]:
 
 def write_json(file: Path, value: Any) -> None:
     write_atomically(file, (json.dumps(value, indent=1 if isinstance(value, dict) else None, allow_nan=False) + "\n").encode())
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as the text of a CSV file, with a column for every key that any of them has."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def claim(folder: Path, experiment: Experiment) -> None:

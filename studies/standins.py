@@ -1,0 +1,105 @@
+"""Keep the results of a stand-in's recipe, and write docs/standins.md from all that are kept.
+
+delora train recipes/standins/ratings.toml
+python -m studies.standins runs/ratings-standin
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from delora.files import write_atomically
+from delora.report import score
+from delora.training.experiments import Summary
+from delora.training.runs import CONFIG, Result, Row, shown
+
+RESULTS, PAGE = Path("results/standins"), Path("docs/standins.md")
+NEAR = 0.02  # protocol: DeLoRA within two points of LoRA, or better
+
+HEAD = """# Stand-ins for the language experiments
+
+Written by `python -m studies.standins` from the rows in `results/standins/`; nothing here is typed by hand. **Not the paper's models or
+data**: these are small packaged ones, through the same code as the paper's recipes, and none of these numbers belongs beside the paper's.
+They show that every method trains, is selected, scored and delivered as GLUE's are, and nothing about the ranking of methods that lie
+within each other's deviations: the settings are two rates for each method, the better one by validation.
+"""
+WHAT = {
+    "sentences": "Film reviews, positive or negative (MiniLM, 800 training sentences, two epochs, 800 test sentences)",
+    "ratings": "How people rated product reviews, from -4 to 4: the average of Pearson and Spearman (MiniLM, 800, two epochs, 800)",
+    "smollm2": "Instructions about film reviews (SmolLM2-135M-Instruct): multiple choice by likelihood; perplexity on editorials",
+}
+
+
+def keep(folder: Path) -> str:
+    """The results of a finished experiment as rows, beside how they came to be."""
+    summary, config = Summary.read(folder), json.loads((folder / CONFIG).read_text("utf-8"))
+    name = config["name"].removesuffix("-standin")
+    rows = [dataclasses.asdict(result) for result in summary.results]
+    write_atomically(RESULTS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    about = {
+        "command": f"delora train recipes/standins/{name}.toml",
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
+        "agreement": summary.agreement,
+        "test": summary.test,
+        **summary.environment,
+    }
+    write_atomically(RESULTS / f"{name}.json", (json.dumps(about, indent=1) + "\n").encode())
+    return name
+
+
+def read(name: str) -> list[Result]:
+    file = RESULTS / f"{name}.jsonl"
+    return [Result.of(json.loads(line), file) for line in file.read_text("utf-8").splitlines()] if file.is_file() else []
+
+
+def page() -> str:
+    lines = [HEAD]
+    for name, what in WHAT.items():
+        results = read(name)
+        if results:
+            about = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+            lines += [f"## {what}", "", *_table(results), "", _note(results, about), ""]
+    return "\n".join(lines)
+
+
+def _table(results: list[Result]) -> list[str]:
+    rows = sorted(shown(results), key=Row.validation, reverse=True)
+    others = [n for n in rows[0].runs[0].scores if n != rows[0].runs[0].reported]
+    lines = [f"| method | {rows[0].runs[0].reported} [%] | {' | '.join(others)} | setting | trainable |"]
+    lines.append("|" + "---|" * (4 + len(others)))
+    for row in rows:
+        cells = [_mean(row, name) for name in others]
+        lines.append(f"| {row.name} | {score(row, None)} | {' | '.join(cells)} | {row.setting} | {row.runs[0].trainable:,} |")
+    return lines
+
+
+def _mean(row: Row, name: str) -> str:
+    values = row.values(lambda r: r.scores.get(name))
+    unit = 1 if "perplexity" in name else 100
+    return f"{unit * fmean(values):.1f}" if values else "–"
+
+
+def _note(results: list[Result], about: dict[str, Any]) -> str:
+    seeds = sorted({r.seed for r in results})
+    means = {row.name: fmean(row.values(lambda r: r.test)) for row in shown(results) if row.values(lambda r: r.test)}
+    difference = means["DeLoRA"] - means["LoRA"]
+    judged = "holds" if difference >= -NEAR else "does not hold"
+    same = ", ".join(f"{kind} {count:,}" for kind, count in about["agreement"].items())
+    return (
+        f"Mean ± standard deviation over {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
+        f"({', '.join(map(str, seeds))}); sorted by validation. Rule fixed before: DeLoRA within two points of LoRA or better; it is "
+        f"{100 * difference:+.1f} points: **{judged}**. The delivered run, read back, has of {about['test']:,} predictions the same: "
+        f"{same}. {len(results)} runs, {about['minutes']:.0f} minutes of training on one core each, `{about['command']}`, "
+        f"torch {about['torch']}."
+    )
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        print("kept:", keep(Path(given)))
+    write_atomically(PAGE, page().encode())
