@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from delora import overview
 from delora.overview import Run, collect, robustness, safe, table, write
@@ -186,3 +188,18 @@ def test_the_command(tmp_path, folders):
     assert (code, "report.html" in "".join(told.split())) == (0, True)
     code, _, told = test_cli.run("report", tmp_path / "page", "--out", tmp_path / "other")
     assert (code, "there is no finished run" in told) == (1, True)
+
+
+def test_samples_over_training_are_a_row_for_each_method(tmp_path, folders):
+    """At the steps that all methods have; a run without snapshots has no row."""
+    for row, steps, colour in (("A", (0, 200, 400), 10), ("B", (0, 400), 200), ("C", (), 0)):
+        folder = make(folders(), 0.5, row=row, experiment={"data": {"task": "subject"}})
+        for step in steps:
+            file = folder / "subjects" / "dog" / "snapshots" / f"{step:05d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (colour, step // 2, 0)).save(file)
+    write([tmp_path / "runs"], tmp_path / "report")
+    (file,) = (tmp_path / "report").glob("*-samples.png")
+    sheet = np.array(Image.open(file))
+    seen = [[tuple(sheet[top, left]) for left in (8, 20)] for top in (22, 48)]
+    assert seen == [[(10, 0, 0), (10, 200, 0)], [(200, 0, 0), (200, 200, 0)]]

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, V
 import delora
 from delora.data import dreambooth
 from delora.data.tasks import DataError
-from delora.evaluation import generation
+from delora.evaluation import generation, pictures
 from delora.evaluation.images import Encoder, own_pairs, pairs
 from delora.recipes import subject
 from delora.training import experiments
@@ -331,11 +331,9 @@ def test_generate_writes_a_row_for_each_strength(world, done, tmp_path):
     code, _, told = test_cli.run(*given, "--strength", "0,1", "--out", tmp_path / "grid.png")
     assert code == 0, told
     sheet = np.array(Image.open(tmp_path / "grid.png"))
-    size, step = tiny_diffusion.SIZE, tiny_diffusion.SIZE + generation.MARGIN
-    rows = [generation.MARGIN + i * (step + generation.LABEL) + generation.LABEL for i in range(2)]
-    seen = [
-        [sheet[top : top + size, left : left + size] for left in (generation.MARGIN, generation.MARGIN + step)] for top in rows
-    ]
+    size, step = tiny_diffusion.SIZE, tiny_diffusion.SIZE + pictures.MARGIN
+    rows = [pictures.MARGIN + i * (step + pictures.LABEL) + pictures.LABEL for i in range(2)]
+    seen = [[sheet[top : top + size, left : left + size] for left in (pictures.MARGIN, pictures.MARGIN + step)] for top in rows]
     pipe = generation.pipeline(str(world / "pipe"))
     base = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 7.5)
     delora.load(pipe.unet, adapter)

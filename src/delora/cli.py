@@ -150,7 +150,8 @@ def generate(
         raise typer.BadParameter(f"{file} exists: choose another file with --out")
     _quiet()
     from delora import load
-    from delora.evaluation.generation import pipeline, strengths, write
+    from delora.evaluation.generation import pipeline, strengths
+    from delora.evaluation.pictures import write
 
     pipe = pipeline(model)
     load(pipe.unet, adapter)

@@ -21,6 +21,7 @@ from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, R
 CSV = "runs.csv"
 OTHERS = {"subject": ["clip_i", "clip_t"], "semantic_map": ["accuracy"]}  # scores beside the one that is reported
 PLAIN = ("perplexity", "fid")  # no shares
+COLUMNS = 8  # of a grid of samples, at the most
 POINTS = 300  # of a curve, at the most
 OVER_RATES = (
     "Score (left) and distance from the base model (right) over factors of each case's base rate. Bands: one standard "
@@ -267,7 +268,29 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
         png, _ = figures.save(figure, out / f"{stem}-steps")
         note = "Distance from the base model (left) and validation score (right) over training, of each row's best setting."
         drawn.append(Drawn(f"{title}: over training", png, note))
+    if sheet := _samples(best, {id(run.result): run for run in runs}, out / f"{stem}-samples.png"):
+        note = "The same noise and prompt after more and more steps of training, of each row's best setting."
+        drawn.append(Drawn(f"{title}: samples over training", sheet, note))
     return drawn
+
+
+def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | None:
+    """As Figures 3 and 8: a row for each method, of its first seed and subject, at the steps that all of them have."""
+    found = {}
+    for row in best:
+        folders = sorted((runs[id(row.runs[0])].folder / "subjects").glob("*/snapshots"))
+        if folders:
+            found[row.name] = {int(p.stem): p for p in sorted(folders[0].glob("*.png"))}
+    steps = sorted(set.intersection(*(set(pictures) for pictures in found.values()))) if found else []
+    if not steps:
+        return None
+    from delora.data.dreambooth import open_image
+    from delora.evaluation.pictures import grid, write
+
+    steps = steps[:: -(-len(steps) // COLUMNS)]
+    rows = [[open_image(pictures[step]) for step in steps] for pictures in found.values()]
+    write(grid(rows, [f"{name}: {', '.join(map(str, steps))}" for name in found]), file)
+    return file
 
 
 def _points(run: Run) -> list[dict[str, Any]]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
-from PIL import Image, ImageDraw
 
 import delora
+from delora.evaluation.pictures import grid
 from delora.training.models import loading
 
 SOLVERS: dict[str, Any] = {"dpm": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
-MARGIN, LABEL = 4, 14  # pixels between the pictures of a grid, and above a row for its label
 
 
 def pipeline(model: str, weights: str = "fp32") -> Any:
@@ -79,26 +77,3 @@ def strengths(
         rows.append(sample(pipe, prompt, seed, count, steps, guidance, resolution))
     delora.strength(pipe.unet, 1.0)
     return grid(rows, [f"strength {value:g}" for value in values])
-
-
-def grid(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> Any:
-    """Pictures of one size in rows, each under its label."""
-    width, height = rows[0][0].size
-    columns = max(map(len, rows))
-    size = (columns * (width + MARGIN) + MARGIN, len(rows) * (height + LABEL + MARGIN) + MARGIN)
-    sheet = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = MARGIN + number * (height + LABEL + MARGIN)
-        draw.text((MARGIN, top), label, fill="black")
-        for place, picture in enumerate(row):
-            sheet.paste(picture, (MARGIN + place * (width + MARGIN), top + LABEL))
-    return sheet
-
-
-def write(picture: Any, file: Path) -> None:
-    """As PNG; the file is there only when it is whole."""
-    partial = file.with_name(f".{file.name}.part")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(partial, "PNG")
-    partial.rename(file)

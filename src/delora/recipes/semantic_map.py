@@ -27,8 +27,9 @@ from delora.data import maps
 from delora.data.dreambooth import open_image
 from delora.data.maps import Scene
 from delora.data.tasks import DataError
-from delora.evaluation.generation import pipeline, sample, write
+from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Encoder
+from delora.evaluation.pictures import write
 from delora.evaluation.segmentation import UNLABELLED, Inception, Overlap, Segmenter, frechet
 from delora.files import write_atomically
 from delora.recipes.subject import Denoiser, embedded, numbers, skeleton

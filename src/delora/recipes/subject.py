@@ -25,8 +25,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 import delora
 from delora.data import dreambooth
 from delora.data.dreambooth import Subject, open_image
-from delora.evaluation.generation import pipeline, sample, write
+from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Encoder, own_pairs, pairs
+from delora.evaluation.pictures import write
 from delora.files import read_json
 from delora.inject import adapters
 from delora.layer import Adapter
