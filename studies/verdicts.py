@@ -183,28 +183,29 @@ def verdicts(read: Callable[[str], Rows]) -> dict[str, Verdict]:
 # ---------------------------------------------------------------- which start
 
 
-def near_best(rows: Rows) -> list[dict[str, Any]]:
+def near_best(rows: Rows, pictures: int = 398, chance: float = CHANCE) -> list[dict[str, Any]]:
     """The rows of all cells (start, clipping, lam, rate) that lie within one standard deviation of the best cell.
 
     A cell's score is the mean validation accuracy over the seeds. The standard deviation is that of the best cell over its
-    seeds, or the binomial standard error of its accuracy on 398 pictures if that is larger: three seeds can agree by chance.
+    seeds, or the binomial standard error of its accuracy on so many pictures if that is larger: three seeds can agree by
+    chance. A run that diverged counts as chance.
     """
     cells: dict[tuple[str, float, str, float], list[dict[str, Any]]] = {}
     for r in rows:
         cells.setdefault((r["case"], r.get("clip", 0.0), r["method"], r["lr"]), []).append(r)
-    scores = {cell: [r.get("validation", CHANCE) for r in own] for cell, own in cells.items()}
+    scores = {cell: [r.get("validation", chance) for r in own] for cell, own in cells.items()}
     top = max(scores.values(), key=fmean)
     best = fmean(top)
-    sd = max(stdev(top) if len(top) > 1 else 0.0, (best * (1 - best) / 398) ** 0.5)
+    sd = max(stdev(top) if len(top) > 1 else 0.0, (best * (1 - best) / pictures) ** 0.5)
     return [r for cell, own in cells.items() if fmean(scores[cell]) >= best - sd for r in own]
 
 
-def area(rows: Rows) -> dict[tuple[str, float], int]:
+def area(rows: Rows, pictures: int = 398, chance: float = CHANCE) -> dict[tuple[str, float], int]:
     """How many (lam, rate) cells of each start and clipping are `near_best`.
 
     The rule for the library's default, fixed before the runs: the start with the largest area without clipping, summed over
     the tasks as shares of their cells; `subtract`, as it is, if it is within one cell of the largest on every task.
     """
-    near = {(r["case"], r.get("clip", 0.0), r["method"], r["lr"]) for r in near_best(rows)}
+    near = {(r["case"], r.get("clip", 0.0), r["method"], r["lr"]) for r in near_best(rows, pictures, chance)}
     groups = {(r["case"], r.get("clip", 0.0)) for r in rows}
     return {group: sum(cell[:2] == group for cell in near) for group in groups}
