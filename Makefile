@@ -37,6 +37,7 @@ figures: .venv/ready
 
 claims: .venv/ready
 	$(BIN)/python -m studies.page
+	$(BIN)/python -m studies.standins
 
 studies: .venv/ready
 	$(BIN)/python -m studies.digits

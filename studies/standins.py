@@ -39,6 +39,7 @@ def keep(folder: Path) -> str:
     """The results of a finished experiment as rows, beside how they came to be."""
     summary, config = Summary.read(folder), json.loads((folder / CONFIG).read_text("utf-8"))
     name = config["name"].removesuffix("-standin")
+    RESULTS.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(result) for result in summary.results]
     write_atomically(RESULTS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     about = {
@@ -70,12 +71,12 @@ def page() -> str:
 def _table(results: list[Result]) -> list[str]:
     rows = sorted(shown(results), key=Row.validation, reverse=True)
     others = [n for n in rows[0].runs[0].scores if n != rows[0].runs[0].reported]
-    lines = [f"| method | {rows[0].runs[0].reported} [%] | {' | '.join(others)} | setting | trainable |"]
-    lines.append("|" + "---|" * (4 + len(others)))
+    table = [["method", f"{rows[0].runs[0].reported} [%]", *others, "setting", "trainable"]]
+    table.append(["---"] * len(table[0]))
     for row in rows:
         cells = [_mean(row, name) for name in others]
-        lines.append(f"| {row.name} | {score(row, None)} | {' | '.join(cells)} | {row.setting} | {row.runs[0].trainable:,} |")
-    return lines
+        table.append([row.name, score(row, None), *cells, row.setting, f"{row.runs[0].trainable:,}"])
+    return [f"| {' | '.join(line)} |" for line in table]
 
 
 def _mean(row: Row, name: str) -> str:
@@ -87,13 +88,25 @@ def _mean(row: Row, name: str) -> str:
 def _note(results: list[Result], about: dict[str, Any]) -> str:
     seeds = sorted({r.seed for r in results})
     means = {row.name: fmean(row.values(lambda r: r.test)) for row in shown(results) if row.values(lambda r: r.test)}
+    settings: dict[str, list[str]] = {}
+    for result in results:
+        settings.setdefault(result.row, []).append(result.setting)
+    tuned = {row: names for row, names in settings.items() if len(set(names)) > 1}
+    edge = sum(
+        row.setting == tuned[row.name][-1] for row in shown(results) if row.name in tuned
+    )  # the last is the largest rate
+    searched = (
+        f"For {edge} of {len(tuned)} methods the larger of their rates was the better one: a wider search may do better, and the order may change. "
+        if tuned
+        else "No rate was searched for. "
+    )
     difference = means["DeLoRA"] - means["LoRA"]
     judged = "holds" if difference >= -NEAR else "does not hold"
     same = ", ".join(f"{kind} {count:,}" for kind, count in about["agreement"].items())
     return (
         f"Mean ± standard deviation over {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
         f"({', '.join(map(str, seeds))}); sorted by validation. Rule fixed before: DeLoRA within two points of LoRA or better; it is "
-        f"{100 * difference:+.1f} points: **{judged}**. The delivered run, read back, has of {about['test']:,} predictions the same: "
+        f"{100 * difference:+.1f} points: **{judged}**. {searched}The delivered run, read back, has of {about['test']:,} predictions the same: "
         f"{same}. {len(results)} runs, {about['minutes']:.0f} minutes of training on one core each, `{about['command']}`, "
         f"torch {about['torch']}."
     )

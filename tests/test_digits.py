@@ -11,6 +11,7 @@ from rich.console import Console
 
 from delora import DeLoRA, LoRA
 from delora.recipes.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
+from studies import standins
 from studies.digits import best, read, run
 from studies.page import CLAIMS, STARTS, claims, starts
 from studies.verdicts import CHANCE, area, ladder, r1, r2, r3, r4, r5
@@ -119,6 +120,7 @@ def test_the_base_rate_is_the_best_by_validation(tmp_path, monkeypatch):
 def test_the_pages_are_what_the_kept_rows_say():
     assert CLAIMS.read_text() == claims()
     assert STARTS.read_text() == starts()
+    assert standins.PAGE.read_text("utf-8") == standins.page()
 
 
 # ---------------------------------------------------------------- rules
