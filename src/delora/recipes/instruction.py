@@ -36,6 +36,7 @@ from delora.training.runs import Result, RunError, write_json
 
 NEXT = "next.json"
 METRIC = "likelihood"
+OTHER = 500  # sentences of a domain for the perplexity
 COMPARED = 64  # held-out instructions on which what is delivered is compared with what was trained
 
 
@@ -98,7 +99,7 @@ def material(experiment: Experiment) -> Material:
     data, text = experiment.data, experiment.evaluate.text
     other = None
     if text in sentences.DOMAINS:
-        other = "\n".join(s.text for s in sentences.read(text, neutral=True))
+        other = "\n".join(s.text for s in sentences.read(text, neutral=True)[:OTHER])
     elif text is not None:
         if not Path(text).is_file():
             raise DataError(
