@@ -53,6 +53,14 @@ def tarred(files: dict[str, bytes], links: dict[str, str] | None = None) -> byte
     return out.getvalue()
 
 
+def debian(content: bytes, name: str = "data.tar.xz") -> bytes:
+    """A package of Debian: an ar archive of a version, and the files as a tar archive."""
+    out = b"!<arch>\n"
+    for member, data in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), (name, content)):
+        out += f"{member:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
+    return out
+
+
 def names(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
 
@@ -67,6 +75,32 @@ def test_an_archive_inside_an_archive(cache):
     inner = tarred({"wanted/a": b"1", "junk": b"2"})
     found = fetch(package(cache, "thing.tar.gz", tarred({"top/in.tar.gz": inner}), "wanted", "top/in.tar.gz"))
     assert (found / "a").read_bytes() == b"1"
+
+
+def test_a_package_of_debian(cache):
+    content = tarred({"./usr/share/thing/a": b"1", "./usr/share/other": b"2"})
+    found = fetch(package(cache, "thing.deb", debian(content), "usr/share/thing", "data.tar.xz"))
+    assert names(found) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "data", [debian(tarred({"./a": b"1"}), "data.tar.zst"), debian(b"")[:100], b"", b"!<arch>\n", b"no package at all" * 9]
+)
+def test_a_damaged_package_of_debian_leaves_nothing(cache, data):
+    with pytest.raises(PackageError, match="holds no data"):
+        fetch(package(cache, "thing.deb", data, "usr/share/thing", "data.tar.xz"))
+    assert names(cache) == ["thing.deb"]
+
+
+def test_a_package_of_debian_says_what_to_do_by_hand(cache, monkeypatch):
+    """On a machine that has no apt-get, or whose apt-get knows no such package."""
+    thing = Package("no-such-thing", "1.0", "no-such-thing_1.0_all.deb", "0" * 64, "usr", "data", "data.tar.xz")
+    with pytest.raises(PackageError, match=r"(?s)cannot fetch no-such-thing 1\.0: .*apt-get download no-such-thing=1\.0"):
+        fetch(thing)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PackageError, match="there is no apt-get here"):
+        fetch(thing)
+    assert names(cache) == []
 
 
 def test_a_hit_in_the_cache_reads_nothing_else(cache):

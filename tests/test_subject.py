@@ -13,13 +13,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 import delora
 from delora.data import dreambooth
 from delora.data.tasks import DataError
 from delora.evaluation import generation, pictures
-from delora.evaluation.images import Encoder, own_pairs, pairs
+from delora.evaluation.images import Encoder, Words, own_pairs, pairs
 from delora.recipes import subject
 from delora.training import experiments
 from delora.training.config import ConfigError, parse, read
@@ -126,6 +135,21 @@ def world(tmp_path_factory) -> Path:
     CLIPModel(CLIPConfig(projection_dim=8, vision_config=vision, text_config=text)).save_pretrained(folder / "clip")
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder / "clip")
     tiny_diffusion.tokenizer().save_pretrained(folder / "clip")
+    words = {0: "dog", 1: "red", 2: "snow"}
+    labels = {"id2label": words, "label2id": {word: i for i, word in words.items()}}
+    for kind in ("multi_label", "single_label"):
+        classifier = ResNetForImageClassification(
+            ResNetConfig(
+                embedding_size=8,
+                hidden_sizes=[8],
+                depths=[1],
+                layer_type="basic",
+                problem_type=f"{kind}_classification",
+                **labels,
+            )
+        )
+        classifier.save_pretrained(folder / kind)
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / kind)
     draw = np.random.default_rng(0)
     for name, n in (("backpack", 3), ("dog2", 2), ("teapot", 2)):
         (folder / "data" / name).mkdir(parents=True)
@@ -199,6 +223,56 @@ def test_the_scores_pool_all_pairs_of_all_subjects(world, done):
     scores = json.loads((run / "result.json").read_text())["scores"]
     assert scores["dino"] == pytest.approx(total / count, abs=1e-5)
     assert scores["dino by subject"] == pytest.approx(sum(means) / 2, abs=1e-5)
+
+
+def test_the_pictures_of_the_model_as_it_was_are_the_other_end_of_the_scale(world, done):
+    """What it makes of the prompts, drawn once for all runs and scored like a run's own pictures."""
+    drawn = done / "untuned" / "dog2"
+    assert names(drawn) == names(done / "variants" / "tiny" / "subjects" / "dog2" / "pictures")
+    pipe = generation.pipeline(str(world / "pipe"))
+    (again,) = generation.sample(pipe, "a qwe dog with a dog", 0, 1, 2, 2.0, 16)
+    seen = np.array(Image.open(drawn / "00-0.png"), dtype=float)
+    assert np.abs(np.array(again) - seen).mean() < 1
+    encoder = Encoder(str(world / "dino"), torch.device("cpu"))
+    photographs, made = (
+        encoder.images([dreambooth.open_image(file) for file in sorted(folder.glob("*.png"))])
+        for folder in (world / "data" / "dog2", drawn)
+    )
+    scores = json.loads((done / "variants" / "tiny" / "subjects" / "dog2" / "scores.json").read_text())["scores"]
+    assert scores["dino untuned"] == pytest.approx(pairs(photographs, made).tolist(), abs=1e-5)
+
+
+def test_words_of_the_prompts_that_the_pictures_show(world):
+    """By the classifier's own logits; a word that it does not know is not asked for."""
+    judge = Words(str(world / "multi_label"), torch.device("cpu"))
+    shown = [dreambooth.open_image(file) for file in sorted((world / "data" / "backpack").glob("*.png"))]
+    seen = judge.seen(shown)
+    pixels = judge.processor(shown, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(seen, judge.model(pixel_values=pixels).logits.sigmoid() > 0.5)
+    prompts = ["a red dog", "a purple cat", "a dog in the snow"]
+    expected = [seen[0, 1], seen[0, 0], seen[2, 0], seen[2, 2]]
+    assert judge.shown(shown, prompts).tolist() == [float(x) for x in expected]
+    with pytest.raises(ModelError, match="single_label does not give each label a probability of its own"):
+        Words(str(world / "single_label"), torch.device("cpu"))
+
+
+def test_a_convolutional_networks_features_are_means_over_the_picture(world):
+    encoder = Encoder(str(world / "multi_label"), torch.device("cpu"))
+    shown = [dreambooth.open_image(file) for file in sorted((world / "data" / "backpack").glob("*.png"))]
+    pixels = encoder.processor(shown, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = encoder.model(pixel_values=pixels).pooler_output.flatten(1)
+    torch.testing.assert_close(encoder.images(shown), torch.nn.functional.normalize(expected, dim=-1), atol=1e-6, rtol=1e-5)
+
+
+def test_a_classifier_in_place_of_the_clips(world, tmp_path):
+    asked = {"clip": [], "classifier": str(world / "multi_label"), "names": ["dog2"], "snapshots": 0}
+    experiments.train(subject, parse(recipe(world, tmp_path / "out", subject=asked)), QUIET)
+    (run,) = (tmp_path / "out" / "variants").iterdir()
+    scores = json.loads((run / "result.json").read_text())["scores"]
+    assert {"dino", "dino real", "dino untuned", "prompt", "prompt untuned", "dino by subject"} == set(scores)
+    assert 0 <= scores["prompt"] <= 1
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(world, done, tmp_path):

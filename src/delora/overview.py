@@ -19,7 +19,7 @@ from delora.training.config import Experiment, slug, validate
 from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, shown
 
 CSV = "runs.csv"
-OTHERS = {"subject": ["clip_i", "clip_t"], "semantic_map": ["accuracy"]}  # scores beside the one that is reported
+OTHERS = {"subject": ["clip_i", "clip_t", "prompt"], "semantic_map": ["accuracy"]}  # scores beside the one that is reported
 PLAIN = ("perplexity", "fid")  # no shares
 COLUMNS = 8  # of a grid of samples, at the most
 POINTS = 300  # of a curve, at the most

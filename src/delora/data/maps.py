@@ -15,6 +15,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from delora.data import fashion
 from delora.data.dreambooth import IMAGES
 from delora.data.tasks import DataError
 
@@ -31,12 +32,12 @@ class Scene:
 
 
 def read(source: str, part: str) -> list[Scene]:
-    """The scenes of "training" or "validation", by name.
+    """The scenes of "training" or "validation", by name; of a folder, or of "fashion-mnist" (`fashion.scenes`).
 
     Raises:
         DataError: a picture lacks its labels, colours or caption; says what the folder must hold.
     """
-    folder = Path(source) / part
+    folder = (fashion.scenes() if source == fashion.SOURCE else Path(source)) / part
     captions = _captions(folder / "captions.jsonl") if (folder / "captions.jsonl").is_file() else None
     images = {p.stem: p for p in sorted((folder / "images").glob("*")) if p.suffix.lower() in IMAGES}
     if captions is None or not images:

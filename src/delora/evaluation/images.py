@@ -1,4 +1,4 @@
-"""How alike pictures are to a subject's photographs and to a prompt: cosines of features."""
+"""How alike pictures are to a subject's photographs and to a prompt: cosines of features, words that are seen in them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, AutoTokenizer, CLIPModel
 
-from delora.training.models import loading
+from delora.training.models import ModelError, loading
 
 
 class Encoder:
     """Unit features of pictures and, with a CLIP, of texts.
 
-    A CLIP's are its projected ones; those of any other vision transformer (DINO, DINOv2) the class token after the last norm.
+    A CLIP's are its projected ones; those of any other vision transformer (DINO, DINOv2) the class token after the last norm;
+    those of a convolutional network the means over the picture.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -33,7 +34,8 @@ class Encoder:
             if isinstance(self.model, CLIPModel):
                 found.append(_unit(_tensor(self.model.get_image_features(pixel_values=pixels))))
             else:
-                found.append(_unit(self.model(pixel_values=pixels).last_hidden_state[:, 0]))
+                last = self.model(pixel_values=pixels).last_hidden_state
+                found.append(_unit(last[:, 0] if last.ndim == 3 else last.mean((2, 3))))
         return torch.cat(found)
 
     @torch.no_grad()
@@ -43,6 +45,34 @@ class Encoder:
         batch = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
         model: Any = self.model
         return _unit(_tensor(model.get_text_features(**batch)))
+
+
+class Words:
+    """A classifier whose labels are words, each with a probability of its own: which of a prompt's words a picture shows."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.device = device
+        self.model = loading(AutoModelForImageClassification, name, dtype=torch.float32).to(device).eval()
+        self.processor = loading(AutoImageProcessor, name)
+        self.known = {word: i for i, word in self.model.config.id2label.items()}
+        kind = self.model.config.problem_type
+        if kind != "multi_label_classification":
+            raise ModelError(f"{name} does not give each label a probability of its own: its problem_type is {kind!r}")
+
+    @torch.no_grad()
+    def seen(self, pictures: Sequence[Any], batch: int = 64) -> Tensor:
+        """[pictures, words] True where a word is more probable than not."""
+        found = []
+        for start in range(0, len(pictures), batch):
+            pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt")["pixel_values"].to(self.device)
+            found.append((self.model(pixel_values=pixels).logits > 0).cpu())
+        return torch.cat(found)
+
+    def shown(self, pictures: Sequence[Any], prompts: Sequence[str]) -> Tensor:
+        """1 or 0 for every word of every prompt that the classifier knows: whether the prompt's picture shows it."""
+        seen = self.seen(pictures)
+        asked = [[self.known[word] for word in prompt.split() if word in self.known] for prompt in prompts]
+        return torch.cat([seen[i, words].float() for i, words in enumerate(asked)])
 
 
 def _tensor(seen: Any) -> Tensor:

@@ -39,6 +39,7 @@ from delora.training.models import loading
 from delora.training.runs import Result, RunError
 
 CHECKED = 2  # pictures that are made again with what is delivered
+AT_ONCE = 16  # pictures that are made together
 
 
 @dataclass(frozen=True)
@@ -184,12 +185,14 @@ def annotation(scene: Scene, size: int, classes: int) -> Tensor:
 # ---------------------------------------------------------------- scores
 
 
-def made(experiment: Experiment, pipe: Any, scene: Scene, seed: int) -> Any:
-    """A picture for a scene's map and caption, by DDIM."""
+def made(experiment: Experiment, pipe: Any, scenes: Sequence[Scene], first: int = 0) -> list[Any]:
+    """A picture for each scene's map and caption, by DDIM; the noise is that of the seed and of the scene's number, the first
+    of which is given, however many are made at once."""
     asked = experiment.semantic_map
-    pipe.unet.conv_in.control = control(scene, asked.resolution)[None].to(pipe.device)
+    pipe.unet.conv_in.control = torch.stack([control(scene, asked.resolution) for scene in scenes]).to(pipe.device)
+    captions, seeds = [s.caption for s in scenes], [10_000 * experiment.seed + first + i for i in range(len(scenes))]
     try:
-        return sample(pipe, scene.caption, seed, 1, asked.steps, asked.guidance, asked.resolution, solver="ddim")[0]
+        return sample(pipe, captions, seeds, 1, asked.steps, asked.guidance, asked.resolution, solver="ddim")
     finally:
         pipe.unet.conv_in.control = None
 
@@ -201,10 +204,14 @@ def scored(experiment: Experiment, pipe: Any, scenes: Sequence[Scene], folder: P
     eyes: Any = Inception(pipe.device) if asked.fid == "inception" else Encoder(asked.fid, pipe.device)
     overlaps = {"": Overlap(asked.classes), " real": Overlap(asked.classes)}
     features: dict[str, list[Tensor]] = {"": [], " real": []}
-    for number, scene in enumerate(scenes):
+    for first in range(0, len(scenes), AT_ONCE):
+        some = scenes[first : first + AT_ONCE]
+        files = [folder / f"{scene.name}.png" for scene in some]
+        if not all(file.is_file() for file in files):
+            for picture, file in zip(made(experiment, pipe, some, first), files, strict=True):
+                write(picture, file)
+    for scene in scenes:
         file = folder / f"{scene.name}.png"
-        if not file.is_file():
-            write(made(experiment, pipe, scene, 10_000 * experiment.seed + number), file)
         labels = annotation(scene, asked.resolution, asked.classes)
         for kind, picture in (("", open_image(file)), (" real", squared(open_image(scene.image), asked.resolution))):
             overlaps[kind].add(segmenter.labels(picture, (asked.resolution, asked.resolution)), labels)
@@ -238,8 +245,7 @@ def deliver(experiment: Experiment, run: Path, data: Material, out: Path) -> tup
     delora.save(pipe.unet, out / "adapter")
     some = data.test[:CHECKED]
     same = 0
-    for number, scene in enumerate(some):
-        again = made(experiment, pipe, scene, 10_000 * experiment.seed + number)
+    for scene, again in zip(some, made(experiment, pipe, some), strict=True):
         same += (numbers(again) - numbers(open_image(run / "pictures" / f"{scene.name}.png"))).abs().mean().item() < 1
     if same < len(some):
         raise RunError(f"{out / 'adapter'} makes {len(some) - same} of {len(some)} other pictures than the trained model")

@@ -1,7 +1,8 @@
 """Subject-driven generation (DreamBooth): a text-to-image model learns a subject from a few photographs.
 
 One adapter for each subject, trained with prior preservation; pictures for the subject's prompts; DINO and CLIP-I, the
-likeness to the photographs, and CLIP-T, that to the prompt.
+likeness to the photographs, and CLIP-T, that to the prompt. The same scores of the photographs among themselves, and of what
+the model as it was makes of the prompts, are the ends of their scale.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import delora
 from delora.data import dreambooth
 from delora.data.dreambooth import Subject, open_image
 from delora.evaluation.generation import pipeline, sample
-from delora.evaluation.images import Encoder, own_pairs, pairs
+from delora.evaluation.images import Encoder, Words, own_pairs, pairs
 from delora.evaluation.pictures import write
 from delora.files import read_json
 from delora.inject import adapters
@@ -49,7 +50,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, subjects: 
         place = folder / "subjects" / slug(subject.name)
         place.mkdir(parents=True, exist_ok=True)
         if not (place / SCORES).is_file():
-            one(experiment, place, subject, folder.parent.parent / "prior", console)
+            one(experiment, place, subject, folder.parent.parent, console)
         done = read_json(place / SCORES)
         trainable, seconds = done["trainable"], seconds + done["seconds"]
         if done["diverged"] is not None:
@@ -60,29 +61,29 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, subjects: 
     found: dict[str, Any] = {"diverged": diverged}
     if diverged is None:
         pooled = {name: fmean(v for s in scores for v in s[name]) for name in scores[0]}
-        macro = {f"{name} by subject": fmean(fmean(s[name]) for s in scores) for name in ("dino", "clip_i")}
+        by_subject = [name for name in ("dino", "clip_i") if name in pooled]
+        macro = {f"{name} by subject": fmean(fmean(s[name]) for s in scores) for name in by_subject}
         # There is no part to validate on: as in the paper, settings are compared by the score itself.
         found |= {"validation": pooled["dino"], "test": pooled["dino"], "scores": pooled | macro, **last}
     (folder / METRICS).write_text(_metrics(folder, subjects), "utf-8")
     return finish(experiment, folder, row, setting, "dino", "dino", trainable=trainable, seconds=seconds, **found)
 
 
-def one(experiment: Experiment, place: Path, subject: Subject, prior: Path, console: Console) -> None:
+def one(experiment: Experiment, place: Path, subject: Subject, shared: Path, console: Console) -> None:
     """One subject's run, to its ``scores.json``: every score as the list of its pairs, so that they can be pooled.
 
-    ``prior``: the folder of class pictures, which all runs of an experiment share.
+    ``shared``: the folder of what the model as it was has drawn, the same for all runs of an experiment.
     """
     asked = experiment.subject
     pipe = pipeline(experiment.model, experiment.train.weights)
-    photographs = [open_image(file) for file in subject.images]
-    encoders = {"dino": Encoder(asked.dino, pipe.device)} | {name: Encoder(name, pipe.device) for name in asked.clip}
-    real = {key: own_pairs(encoder.images(photographs)) for key, encoder in encoders.items()}  # the anchor, first
+    judge = Judge(experiment, subject, pipe.device)  # the anchors, first
+    kept = class_pictures(experiment, pipe, subject.word, shared / "prior")
+    before = generate(experiment.model_copy(update={"seed": 0}), pipe, subject, shared / "untuned" / slug(subject.name))
 
     class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {asked.token} {subject.word}"
-    kept = class_pictures(experiment, pipe, subject.word, prior)
     set_seed(experiment.seed)
     material = Pairs(
-        moments(pipe, photographs, asked.resolution, CROPS),
+        moments(pipe, judge.photographs, asked.resolution, CROPS),
         moments(pipe, kept, asked.resolution, 1) if kept else None,
         embedded(pipe, [instance_prompt, class_prompt]),
     )
@@ -107,20 +108,44 @@ def one(experiment: Experiment, place: Path, subject: Subject, prior: Path, cons
     if trainer.diverged is None:
         delora.save(pipe.unet, place / "adapter")
         pictures = generate(experiment, pipe, subject, place / "pictures")
-        found = {
-            "dino": pairs(encoders["dino"].images(photographs), encoders["dino"].images(pictures)),
-            "dino real": real["dino"],
-        }
-        texts = [prompt.format(subject.word) for prompt in subject.prompts for _ in range(asked.images)]
-        for number, name in enumerate(asked.clip):
-            own = "" if number == 0 else f" {name.rpartition('/')[2]}"
-            made = encoders[name].images(pictures)
-            found[f"clip_i{own}"] = pairs(encoders[name].images(photographs), made)
-            found[f"clip_t{own}"] = (encoders[name].texts(texts) * made).sum(-1)
-            found[f"clip_i real{own}"] = real[name]
+        found = (
+            judge.scores(pictures) | {f"{name} untuned": values for name, values in judge.scores(before).items()} | judge.real
+        )
         done["scores"] = {name: values.tolist() for name, values in found.items()}
         done["reached"] = reached(pipe.unet, place / "adapter")
     write_json(place / SCORES, done)
+
+
+class Judge:
+    """What is said of a subject's pictures: likeness to its photographs by DINO and the CLIPs, to the prompts by the CLIPs and
+    the classifier. Each score is a row of values, to be pooled. ``real``: how alike the photographs are among themselves.
+    """
+
+    def __init__(self, experiment: Experiment, subject: Subject, device: torch.device) -> None:
+        asked = self.asked = experiment.subject
+        self.photographs = [open_image(file) for file in subject.images]
+        self.encoders = {"dino": Encoder(asked.dino, device)} | {name: Encoder(name, device) for name in asked.clip}
+        self.words = None if asked.classifier is None else Words(asked.classifier, device)
+        self.references = {key: encoder.images(self.photographs) for key, encoder in self.encoders.items()}
+        self.prompts = [prompt.format(subject.word) for prompt in subject.prompts for _ in range(asked.images)]
+        self.real = {f"{self._named(key, 'i')} real": own_pairs(seen) for key, seen in self.references.items()}
+
+    def _named(self, key: str, kind: str) -> str:
+        """The first CLIP's scores are the table's; those of others have its name beside them."""
+        if key == "dino":
+            return key
+        return f"clip_{kind}" if key == self.asked.clip[0] else f"clip_{kind} {key.rpartition('/')[2]}"
+
+    def scores(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
+        found = {}
+        for key, encoder in self.encoders.items():
+            made = encoder.images(pictures)
+            found[self._named(key, "i")] = pairs(self.references[key], made)
+            if key != "dino":
+                found[self._named(key, "t")] = (encoder.texts(self.prompts) * made).sum(-1)
+        if self.words is not None:
+            found["prompt"] = self.words.shown(pictures, self.prompts)
+        return found
 
 
 # ---------------------------------------------------------------- the model and its material

@@ -235,7 +235,8 @@ class Subject(Strict):
     ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word``, the class, and
     ``prompts`` with ``{}`` in the subject's place. ``class_images`` preserve the prior, with ``prior_weight`` in the loss.
     ``images`` are made for each prompt in ``steps`` of the solver with ``guidance``; ``snapshots``: the steps of training
-    from one sample picture to the next (0: none). ``dino`` and ``clip`` judge, the first CLIP for the table.
+    from one sample picture to the next (0: none). ``dino`` and ``clip`` judge, the first CLIP for the table; ``classifier``
+    is a model whose labels are words, for the share of the prompts' words that it sees in the pictures.
     """
 
     names: list[str] = []
@@ -250,7 +251,8 @@ class Subject(Strict):
     guidance: Rate = 7.5
     snapshots: Annotated[int, Field(ge=0)] = 200
     dino: str = "facebook/dino-vits16"
-    clip: Annotated[list[str], Field(min_length=1)] = ["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"]
+    clip: list[str] = ["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"]
+    classifier: str | None = None
 
 
 class SemanticMap(Strict):

@@ -46,7 +46,9 @@ def path_of(name: str) -> str:
     package = PACKAGES.get(name)
     if package is None or package.kind != "model":
         return name
-    return str(fetch(package) if package.gguf is None else _from_gguf(package, package.gguf))
+    if package.gguf is not None:
+        return str(_from_gguf(package, package.gguf))
+    return str(fetch(package) if package.onnx is None else _from_onnx(package, package.onnx))
 
 
 def _from_gguf(package: Package, file: str) -> Path:
@@ -62,6 +64,21 @@ def _from_gguf(package: Package, file: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=source.parent) as folder:
             model.save_pretrained(f"{folder}/model")
             AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(f"{folder}/model")
+            with contextlib.suppress(OSError):  # another process was faster
+                Path(folder, "model").rename(target)
+    return target
+
+
+def _from_onnx(package: Package, file: str) -> Path:
+    """The DINOv2 of an ONNX file as a folder of transformers, made once beside the package."""
+    source = fetch(package)
+    target = source.with_name(f"{source.name}-transformers")
+    if not target.is_dir():
+        from delora.training import dinov2
+
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=source.parent) as folder:
+            dinov2.rebuilt(source / file).save_pretrained(f"{folder}/model")
+            dinov2.processor().save_pretrained(f"{folder}/model")
             with contextlib.suppress(OSError):  # another process was faster
                 Path(folder, "model").rename(target)
     return target

@@ -1,0 +1,312 @@
+"""Clothes with captions that are computed from the picture: Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747).
+
+70,000 grey pictures of 28 x 28 pixels in ten classes, out of Debian's package ``dataset-fashion-mnist``. Each is put on a black
+square of 32 x 32 pixels, larger or smaller, wider or narrower, brighter or darker, and its caption says so.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from delora.data.packages import PACKAGES, fetch
+from delora.data.packages import cache as cached
+from delora.data.tasks import DataError
+
+PACKAGE = "dataset-fashion-mnist"
+SOURCE = "fashion-mnist"  # what recipes call the subjects and the scenes made of it
+MADE = 1  # changes when these are made otherwise
+CLASSES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+ATTRIBUTES = (("small", "large"), ("dark", "bright"), ("narrow", "wide"))
+WORDS = (*CLASSES, *(word for pair in ATTRIBUTES for word in pair))  # what a classifier of the pictures knows
+SIZE = 32  # pixels of a picture's side
+SEEN = 0.1  # a pixel brighter than this is a part of the garment
+# Below the first number an attribute is the pair's first word, above the second its other one, in between neither.
+LIMITS = {"small": (19.0, 24.0), "dark": (0.4, 0.55), "narrow": (0.7, 1.05)}
+
+
+@dataclass(frozen=True)
+class Clothes:
+    """``items`` [n, 28, 28] in [0, 1], ``labels`` [n] into `CLASSES`."""
+
+    items: Tensor
+    labels: Tensor
+
+
+@cache
+def read(part: Literal["train", "test"], folder: Path | None = None) -> Clothes:
+    """The 60,000 pictures to train on or the 10,000 others; from the package, or a folder that holds its files.
+
+    Raises:
+        PackageError: it cannot be fetched; says what to do by hand.
+        DataError: a file is not what it should be.
+    """
+    folder = folder or fetch(PACKAGES[PACKAGE])
+    stem = {"train": "train", "test": "t10k"}[part]
+    labels = _idx(folder / f"{stem}-labels-idx1-ubyte.gz", 1)
+    items = _idx(folder / f"{stem}-images-idx3-ubyte.gz", 3)
+    if len(items) != len(labels) or items.shape[1:] != (28, 28) or labels.max() >= len(CLASSES):
+        raise DataError(
+            f"{folder}: {part} is not Fashion-MNIST: {list(items.shape)} pictures, {len(labels)} labels up to {labels.max()}"
+        )
+    return Clothes(items.float() / 255, labels.long())
+
+
+def _idx(file: Path, dimensions: int) -> Tensor:
+    """A file of the IDX format: two zeros, the type (8: bytes), the number of dimensions, each in four bytes; the values."""
+    try:
+        data = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    head = 4 + 4 * dimensions
+    sizes = [int.from_bytes(data[at : at + 4], "big") for at in range(4, head, 4)]
+    if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != head + math.prod(sizes):
+        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions, or a damaged one")
+    return torch.frombuffer(bytearray(data[head:]), dtype=torch.uint8).reshape(sizes)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Looks:
+    """How items are put on the square, one value each: ``scale`` of the 28 pixels, ``stretch`` of width over height,
+    ``gamma``, the power of the brightness, ``shift`` [n, 2] in pixels to the right and down."""
+
+    scale: Tensor
+    stretch: Tensor
+    gamma: Tensor
+    shift: Tensor
+
+    @classmethod
+    def draw(cls, n: int, generator: torch.Generator) -> Looks:
+        """Small or large, dark or bright, narrow or wide in equal parts, anywhere where there is room."""
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+        large = torch.rand(n, generator=generator) < 0.5
+        scale = torch.where(large, uniform(0.9, 1.08), uniform(0.5, 0.72))
+        room = (SIZE - 28 * scale).clamp_min(0) / 2
+        shift = uniform(-1, 1, 2) * room[:, None].clamp_max(4)
+        return cls(scale, uniform(math.log(0.6), math.log(1.7)).exp(), uniform(math.log(0.5), math.log(3.0)).exp(), shift)
+
+
+def placed(items: Tensor, looks: Looks) -> Tensor:
+    """[n, 28, 28] to pictures [n, 32, 32] in [0, 1]."""
+    wide = looks.stretch.sqrt()
+    grow = torch.stack([looks.scale * wide, looks.scale / wide], 1)  # of width and height
+    most = SIZE / 28 / grow.max(1).values
+    grow = grow * most.clamp_max(1)[:, None]  # what would not fit is made smaller
+    theta = torch.zeros(len(items), 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1] = (SIZE / 28 / grow).T
+    theta[:, :, 2] = -theta[:, [0, 1], [0, 1]] * looks.shift / (SIZE / 2)
+    grid = F.affine_grid(theta, [len(items), 1, SIZE, SIZE], align_corners=False)
+    seen = F.grid_sample(items[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
+    return seen.clamp(0, 1) ** looks.gamma[:, None, None]
+
+
+def measures(pictures: Tensor) -> dict[str, Tensor]:
+    """Of pictures [n, 32, 32]: the longer side [pixels], the mean brightness and width over height of what is not black.
+
+    The keys are the first words of the pairs in `ATTRIBUTES`.
+    """
+    seen = pictures > SEEN
+    width, height = (_extent(seen.any(axis)) for axis in (1, 2))
+    light = (pictures * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
+    return {"small": torch.maximum(width, height), "dark": light, "narrow": width / height.clamp_min(1)}
+
+
+def _extent(seen: Tensor) -> Tensor:
+    """From the first to the last place that is seen, of rows [n, places]."""
+    places = torch.arange(seen.shape[1])
+    last = torch.where(seen, places, -1).max(1).values
+    first = torch.where(seen, places, seen.shape[1]).min(1).values
+    return (last - first + 1).clamp_min(0).float()
+
+
+def attributes(pictures: Tensor) -> Tensor:
+    """[n, 3]: of each pair in `ATTRIBUTES` 0 for the first word, 1 for the second, -1 for neither."""
+    found = []
+    for (name, (low, high)), values in zip(LIMITS.items(), measures(pictures).values(), strict=True):
+        assert name in WORDS
+        found.append(torch.where(values < low, 0, torch.where(values > high, 1, -1)))
+    return torch.stack(found, 1)
+
+
+def present(pictures: Tensor, labels: Tensor) -> Tensor:
+    """[n, words] 0 or 1: which of `WORDS` are true of pictures [n, 32, 32] of these classes."""
+    truth = torch.zeros(len(pictures), len(WORDS))
+    truth[torch.arange(len(labels)), labels] = 1
+    for pair, values in enumerate(attributes(pictures).T):
+        for word in (0, 1):
+            truth[values == word, len(CLASSES) + 2 * pair + word] = 1
+    return truth
+
+
+# ---------------------------------------------------------------- captions
+
+
+def caption(label: int, attribute: Sequence[int], generator: torch.Generator) -> str:
+    """Such as "a photo of a small bright boot": each word that is true of the picture in two of three cases, in any order.
+
+    One caption in ten has a word without meaning before the class: a model that has seen such words does not stumble over the
+    token of a subject, and has learned nothing of it.
+    """
+
+    def chance(p: float) -> bool:
+        return bool(torch.rand((), generator=generator) < p)
+
+    words = [ATTRIBUTES[pair][value] for pair, value in enumerate(attribute) if value >= 0 and chance(2 / 3)]
+    order = torch.randperm(len(words), generator=generator).tolist()
+    words = [words[i] for i in order]
+    if chance(0.1):
+        words.append("".join(chr(97 + int(torch.randint(26, (), generator=generator))) for _ in range(3)))
+    article = "a " if chance(0.5) else ""
+    return f"a photo of {article}{' '.join([*words, CLASSES[label]])}"
+
+
+# ---------------------------------------------------------------- patterns
+
+
+def pattern(kind: str, period: int = 4) -> Tensor:
+    """[32, 32] in [0, 1], to multiply a picture with: "stripes", "bars", "checks", "dots", "diagonals", "rings"."""
+    y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
+    half = period // 2
+    match kind:
+        case "stripes":
+            dark = y % period < half
+        case "bars":
+            dark = x % period < half
+        case "checks":
+            dark = (x // half + y // half) % 2 == 0
+        case "diagonals":
+            dark = (x + y) % period < half
+        case "dots":
+            dark = (x % period < half) & (y % period < half)
+        case "rings":
+            dark = ((x - SIZE / 2 + 0.5).square() + (y - SIZE / 2 + 0.5).square()).sqrt() % period < half
+        case _:
+            raise ValueError(f"no pattern {kind!r}; known are {', '.join(PATTERNS)}")
+    return torch.where(dark, 0.15, 1.0)
+
+
+PATTERNS = ("stripes", "bars", "checks", "diagonals", "dots", "rings")
+
+
+# ---------------------------------------------------------------- subjects, as DreamBooth has them
+
+# Name: the class, the pattern and its period.
+SUBJECTS = {
+    "striped_boot": ("boot", "stripes", 4),
+    "checked_bag": ("bag", "checks", 8),
+    "dotted_top": ("top", "dots", 6),
+    "barred_coat": ("coat", "bars", 6),
+    "diagonal_shirt": ("shirt", "diagonals", 6),
+}
+CHOOSING = ("barred_coat", "diagonal_shirt")  # by these settings are chosen, the others judge
+VIEWS = 5
+PROMPTS = tuple(f"a photo of a {word} {{}}" for pair in ATTRIBUTES for word in pair)
+LEAST = 0.55  # mean brightness of an item that is made a subject: its pattern is to be seen
+
+
+def subjects() -> Path:
+    """Five pictures each of five garments that no model has seen, in the form of google/dreambooth's folder.
+
+    A subject is the first of the 10,000 other pictures of its class that is bright enough, multiplied with a pattern, which
+    moves with it. The prompts ask for it small, large, dark, bright, narrow and wide.
+    """
+    return _made("subjects", _subjects)
+
+
+def _subjects(folder: Path) -> None:
+    clothes, generator = read("test"), torch.Generator().manual_seed(0)
+    light = measures(F.pad(clothes.items, (2, 2, 2, 2)))["dark"]
+    for name, (word, kind, period) in SUBJECTS.items():
+        item = int(((clothes.labels == CLASSES.index(word)) & (light > LEAST)).nonzero()[0])
+        patterned = clothes.items[item] * pattern(kind, period)[2:30, 2:30]
+
+        def about(middle: float, width: float) -> Tensor:
+            return middle + width * (2 * torch.rand(VIEWS, generator=generator) - 1)
+
+        looks = Looks(about(0.95, 0.08), about(0, 0.1).exp(), about(0, 0.2).exp(), torch.stack([about(0, 2), about(0, 2)], 1))
+        for number, picture in enumerate(placed(patterned.expand(VIEWS, -1, -1), looks)):
+            save(picture, folder / name / f"{number:02d}.png")
+    told = "\n".join(f"'{prompt.replace('{}', '{0} {1}')}'.format(unique_token, class_token)," for prompt in PROMPTS)
+    classes = "\n".join(f"{name},{word}" for name, (word, _, _) in SUBJECTS.items())
+    blocks = ("Classes", f"subject_name,class\n{classes}", "Prompts", "Object Prompts", told, "Live Subject Prompts", told)
+    (folder / "prompts_and_classes.txt").write_text("\n\n".join(blocks), "utf-8")
+
+
+def save(picture: Tensor, file: Path) -> None:
+    """[h, w] or [h, w, 3] in [0, 1] as an RGB file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray((picture * 255).round().byte().numpy()).convert("RGB").save(file)
+
+
+def _made(kind: str, make: Callable[[Path], None]) -> Path:
+    """A folder in the cache, made once; it is there only when it is whole."""
+    target = cached() / f"{SOURCE}-{kind}-{MADE}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as temporary:
+            place = Path(temporary) / kind
+            place.mkdir()
+            make(place)
+            try:
+                place.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
+    return target
+
+
+# ---------------------------------------------------------------- scenes, as ADE20K has them
+
+PARTS = ("background", "dark part", "middle part", "bright part")
+SHADES = (0.1, 0.35, 0.65)  # of the mean over 3 x 3 pixels: where one part ends and the next begins
+COLOURS = torch.tensor([[0.0, 0.0, 0.0], [0.2, 0.2, 1.0], [0.2, 0.9, 0.2], [1.0, 0.3, 0.2]])
+SCENES = {"training": 2000, "validation": 640}
+
+
+def parts(pictures: Tensor) -> Tensor:
+    """The label map of pictures [n, 32, 32]: for each pixel which of `PARTS`, by the brightness around it."""
+    smooth = F.avg_pool2d(pictures[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
+    return torch.bucketize(smooth, torch.tensor(SHADES))
+
+
+def scenes() -> Path:
+    """Pictures with their label maps, the maps in colours, and a caption that names the class, in the form of `maps.read`.
+
+    2,000 of the pictures to train on, in looks drawn anew, and 640 of the others.
+    """
+    return _made("scenes", _scenes)
+
+
+def _scenes(folder: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for part, count in SCENES.items():
+        clothes = read("train" if part == "training" else "test")
+        pictures = placed(clothes.items[:count], Looks.draw(count, generator))
+        captions = []
+        for number, (picture, labels) in enumerate(zip(pictures, parts(pictures), strict=True)):
+            name = f"{number:04d}"
+            save(picture, folder / part / "images" / f"{name}.png")
+            save(COLOURS[labels], folder / part / "controls" / f"{name}.png")
+            annotation = folder / part / "annotations" / f"{name}.png"
+            annotation.parent.mkdir(exist_ok=True)
+            Image.fromarray((labels + 1).byte().numpy()).save(annotation)
+            captions.append({"name": name, "caption": f"a photo of a {CLASSES[clothes.labels[number]]}"})
+        (folder / part / "captions.jsonl").write_text("".join(json.dumps(c) + "\n" for c in captions), "utf-8")
