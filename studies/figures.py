@@ -8,15 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from delora import figures
+from delora.data.dreambooth import open_image
+from delora.evaluation.pictures import grid, write
 from delora.training.models import classifier
+from studies import chat, fashion, sentences
 from studies.digits import STARTS, read
-from studies.page import means, sentence_rows
+from studies.page import means, start_tasks, subject_rows, whole
 from studies.verdicts import near_best, strength
 
 FIGURES = Path("docs/figures")
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
 METHOD = re.compile(r"DeLoRA\(r=(\d+), lam=([\d.]+), norm='columns', start='subtract', .*")
 WIDTH = 64  # of the digits model
+RELATIVE = "|dW| / |W|"
 
 
 def scored(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
@@ -71,23 +75,60 @@ def column_norms() -> None:
     figures.save(figure, FIGURES / "figure4-minilm")
 
 
-def sentence_encoder() -> None:
-    rows = sentence_rows()
-    if rows:
+def language() -> None:
+    if rows := whole("robustness-judged", sentences):
         figures.save(figures.over_rates(scored(rows, "test"), METHODS, "accuracy"), FIGURES / "figure2-sentences")
+    if rows := whole("robustness", chat):
+        figures.save(figures.over_rates(scored(rows, "test"), METHODS, "mean of both tasks"), FIGURES / "figure2-chat")
+
+
+def subjects() -> None:
+    """Figures 2, 3, 5, 6 and 8 on subjects."""
+    if rows := scored(subject_rows(), "test"):
+        rows = [{"factor": 1.0, **r} for r in rows]
+        figures.save(figures.over_rates(rows, METHODS, "score", RELATIVE), FIGURES / "figure2-subjects")
+        dora = ("DoRA", "DoRA, fixed magnitude", "DeLoRA")
+        figures.save(figures.over_rates(rows, dora, "score", RELATIVE), FIGURES / "figure5-subjects")
+        if decoupling := scored(whole("decoupling", fashion), "test"):
+            own = [r for r in rows if r["case"] == "DeLoRA" and r["seed"] in {d["seed"] for d in decoupling}]
+            shared = [r | {"case": case} for r in own if r["factor"] == 1 for case in ("lam alone", "A and B alone")]
+            every = [*decoupling, *shared, *(r | {"case": "both"} for r in own)]
+            sweeps = ("lam alone", "A and B alone", "both")
+            figures.save(figures.over_rates(every, sweeps, "score", RELATIVE), FIGURES / "figure6-subjects")
+    if rows := whole("prolonged", fashion):
+        points = [point | {"case": r["case"]} for r in rows for point in r["trace"]]
+        cases = tuple(r["case"] for r in rows)
+        figures.save(figures.over_steps(points, cases, "DeLoRA", "score", RELATIVE), FIGURES / "figure3-subjects")
+        snapshots([r["case"] for r in rows])
+
+
+def snapshots(cases: list[str]) -> None:
+    """Figure 8: the same noise and prompt after more and more steps, a row for each method."""
+    strips = [open_image(fashion.snapshot_file(case)) for case in cases]
+    side, scale = strips[0].height, 3
+    rows = [
+        [s.crop((i * side, 0, (i + 1) * side, side)).resize((scale * side,) * 2, 0) for i in range(s.width // side)]
+        for s in strips
+    ]
+    write(grid(rows, [f"{case}: step 0, 200, ... {fashion.LONG:,}" for case in cases]), FIGURES / "figure8-subjects.png")
 
 
 def starts() -> None:
-    rows = read("starts")
-    cells = {case: {(lr, lam): score for (lam, lr), score in means(rows, case).items()} for case in STARTS}
-    framed: dict[str, set[Any]] = {}
-    for r in near_best(rows):
-        framed.setdefault(r["case"], set()).add((r["lr"], strength(r)))
-    figures.save(figures.grids(cells, "rate of A and B", "lam", "validation accuracy [%]", framed), FIGURES / "starts-digits")
+    for key, task in start_tasks().items():
+        rows = [r for r in task.rows if not r.get("clip")]
+        found = {case: means(rows, case, task.chance) for case in STARTS}
+        cells = {case: {(lr, lam): score for (lam, lr), score in own.items()} for case, own in found.items()}
+        framed: dict[str, set[Any]] = {}
+        for r in near_best(task.rows, task.examples, task.chance):
+            if not r.get("clip"):
+                framed.setdefault(r["case"], set()).add((r["lr"], strength(r)))
+        figure = figures.grids(cells, "rate of A and B", "lam", "validation score [%]", framed)
+        figures.save(figure, FIGURES / f"starts-{key}")
 
 
 if __name__ == "__main__":
     digits()
     column_norms()
-    sentence_encoder()
+    language()
+    subjects()
     starts()

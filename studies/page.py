@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from delora.files import write_atomically
-from studies import digits, sentences, verdicts
+from studies import chat, digits, engine, fashion, sentences, verdicts
 from studies.verdicts import CHANCE, Verdict, strength
 
 CLAIMS, STARTS = Path("docs/claims.md"), Path("docs/starts.md")
@@ -20,45 +21,116 @@ Written by `make claims` from the rows in `results/`; nothing here is typed by h
 data are in no package, so each claim is put to a small model on real data, and none of these numbers belongs beside the paper's.
 What can be read off is whether a phenomenon is there. Each rule was fixed before its runs, and the seeds were used for nothing else.
 A claim that does not hold here is a result: it says that the phenomenon needs more than this stand-in has.
-
-*Digits*: a vision transformer (width 64, 3 layers) pretrained on 1,000 upright handwritten digits, finetuned on 100 that are turned
-by 90 degrees and inverted; 300 steps, batch 16, constant rate; rank 8 on q, k, v and out. Scores are of 399 test pictures, so that
-one accuracy of 60 % has a standard error of 2.5 points. Base rates and lam were chosen on validation pictures, with other seeds.
 """
 
+STANDINS = {
+    "digits": """*Digits*: a vision transformer (width 64, 3 layers) pretrained on 1,000 upright handwritten digits, finetuned on 100 that are turned
+by 90 degrees and inverted; 300 steps, batch 16, constant rate; rank 8 on q, k, v and out. Scores are of 399 test pictures, so that
+one accuracy of 60 % has a standard error of 2.5 points. Base rates and lam were chosen on validation pictures, with other seeds.""",
+    "sentences": """*Sentences*: MiniLM, a pretrained sentence encoder, on 1,000 movie sentences rated by people (two classes, 1,000 test sentences: one
+accuracy of 80 % has a standard error of 1.3 points); two epochs with warm-up and a linear schedule, rank 8 on query and value; the
+head's rate stays at 1e-3. Base rates were chosen on validation sentences, with another seed.""",
+    "chat": """*Chat model*: SmolLM2-135M-Instruct on instructions about 120 movie sentences, scored by the likelihood of the answers on 60 others (two
+tasks: the sentiment of two, the rating of five), and by the perplexity on 500 sentences of newspapers; rank 8 on q and v. Base rates: the
+best of three by the likelihood of held-out responses, with another seed.""",
+    "subjects": """*Subjects*: our own small text-to-image model ([its card](../models/fashion/README.md)) learns three garments with patterns from five
+pictures each; 300 steps, rank 4 on the attention. A score is the mean of two shares: how far the pictures are from the untuned model's (0)
+to the photographs among themselves (1) by a packaged DINOv2 (not the paper's DINO), and how many of the prompts' words our classifier sees.
+Settings were chosen on two other garments, with another seed. Distances are means over the layers, relative to |W|.""",
+    "maps": """*Maps*: the same model follows label maps of garments (background; dark, middle and bright parts): 2,000 to learn from, 640 to draw; a
+fresh hint encoder trains with the adapter in attention and GEGLU. A score is the mIoU of our segmenter. Settings were chosen with another seed.""",
+}
+
 FIGURES = {
-    "R1": (
+    ("R1", "digits"): (
         "figure2-digits",
         "Score and distance over factors of the base rate: means of three seeds, bands of one standard deviation",
     ),
-    "R3": ("figure5-digits", "DoRA with a fixed magnitude"),
-    "R4": ("figure3-digits", "Distance and validation accuracy over 2,600 steps of a noisy objective"),
-    "R5": ("figure6-digits", "The rate of lam alone, of A and B alone, of both"),
+    ("R3", "digits"): ("figure5-digits", "DoRA with a fixed magnitude"),
+    ("R4", "digits"): ("figure3-digits", "Distance and validation accuracy over 2,600 steps of a noisy objective"),
+    ("R5", "digits"): ("figure6-digits", "The rate of lam alone, of A and B alone, of both"),
+    ("R1", "sentences"): ("figure2-sentences", "Score and mean relative distance on sentences: means of three seeds"),
+    ("R7", "chat"): ("figure2-chat", "Mean of both tasks and relative distance of the chat model: means of two seeds"),
+    ("R1", "subjects"): ("figure2-subjects", "Score and relative distance on three subjects: means of two seeds each"),
+    ("R3", "subjects"): ("figure5-subjects", "DoRA with a fixed magnitude, on subjects"),
+    ("R4", "subjects"): ("figure3-subjects", "Relative distance over 2,600 steps, one subject"),
+    ("R5", "subjects"): ("figure6-subjects", "The rate of lam alone, of A and B alone, of both, on subjects"),
 }
-SENTENCES = ("figure2-sentences", "Score and mean relative distance on sentences: means of two seeds")
+
+
+def whole(study: str, module: Any) -> list[dict[str, Any]]:
+    """The rows of a study of which every run is kept, or none: nothing is said of half the seeds."""
+    rows = engine.read(study, module.RESULTS)
+    return rows if rows and len(rows) == len(list(module.STUDIES[study]())) else []
+
+
+def verdict_table() -> dict[str, dict[str, Verdict]]:
+    """Of each stand-in whose studies are complete its verdicts, by the claim's name."""
+    found = {"digits": verdicts.on_digits(digits.read)}
+    if rows := whole("robustness-judged", sentences):
+        found["sentences"] = {"R1": verdicts.r1(rows, 0.5)}
+    if rows := whole("robustness", chat):
+        found["chat"] = {"R7": verdicts.chat(rows)}
+    if judged := verdicts.on_subjects(lambda study: whole(study, fashion)):
+        found["subjects"] = judged
+    if rows := whole("maps", fashion):
+        found["maps"] = {"R6": verdicts.ladder(rows)}
+    return found
 
 
 def claims() -> str:
-    judged = verdicts.verdicts(digits.read)
-    lines = [HEAD, "| | claim | on digits |", "|---|---|---|"]
-    lines += [f"| {name} | {v.claim} | {_word(v)} |" for name, v in judged.items()]
-    for name, verdict in judged.items():
-        lines += ["", f"## {name}. {verdict.claim}", "", f"Rule: {verdict.rule}", "", f"**{_word(verdict)}.**", ""]
-        lines += [f"- {'yes' if holds else '**no**'}: {text}" for text, holds in verdict.parts]
-        if name in FIGURES:
-            file, caption = FIGURES[name]
-            lines += ["", f"![{caption}](figures/{file}.png)", "", f"*{caption}.*"]
-    lines += ["", "## Scores over the factors", "", *_over_factors(digits.read("robustness"), digits.FACTORS)]
+    found = verdict_table()
+    names = dict.fromkeys(name for judged in found.values() for name in sorted(judged))
+    lines = [HEAD, *(f"{STANDINS[key]}\n" for key in found)]
+    lines += ["| | claim | " + " | ".join(found) + " |", "|---|---|" + "---|" * len(found)]
+    for name in names:
+        own = {key: judged[name] for key, judged in found.items() if name in judged}
+        claim = next(iter(own.values())).claim
+        cells = [(_word(own[key]) if key in own else "–") for key in found]
+        lines.append(f"| {name} | {claim} | " + " | ".join(cells) + " |")
+    for name in names:
+        own = {key: judged[name] for key, judged in found.items() if name in judged}
+        first = next(iter(own.values()))
+        lines += ["", f"## {name}. {first.claim}", "", f"Rule: {first.rule}"]
+        for key, verdict in own.items():
+            lines += ["", f"**{key.capitalize()}: {_word(verdict)}.**", ""]
+            lines += [f"- {'yes' if holds else '**no**'}: {text}" for text, holds in verdict.parts]
+            if (name, key) in FIGURES:
+                file, caption = FIGURES[name, key]
+                lines += ["", f"![{caption}](figures/{file}.png)", "", f"*{caption}.*"]
+    lines += ["", "## Scores over the factors", "", "Digits, test accuracy [%]:", ""]
+    lines += _over_factors(digits.read("robustness"), CHANCE)
     chosen = digits.best("tuning", digits.METHODS)
     lines += ["", "Chosen by validation: " + "; ".join(f"{case}: `{m}` at {lr:g}" for case, (m, lr) in chosen.items()) + "."]
-    lines += ["", "## The ladder", "", *_ladder(digits.read("rungs"))]
-    rows = sentence_rows()
-    if rows:
-        lines += ["", "## The same question of a pretrained sentence encoder", "", sentences_text(), ""]
-        lines += _over_factors(rows, sentences.FACTORS)
-        lines += ["", f"![{SENTENCES[1]}](figures/{SENTENCES[0]}.png)", "", f"*{SENTENCES[1]}.*"]
-    lines += ["", "## Cost", "", *_cost()]
+    if "sentences" in found:
+        lines += ["", "Sentences, test accuracy [%]:", "", *_over_factors(whole("robustness-judged", sentences), 0.5)]
+        lines += ["", "The two seeds that were run before the rule was written (they judge nothing):", ""]
+        lines += _over_factors(whole("robustness", sentences), 0.5)
+    if "chat" in found:
+        rows = whole("robustness", chat)
+        before = fmean(r["perplexity_before"] for r in rows if "perplexity_before" in r)
+        lines += ["", "Chat model, mean of both tasks [%]:", "", *_over_factors(rows, 0.35)]
+        lines += [
+            "",
+            f"Its perplexity on newspapers ({before:.1f} before):",
+            "",
+            *_over_factors(rows, float("nan"), "perplexity", 1),
+        ]
+    if "R1" in found.get("subjects", {}):
+        rows = subject_rows()
+        lines += ["", "Subjects, score [%]:", "", *_over_factors(rows, 0.0)]
+        lines += ["", "The subject's share of it [%]:", "", *_over_factors(rows, 0.0, "subject_share")]
+        lines += ["", "The prompt's share of it [%]:", "", *_over_factors(rows, 0.0, "prompt")]
+    lines += ["", "## The ladder", "", "Digits:", "", *_ladder(digits.read("rungs"))]
+    lines += [*_subject_tables(), *_maps_table(), "", "## Cost", "", *_cost()]
     return "\n".join(lines) + "\n"
+
+
+def subject_rows() -> list[dict[str, Any]]:
+    """Every factor of the robustness on subjects, factor 1 out of the study of all methods."""
+    robustness = whole("robustness", fashion)
+    cases, seeds = ({r[key] for r in robustness} for key in ("case", "seed"))
+    return [*(r for r in whole("methods", fashion) if r["case"] in cases and r["seed"] in seeds), *robustness]
 
 
 def _word(verdict: Verdict) -> str:
@@ -66,29 +138,16 @@ def _word(verdict: Verdict) -> str:
     return "holds" if verdict.holds else f"does not hold: {met} of {len(verdict.parts)} conditions are met"
 
 
-def sentence_rows() -> list[dict[str, Any]]:
-    """All of the study, or none: no table of half the seeds."""
-    rows = sentences.engine.read("robustness", sentences.RESULTS)
-    return rows if len(rows) == len(list(sentences.robustness())) else []
-
-
-def sentences_text() -> str:
-    return (
-        "MiniLM on 1,000 movie sentences rated by people (two classes, 1,000 test sentences: one accuracy of 80 % has a standard error "
-        "of 1.3 points), two epochs with warm-up and a linear schedule, rank 8 on query and value; the head's rate stays at 1e-3."
-    )
-
-
-def _over_factors(rows: Iterable[dict[str, Any]], factors: Iterable[float]) -> list[str]:
-    """Test accuracy in per cent, mean ± standard deviation over the seeds; a diverged run counts as chance."""
-    rows, factors = list(rows), list(factors)
-    chance = CHANCE if rows[0].get("study") else 0.5
+def _over_factors(rows: Iterable[dict[str, Any]], gone: float, key: str = "test", scale: float = 100) -> list[str]:
+    """Mean ± standard deviation over the seeds (and subjects); a run that diverged counts as ``gone``."""
+    rows = list(rows)
+    factors = sorted({r.get("factor", 1.0) for r in rows})
     table = ["| | " + " | ".join(f"{f:g}" for f in factors) + " |", "|---" * (len(factors) + 1) + "|"]
     for case in dict.fromkeys(r["case"] for r in rows):
         cells = []
         for factor in factors:
-            scores = [100 * r.get("test", chance) for r in rows if r["case"] == case and r.get("factor", 1.0) == factor]
-            cells.append(f"{fmean(scores):.1f} ± {stdev(scores):.1f}")
+            scores = [scale * r.get(key, gone) for r in rows if r["case"] == case and r.get("factor", 1.0) == factor]
+            cells.append(f"{fmean(scores):.1f} ± {stdev(scores):.1f}" if len(scores) > 1 else "–")
         table.append(f"| {case} | " + " | ".join(cells) + " |")
     return table
 
@@ -108,53 +167,146 @@ def _ladder(rows: list[dict[str, Any]]) -> list[str]:
     return [*table, "", "Means of five seeds; upright: what is left of the accuracy on upright digits, 96 % before."]
 
 
-STARTS_HEAD = """# Which start?
+STARTS_HEAD = """# Which start, and which lam?
 
-Written by `make claims` from the rows in `results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`); on turned
-digits (see [the claims](claims.md)) each was run over lam 1 to 16, rates 1e-3 to 1 (lam's is half of it), three seeds, rank 8, without
-gradient clipping. A score is the mean validation accuracy on 398 pictures.
+Written by `make claims` from the rows in `results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
+on turned digits (see [the claims](claims.md)), on film reviews (two classes) and on ratings of products (a correlation) with a
+pretrained sentence encoder; over lam, over three decades of the rate (lam's is half of it), with three seeds, rank 8, without gradient
+clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.
 
 **The rule, fixed before the runs:** cells (lam, rate) within one standard deviation of the best cell of all are counted for each start
 (the deviation over the best cell's seeds, or the binomial standard error if that is larger); the default is the start with the most of
-them over the tasks, but stays `subtract` if that is within one cell of the most on every task.
+them without clipping, as shares of a task's cells summed over the tasks, but stays `subtract` if that is within one cell of the most on
+every task.
 """
 
 
+@dataclass(frozen=True)
+class Task:
+    """Rows on which the starts are compared; ``cells`` (lam, rate) for each start; on so many pictures or sentences."""
+
+    name: str
+    setting: str
+    rows: list[dict[str, Any]]
+    cells: int
+    examples: int
+    chance: float
+
+
+def start_tasks() -> dict[str, Task]:
+    """The tasks of which every run is kept: no table of half the seeds."""
+    rows = [*digits.read("starts"), *whole("starts-clipped", digits)]
+    found = {"digits": Task("turned digits", "lam 1 to 16, rates 1e-3 to 1; accuracy", rows, 35, 398, CHANCE)}
+    names = {"movie": "film reviews", "product": "product ratings"}
+    scores = {"movie": "accuracy", "product": "mean of both correlations"}
+    for key, (_, _, chance) in sentences.TASKS.items():
+        study = f"starts-{key}"
+        rows = [r | {"method": f"DeLoRA(lam={r['lam']:g},)"} for r in engine.read(study, sentences.RESULTS)]
+        if len(rows) == len(list(sentences.STUDIES[study]())):
+            setting = f"lam 2 to 32, rates 3e-4 to 3e-1, 1,000 sentences once; {scores[key]}"
+            found[key] = Task(names[key], setting, rows, 12, sentences.VALIDATION, chance)
+    return found
+
+
 def starts() -> str:
-    rows = digits.read("starts")
-    near, areas = verdicts.near_best(rows), verdicts.area(rows)
-    lines = [
-        STARTS_HEAD,
-        "![Validation accuracy over rate and lam, one map per start; framed: near the best](figures/starts-digits.png)",
+    tasks = start_tasks()
+    lines = [STARTS_HEAD, *_near(tasks), *_widest(tasks), *_rank(), *_why(tasks["digits"].rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _near(tasks: dict[str, Task]) -> list[str]:
+    lines = []
+    for key, task in tasks.items():
+        lines += [
+            f"![Mean validation score over rate and lam, one map per start; framed: near the best](figures/starts-{key}.png)",
+            "",
+            f"*{task.name.capitalize()}, without clipping; framed: near the best.*",
+            "",
+        ]
+    areas = {key: verdicts.area(task.rows, task.examples, task.chance) for key, task in tasks.items()}
+    head = "".join(f" {task.name}, of {task.cells} | clipped | best [%] |" for task in tasks.values())
+    lines += [f"| start |{head} sum of shares |", "|---|" + "---|" * (3 * len(tasks) + 1)]
+    total = {}
+    for case in digits.STARTS:
+        cells, total[case] = [], 0.0
+        for key, task in tasks.items():
+            total[case] += areas[key][case, 0.0] / task.cells
+            best = max(means([r for r in task.rows if not r.get("clip")], case, task.chance).values())
+            cells.append(f" {areas[key][case, 0.0]} | {areas[key].get((case, 1.0), '–')} | {100 * best:.1f} |")
+        lines.append(f"| {case} |{''.join(cells)} {total[case]:.2f} |")
+    within = all(max(a[c, 0.0] for c in digits.STARTS) - a["subtract", 0.0] <= 1 for a in areas.values())
+    first = max(total, key=lambda case: total[case])
+    verdict = "`subtract` stays" if within or first == "subtract" else f"`{first}` takes its place"
+    near = sum(count for a in areas.values() for (_, clip), count in a.items() if not clip)
+    every = sum(task.cells for task in tasks.values()) * len(digits.STARTS)
+    told = "; ".join(f"{task.name}: {task.setting}" for task in tasks.values())
+    return [
+        *lines,
+        "",
+        f"**By the rule {verdict}.** {near} of {every} cells without clipping are near the best: where they are few, the best of so many "
+        f"is in part luck, and the rule says little more than that no start is clearly better. {told.capitalize()}.",
         "",
     ]
-    lines += [
-        "| start | near the best | best cell [%] | at lam | at rate | cells above 55 % of 35 |",
+
+
+def _widest(tasks: dict[str, Task]) -> list[str]:
+    counts = {key: verdicts.widest(t.rows, "subtract", t.examples, t.chance) for key, t in tasks.items()}
+    rates = {key: task.cells // len(counts[key]) for key, task in tasks.items()}
+    lines = ["## The default lam", "", "At how many rates each lam is near the best of `subtract`'s own cells:", ""]
+    shares: dict[float, float] = {}
+    for key, task in tasks.items():
+        told = ", ".join(f"lam {lam:g}: {n}" for lam, n in sorted(counts[key].items()))
+        lines.append(f"- {task.name} ({rates[key]} rates): {told}")
+        for lam, n in counts[key].items():
+            shares[lam] = shares.get(lam, 0.0) + n / rates[key]
+    common = {lam: share for lam, share in shares.items() if all(lam in c for c in counts.values())}
+    first = max(common, key=lambda lam: common[lam])
+    stays = shares[first] - shares[sentences.FIXED_LAM] <= 0.1
+    return [
+        *lines,
+        "",
+        "Rule, fixed before: the lam with the most of them, as shares of the rates summed over the tasks; 8, as it is, if no other has "
+        f"more than its share by a tenth. Compared are those that every task has. **{'8 stays' if stays else f'{first:g} takes its place'}**: "
+        f"{', '.join(f'{lam:g} has {share:.2f}' for lam, share in sorted(common.items()))}.",
+        "",
+    ]
+
+
+def _rank() -> list[str]:
+    rows = engine.read("ranks", sentences.RESULTS)
+    if len(rows) < len(list(sentences.ranks())):
+        return []
+    verdict = verdicts.by_rank(rows)
+    table = [
+        "| | rank | lam | " + " | ".join(f"rate {lr:g}" for lr in sentences.RANK_RATES) + " |",
         "|---|---|---|---|---|---|",
     ]
-    for case in digits.STARTS:
-        cells = means(rows, case)
-        lam, lr = max(cells, key=lambda cell: cells[cell])
-        good = sum(score > 0.55 for score in cells.values())
-        lines.append(f"| {case} | {areas[case, 0.0]} | {100 * cells[lam, lr]:.1f} | {lam:g} | {lr:g} | {good} |")
-    most = max(areas.values())
-    stays = most - areas["subtract", 0.0] <= 1
-    verdict = "`subtract` stays" if stays else f"`{max(areas, key=lambda key: areas[key])[0]}` takes its place"
-    lines += [
+    for case in ("constant", "by rank"):
+        for r in sentences.RANKS:
+            own = [row for row in rows if (row["case"], row["r"]) == (case, r)]
+            cells = [[100 * x.get("validation", 0.5) for x in own if x["lr"] == lr] for lr in sentences.RANK_RATES]
+            told = " | ".join(f"{fmean(c):.1f} ± {stdev(c):.1f}" for c in cells)
+            table.append(f"| {case} | {r} | {own[0]['lam']:g} | {told} |")
+    return [
+        "## A rule for lam from the model",
         "",
-        f"**By the rule {verdict}**: {areas['subtract', 0.0]} of its cells is near the best, of any start at most {most}. Only "
-        f"{len({(r['case'], r['method'], r['lr']) for r in near})} of {len(rows) // 3} cells are near the best at all: the best of so "
-        "many cells is in part luck, so the rule says little more than that no start is clearly better than `subtract`. The last "
-        "column was added after the runs, to show the width of the plateau; nothing was decided by it.",
+        "The change that is reached is about lam |W| / sqrt(r in), relative to |W|, so that at the same lam a larger rank changes less. Does "
+        "lam = 8 sqrt(r / 8) do better than 8 at ranks far from 8? Film reviews, three seeds, validation accuracy:",
         "",
-        "`zero` (the PEFT library's start) is the one that falls behind at small rates: its first step jumps to nearly full strength, and "
-        "B hardly turns after it.",
-        *_starts_on_sentences(),
+        *table,
         "",
+        f"Rule, fixed before: {verdict.rule[0].lower()}{verdict.rule[1:]} **{_word(verdict).capitalize()}**: {verdict.parts[0][0]}.",
+        "",
+    ]
+
+
+def _why(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
         "## Why `soft` needs a lower rate",
         "",
         "By how many degrees the columns of B turn in one step, and which share of the change lies in its largest direction (the spectral "
-        "over the Frobenius norm, means over the layers; 0.35 if all eight terms were orthogonal and equal, 1 if all were the same); one seed.",
+        "over the Frobenius norm, means over the layers; 0.35 if all eight terms were orthogonal and equal, 1 if all were the same); turned "
+        "digits without clipping, one seed.",
         "",
         "| start | lam | rate | turn at step 2 | at 6 | at 21 | largest direction at step 2 | at 21 | at 300 | score [%] |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -162,56 +314,21 @@ def starts() -> str:
     for lam in (4.0, 16.0):
         for lr in (1e-2, 1e-1):
             for case in ("subtract", "paired", "soft 0.01", "soft 0.03", "soft 0.1", "zero"):
-                row = next(r for r in rows if r["case"] == case and strength(r) == lam and r["lr"] == lr and "trace" in r)
+                key = (case, lam, lr)
+                row = next(r for r in rows if (r["case"], strength(r), r["lr"]) == key and "trace" in r and not r.get("clip"))
                 at = {point["step"]: point for point in row["trace"]}
                 turns = " | ".join(f"{at[step]['turn_B']:.1f}°" for step in (2, 6, 21))
                 shares = " | ".join(f"{at[step]['spectral'] / at[step]['mean_distance']:.2f}" for step in (2, 21, 300))
                 lines.append(f"| {case} | {lam:g} | {lr:g} | {turns} | {shares} | {100 * row.get('validation', CHANCE):.1f} |")
-    lines += [
+    return [
+        *lines,
         "",
         "From B = 0 a column of B has no length that would slow its turning: at a rate of 1e-2 `soft` turns it in the second step by about "
         "ten times the angle of `subtract` and `paired`. The terms start along one gradient, so the change gathers in its largest direction. "
         "Which of the two makes `soft` fail at a high rate with a large lam? `paired` turns as slowly as `subtract`, gathers as `soft` does, "
-        "and in the maps above it falls where `soft` falls: that points at the gathering, a larger spectral norm at the same Frobenius "
+        "and in the map of the digits it falls where `soft` falls: that points at the gathering, a larger spectral norm at the same Frobenius "
         "norm, and not at the angle. It is a comparison on one task, not a proof.",
-        "",
-        "What is not shown: a third task, and the others than this one with so many cells, and a rule for lam from the model alone.",
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _starts_on_sentences() -> list[str]:
-    """The same question of the pretrained encoder; nothing while runs are missing."""
-    rows = [r | {"method": f"lam={r['lam']:g},"} for r in sentences.engine.read("starts", sentences.RESULTS)]
-    if not rows:
-        return []
-    areas = {case: count for (case, _), count in verdicts.area(rows, 500, 0.5).items()}
-    lines = [
-        "",
-        "## The same on sentences",
-        "",
-        "MiniLM on 1,000 movie sentences, two epochs; lam 4, 12, 36, rates 3e-3 to 1e-1, one seed; near the best is within one standard error "
-        "of an accuracy on 500 validation sentences.",
-        "",
-        "| start | near the best, of 12 | best cell [%] | at lam | at rate | worst cell [%] |",
-        "|---|---|---|---|---|---|",
-    ]
-    for case in digits.STARTS:
-        cells = means(rows, case, 0.5)
-        lam, lr = max(cells, key=lambda cell: cells[cell])
-        lines.append(
-            f"| {case} | {areas[case]} | {100 * cells[lam, lr]:.1f} | {lam:g} | {lr:g} | {100 * min(cells.values()):.1f} |"
-        )
-    most = max(areas.values())
-    stays = most - areas["subtract"] <= 1
-    lost = sum(r["lam"] == 36 and r["lr"] >= 3e-2 and r.get("validation", 0.5) < 0.52 for r in rows)
-    lines += [
-        "",
-        f"Here {areas['subtract']} cells of `subtract` are near the best, of any start at most {most}: the rule's condition for keeping it "
-        f"{'is met' if stays else '**is not met**'} on this task. With one seed a difference of a cell or two says nothing. "
-        f"{lost} of the 14 cells at lam 36 and rates of 3e-2 or more ended at chance: a bound that is too wide protects nothing.",
-    ]
-    return lines
 
 
 def means(rows: Iterable[dict[str, Any]], case: str, chance: float = CHANCE) -> dict[tuple[float, float], float]:
@@ -223,12 +340,80 @@ def means(rows: Iterable[dict[str, Any]], case: str, chance: float = CHANCE) -> 
     return {cell: fmean(scores) for cell, scores in cells.items()}
 
 
+def _setting(row: dict[str, Any]) -> str:
+    """An adapter's table in one line."""
+    adapter = dict(row["adapter"])
+    fields = ", ".join(f"{k}={v}" for k, v in adapter.items() if k != "method")
+    return f"`{adapter['method']}({fields})`"
+
+
+def _means_table(rows: list[dict[str, Any]], keys: dict[str, tuple[str, float]]) -> list[str]:
+    """A row for each case: its setting, and means ± standard deviation of some values; ``keys``: heading and factor of each."""
+    table = ["| | setting | rate | " + " | ".join(head for head, _ in keys.values()) + " | trainable |"]
+    table.append("|---" * (len(keys) + 4) + "|")
+    for case in dict.fromkeys(r["case"] for r in rows):
+        own = [r for r in rows if r["case"] == case]
+        cells = []
+        for key, (_, scale) in keys.items():
+            values = [scale * r[key] for r in own if key in r]
+            cells.append(f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else "–")
+        lost = sum("test" not in r for r in own)
+        name = case if not lost else f"{case} ({lost} of {len(own)} diverged)"
+        table.append(f"| {name} | {_setting(own[0])} | {own[0]['lr']:g} | {' | '.join(cells)} | {own[0]['trainable']:,} |")
+    return table
+
+
+SUBJECT_KEYS = {
+    "test": ("score [%]", 100.0),
+    "dino": ("DINOv2 [%]", 100.0),
+    "prompt": ("prompt [%]", 100.0),
+    "distance": ("dW/W [%]", 100.0),
+}
+
+
+def _subject_tables() -> list[str]:
+    lines: list[str] = []
+    for study, title in (("ladder", "Subjects, as Table 1:"), ("methods", "All methods on subjects, as Table 3:")):
+        if rows := whole(study, fashion):
+            lines += ["", title, "", *_means_table(rows, SUBJECT_KEYS)]
+    if rows := whole("methods", fashion):
+        scores = {key: 100 * fmean(r[key] for r in rows if key in r) for key in ("dino_real", "dino_untuned", "prompt_untuned")}
+        lines += [
+            "",
+            f"The ends of the scale: the photographs among themselves have DINOv2 {scores['dino_real']:.1f} %, the untuned model's pictures "
+            f"{scores['dino_untuned']:.1f} %, and {scores['prompt_untuned']:.1f} % of the prompts' words are seen in these. Means over three "
+            "subjects and three seeds.",
+        ]
+    return lines
+
+
+def _maps_table() -> list[str]:
+    rows = whole("maps", fashion)
+    if not rows:
+        return []
+    keys = {
+        "test": ("mIoU [%]", 100.0),
+        "accuracy": ("accuracy [%]", 100.0),
+        "fid": ("FID x 1000", 1000.0),
+        "distance": ("dW/W [%]", 100.0),
+    }
+    real = 100 * fmean(r["miou_real"] for r in rows if "miou_real" in r)
+    return [
+        "",
+        "Maps, as Table 2:",
+        "",
+        *_means_table(rows, keys),
+        "",
+        f"FID is of our classifier's 64 unit features on 640 pictures, not of Inception's. The segmenter has mIoU {real:.1f} % on the real pictures.",
+    ]
+
+
 def _cost() -> list[str]:
     lines = ["| study | runs | CPU-minutes | command |", "|---|---|---|---|"]
-    for folder in (digits.RESULTS, sentences.RESULTS):
+    for folder in (digits.RESULTS, sentences.RESULTS, chat.RESULTS, fashion.RESULTS):
         for file in sorted(folder.glob("*.json")):
             about = json.loads(file.read_text())
-            count = len(sentences.engine.read(file.stem, folder))
+            count = len(engine.read(file.stem, folder))
             lines.append(f"| {folder.name}, {file.stem} | {count} | {about['cpu_minutes']:g} | `{about['command']}` |")
     return [*lines, "", "Versions are in the `.json` beside each file of rows."]
 

@@ -78,8 +78,9 @@ def r2(rows: Rows) -> Verdict:
         distances = [far(case, f) for f in _factors(rows, case)]
         spread = max(distances) / min(distances)
         parts.append((f"{case}'s largest distance is {spread:.2f} times its smallest (less than 2)", spread < 2))
-    bounded = [r for r in rows if "bound" in r]
-    used = max(r["distance"] / r["bound"] for r in bounded)
+    bounded = [r | {"bound_used": r["distance"] / r["bound"]} if "bound" in r else r for r in rows]
+    bounded = [r for r in bounded if "bound_used" in r]
+    used = max(r["bound_used"] for r in bounded)
     parts.append((f"no run of {len(bounded)} is beyond its bound: at most {100 * used:.1f} % of it", used <= 1 + 1e-4))
     return Verdict(
         "The distance from the base explodes for LoRA, saturates for DoRA, stays within the bound for DeLoRA (Figure 2, right)",
@@ -102,7 +103,8 @@ def r3(rows: Rows) -> Verdict:
     )
 
 
-def r4(rows: Rows) -> Verdict:
+def r4(rows: Rows, scored: bool = True) -> Verdict:
+    """``scored``: whether the traces have scores; else the distances alone are judged."""
     cases = ("LoRA", "DoRA", "DeLoRA, lam fixed", "DeLoRA")
 
     def curve(case: str, key: str) -> list[float]:
@@ -119,17 +121,18 @@ def r4(rows: Rows) -> Verdict:
         for c in least
     ]
     parts += [(f"{c}: by {100 * growth[c]:.0f} % (less than 20)", growth[c] < 0.2) for c in cases[2:]]
-    fall = {case: max(curve(case, "validation")) - curve(case, "validation")[-1] for case in ("LoRA", "DeLoRA")}
-    parts.append(
-        (
-            f"at the end LoRA is {100 * fall['LoRA']:.1f} points below its best, DeLoRA {100 * fall['DeLoRA']:.1f}",
-            fall["LoRA"] > fall["DeLoRA"],
+    if scored:
+        fall = {case: max(curve(case, "validation")) - curve(case, "validation")[-1] for case in ("LoRA", "DeLoRA")}
+        parts.append(
+            (
+                f"at the end LoRA is {100 * fall['LoRA']:.1f} points below its best, DeLoRA {100 * fall['DeLoRA']:.1f}",
+                fall["LoRA"] > fall["DeLoRA"],
+            )
         )
-    )
     return Verdict(
         "In prolonged training LoRA and DoRA go on drifting, DeLoRA stops (Figure 3)",
-        "Over the last five sixths of 2,600 steps of a noisy objective LoRA's distance grows by at least 50 %, DoRA's by 30 %, "
-        "DeLoRA's by less than 20 %, lam learned or not; LoRA ends further below its best score than DeLoRA.",
+        "Over the last five sixths of 2,600 steps LoRA's distance grows by at least 50 %, DoRA's by 30 %, DeLoRA's by less "
+        "than 20 %, lam learned or not; where there are scores, LoRA ends further below its best than DeLoRA.",
         tuple(parts),
     )
 
@@ -211,7 +214,7 @@ def chat(rows: Rows, chance: float = 0.35) -> Verdict:
     )
 
 
-def verdicts(read: Callable[[str], Rows]) -> dict[str, Verdict]:
+def on_digits(read: Callable[[str], Rows]) -> dict[str, Verdict]:
     robustness = read("robustness")
     return {
         "R1": r1(robustness),
@@ -221,6 +224,27 @@ def verdicts(read: Callable[[str], Rows]) -> dict[str, Verdict]:
         "R5": r5(read("decoupling"), robustness),
         "R6": ladder(read("rungs")),
     }
+
+
+def on_subjects(read: Callable[[str], Rows]) -> dict[str, Verdict]:
+    """The same rules with the subjects' score in the accuracy's place, and for R4 the distances alone; what is not complete is
+    not judged. Factor 1 of a sweep is in the study of all methods, of which the sweep's seeds are taken.
+    """
+    found: dict[str, Verdict] = {}
+    methods, robustness, decoupling = read("methods"), read("robustness"), read("decoupling")
+    if robustness and methods:
+        seeds = {r["seed"] for r in robustness}
+        robustness = [*robustness, *(r for r in methods if r["seed"] in seeds)]
+        found |= {"R1": r1(robustness, 0.0), "R2": r2(robustness), "R3": r3(robustness)}
+    if read("prolonged"):
+        found["R4"] = r4(read("prolonged"), scored=False)
+    if decoupling and robustness:
+        first = [r for r in methods if r["case"] == "DeLoRA" and r["seed"] in {d["seed"] for d in decoupling}]
+        base = [r | {"case": case} for r in first for case in ("lam alone", "A and B alone")]
+        found["R5"] = r5([*decoupling, *base], robustness)
+    if read("ladder"):
+        found["R6"] = ladder(read("ladder"))
+    return found
 
 
 # ---------------------------------------------------------------- which start, and lam

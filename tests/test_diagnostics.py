@@ -48,6 +48,7 @@ def test_no_change_reports_zero():
     assert report["q"].distance == report["q"].effective_rank == 0
     assert report["classifier"].distance == 0
     assert report["q"].bound is None
+    assert report["q"].reachable is None
 
 
 def test_no_matrix_of_the_layers_size_is_built(monkeypatch):
@@ -67,6 +68,26 @@ def test_strength_scales_distance_and_bound():
     half = inspect(model)["q"]
     assert half.distance == pytest.approx(full.distance / 2)
     assert half.bound_used == pytest.approx(full.bound_used)
+
+
+@pytest.mark.parametrize("start", ["subtract", "copy", "paired", "soft", "zero"])
+@pytest.mark.parametrize("norm", ["columns", "matrix", "rows", "none"])
+def test_the_reachable_size_is_that_of_random_directions(start, norm):
+    """Its relative deviation is about sqrt(2 / (in out)), 0.4 % for this layer; lam has moved since the start."""
+    torch.manual_seed(0)
+    model = delora.inject(
+        nn.Sequential(nn.Linear(400, 300)), DeLoRA(r=8, lam=3.0, norm=norm, start=start, softness=1e-6), ["0"]
+    )
+    p = model[0].adapter
+    with torch.no_grad():
+        p.lam.fill_(2.0)
+        for t in (p.A, p.B):
+            t.normal_()
+    report = inspect(model)["0"]
+    assert report.reachable == pytest.approx(report.distance, rel=0.02)
+    assert report.reachable < report.bound
+    delora.strength(model, 0.5)
+    assert inspect(model)["0"].reachable == pytest.approx(report.reachable / 2)
 
 
 def test_column_norms():
@@ -91,6 +112,8 @@ def test_the_recorder_follows_training():
     assert rows[-1]["distance"] == pytest.approx((distances["q"] + distances["v"]) / 2)
     assert 0 < rows[-1]["spectral"] <= rows[-1]["distance"]
     assert 0 < rows[-1]["bound_used"] < 1
+    expected = [r.reachable / model.get_submodule(name).base.weight.norm() for name, r in inspect(model).items() if r.lam]
+    assert rows[-1]["reachable"] == pytest.approx(sum(expected).item() / len(expected))
 
 
 def test_turns_are_angles_in_degrees():

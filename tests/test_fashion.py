@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ import torch
 from delora.data import dreambooth, fashion, maps
 from delora.data.fashion import ATTRIBUTES, CLASSES, SIZE, WORDS, Looks
 from delora.data.tasks import DataError
+from delora.evaluation import generation
+from delora.evaluation.images import Words
+from delora.evaluation.segmentation import Segmenter
+from delora.recipes import fashion as recipe
+from delora.recipes import semantic_map, subject
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -145,22 +151,81 @@ def test_subjects_are_in_dreambooths_form():
     found = {s.name: s for s in dreambooth.read(fashion.SOURCE)}
     assert set(found) == set(fashion.SUBJECTS)
     assert set(fashion.CHOOSING) < set(found)
-    for name, subject in found.items():
-        assert (subject.word, len(subject.images)) == (fashion.SUBJECTS[name][0], fashion.VIEWS)
-        assert subject.prompts == fashion.PROMPTS
-        assert {word for prompt in subject.prompts for word in prompt.split()} >= {w for pair in ATTRIBUTES for w in pair}
-        assert dreambooth.open_image(subject.images[0]).size == (SIZE, SIZE)
+    for name, own in found.items():
+        assert (own.word, len(own.images)) == (fashion.SUBJECTS[name][0], fashion.VIEWS)
+        assert own.prompts == fashion.PROMPTS
+        assert {word for prompt in own.prompts for word in prompt.split()} >= {w for pair in ATTRIBUTES for w in pair}
+        assert dreambooth.open_image(own.images[0]).size == (SIZE, SIZE)
 
 
 def test_scenes_have_the_labels_of_their_pictures():
     scenes = maps.read(fashion.SOURCE, "validation")
     assert [len(maps.read(fashion.SOURCE, part)) for part in maps.PARTS] == list(fashion.SCENES.values())
-    from delora.recipes.semantic_map import annotation, control
-    from delora.recipes.subject import numbers
-
     for scene in scenes[:20]:
-        picture = numbers(dreambooth.open_image(scene.image)).mean(0) / 255
-        labels = annotation(scene, SIZE, len(fashion.PARTS))
+        picture = subject.numbers(dreambooth.open_image(scene.image)).mean(0) / 255
+        labels = semantic_map.annotation(scene, SIZE, len(fashion.PARTS))
         assert (labels == fashion.parts(picture[None])[0]).float().mean() > 0.99  # but for rounding to 256 levels
-        torch.testing.assert_close(control(scene, SIZE).permute(1, 2, 0), fashion.COLOURS[labels], atol=1 / 255, rtol=0)
+        torch.testing.assert_close(
+            semantic_map.control(scene, SIZE).permute(1, 2, 0), fashion.COLOURS[labels], atol=1 / 255, rtol=0
+        )
         assert scene.caption.rpartition(" ")[2] in CLASSES
+
+
+# ---------------------------------------------------------------- the model that is pretrained on them
+
+# diffusers calls its own argument old, and its solver numpy in an old way
+drawing = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory) -> Path:
+    """Two steps of each part on 24 pictures: the code of the whole pretraining, not its quality."""
+    folder = tmp_path_factory.mktemp("fashion")
+    recipe.parts(folder, TINY)
+    return folder
+
+
+TINY = recipe.Plan(classifier=2, segmenter=2, autoencoder=2, diffusion=2, pictures=24, batch=4)
+
+
+@pytest.mark.slow
+@drawing
+def test_pretraining_from_end_to_end(pretrained):
+    pipe = generation.pipeline(str(pretrained))
+    (picture,) = generation.sample(pipe, "a photo of a boot", 0, 1, 2, 2.0)
+    assert picture.size == (SIZE, SIZE)
+    assert Words(str(pretrained / "classifier"), torch.device("cpu")).known.keys() == set(WORDS)
+    labels = Segmenter(str(pretrained / "segmenter"), torch.device("cpu")).labels(picture, (SIZE, SIZE))
+    assert labels.shape == (SIZE, SIZE)
+    assert labels.max() < len(fashion.PARTS)
+    lines = [json.loads(line) for line in (pretrained / recipe.LOG).read_text().splitlines()]
+    assert {line["part"] for line in lines} == {"autoencoder", "diffusion", "classifier", "segmenter"}
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_trained_again(pretrained):
+    before = {p: p.read_bytes() for p in pretrained.rglob("*") if p.is_file()}
+    recipe.parts(pretrained, TINY)
+    assert {p: p.read_bytes() for p in pretrained.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+@drawing
+def test_the_latents_have_unit_size_for_the_denoiser(pretrained):
+    vae = generation.pipeline(str(pretrained)).vae
+    clothes = fashion.read("train")
+    few = fashion.Clothes(clothes.items[:24], clothes.labels[:24])
+    mean, std, labels, attributes = recipe.latents(vae, few, recipe.POOL)
+    assert labels.tolist() == clothes.labels[:24].tolist() * recipe.POOL
+    assert attributes.shape == (24 * recipe.POOL, len(ATTRIBUTES))
+    size = (mean.float().square() + std.float().square()).mean().sqrt() * vae.config.scaling_factor
+    assert size.item() == pytest.approx(1, abs=0.01)  # of half-precision numbers
+
+
+def test_a_word_that_no_caption_has_is_spelled():
+    tokens = recipe.tokenizer()
+    assert tokens.tokenize("a photo of a small qwe boot") == ["a", "photo", "of", "a", "small", "q", "##w", "##e", "boot"]
+    assert "<unk>" not in tokens.tokenize("a photo of striped boots")
+    ids = tokens("a photo of a boot", padding="max_length")["input_ids"]
+    assert len(ids) == recipe.TOKENS
+    assert (ids[0], set(ids[6:])) == (tokens.bos_token_id, {tokens.eos_token_id})

@@ -43,6 +43,9 @@ def test_the_bound_is_drawn_for_the_case_that_has_one():
     with_bound = figures.over_steps(data, ["LoRA", "DeLoRA"], bound="DeLoRA").axes[0]
     assert [line.get_label() for line in with_bound.lines] == ["LoRA", "DeLoRA", "bound of DeLoRA"]
     assert set(with_bound.lines[2].get_ydata()) == {9.0}
+    both = figures.over_steps([r | {"reachable": 4.0} for r in data], ["LoRA", "DeLoRA"], bound="DeLoRA").axes[0]
+    assert both.lines[-1].get_label() == "reachable size of DeLoRA"
+    assert set(both.lines[-1].get_ydata()) == {4.0}
 
 
 def test_the_profile_of_column_norms():

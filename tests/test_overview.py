@@ -151,7 +151,7 @@ def test_the_page_its_figures_and_its_numbers(tmp_path, folders):
 
 def test_curves_are_thinned_and_keep_every_validation(tmp_path, folders):
     folder = make(folders(), 0.5)
-    rows = [{"step": s, "loss": 1.0, "distance": s / 1e4, "bound_used": 0.5} for s in range(1, 5001)]
+    rows = [{"step": s, "loss": 1.0, "distance": s / 1e4, "bound_used": 0.5, "reachable": 0.3} for s in range(1, 5001)]
     rows += [{"step": s, "validation_accuracy": 0.5} for s in (777, 4999)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run,) = runs(tmp_path)
@@ -159,6 +159,7 @@ def test_curves_are_thinned_and_keep_every_validation(tmp_path, folders):
     assert len(points) <= 2 * overview.POINTS
     assert [p["step"] for p in points if "score" in p] == [777, 4999]
     assert all(p["bound"] == pytest.approx(2 * p["distance"]) for p in points if "bound" in p)
+    assert {p["reachable"] for p in points if "bound" in p} == {0.3}
 
 
 def test_what_cannot_be_reported_is_told_and_nothing_is_written(tmp_path, folders):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from delora.inject import adapters
 from delora.layer import Adapter, Copy
-from delora.methods.base import bound
+from delora.methods.base import bound, reachable
 from delora.updates import LowRank
 
 
@@ -76,7 +76,8 @@ class LayerReport:
     A change that is not low-rank was measured on the whole matrices: then ``spectral`` and ``effective_rank`` are None.
 
     ``effective_rank`` is exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
-    ``bound`` is what the method guarantees of ``distance``, ``bound_used`` their ratio.
+    ``bound`` is what the method guarantees of ``distance``, ``bound_used`` their ratio; ``reachable`` is the distance of
+    directions that have nothing in common, which training comes to long before the bound.
     """
 
     method: str
@@ -88,6 +89,7 @@ class LayerReport:
     relative: float | None
     bound: float | None
     bound_used: float | None
+    reachable: float | None
     spectral: float | None
     effective_rank: float | None
 
@@ -98,6 +100,7 @@ def report(adapter: Adapter | Copy) -> LayerReport:
     lam = getattr(adapter, "lam", None)
     promised = bound(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
     limit = None if promised is None else promised.item() * adapter.strength
+    expected = reachable(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
     effective = None
     if spectrum is not None:
         share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
@@ -112,6 +115,7 @@ def report(adapter: Adapter | Copy) -> LayerReport:
         relative=None if change is None else _share(change, base),
         bound=limit,
         bound_used=change / limit if change is not None and limit else None,
+        reachable=None if expected is None else expected.item() * adapter.strength,
         spectral=None if spectrum is None else spectrum[0].item(),
         effective_rank=effective,
     )
@@ -135,8 +139,8 @@ def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 class Recorder:
     """Metrics of the active adapter's weight changes, step by step: ``recorder.record() -> {metric: value}``.
 
-    Means over the layers: ``distance`` (relative), ``spectral`` (relative to |W|_F), and where the method has them
-    ``bound_used``, ``lam``; ``turn_A``, ``turn_B``: by how many degrees the rows of A, the columns of B turned since
+    Means over the layers: ``distance``, ``spectral`` (relative to |W|_F), and where the method has them ``bound_used``,
+    ``reachable`` (relative), ``lam``; ``turn_A``, ``turn_B``: by how many degrees the rows of A, the columns of B turned since
     the last record (those of length zero, before or after, are left out).
     """
 
@@ -157,7 +161,8 @@ class Recorder:
             r = report(adapter)
             spectral = None if r.spectral is None else r.spectral / base
             rows.append({"distance": r.relative, "spectral": spectral})
-            rows[-1] |= {"bound_used": r.bound_used, "lam": r.lam}
+            expected = None if r.reachable is None else _share(r.reachable, base)
+            rows[-1] |= {"bound_used": r.bound_used, "reachable": expected, "lam": r.lam}
         now = self._directions()
         turns = {key: _degrees(self.directions[key], now[key]) for key in now}
         self.directions = now

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -253,7 +253,12 @@ def _subjects(folder: Path) -> None:
 def save(picture: Tensor, file: Path) -> None:
     """[h, w] or [h, w, 3] in [0, 1] as an RGB file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray((picture * 255).round().byte().numpy()).convert("RGB").save(file)
+    image(picture).save(file)
+
+
+def image(picture: Tensor) -> Any:
+    """[h, w] or [h, w, 3] in [0, 1] as an RGB picture."""
+    return Image.fromarray((picture * 255).round().byte().numpy()).convert("RGB")
 
 
 def _made(kind: str, make: Callable[[Path], None]) -> Path:

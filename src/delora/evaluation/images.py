@@ -21,7 +21,7 @@ class Encoder:
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
-        self.model: nn.Module = loading(AutoModel, name).to(device).eval()
+        self.model: nn.Module = loading(AutoModel, name, dtype=torch.float32).to(device).eval()
         self.processor = loading(AutoImageProcessor, name)
         self.tokenizer = loading(AutoTokenizer, name) if isinstance(self.model, CLIPModel) else None
 

@@ -18,7 +18,7 @@ class Segmenter:
     """A semantic segmentation model of transformers."""
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.model = loading(AutoModelForSemanticSegmentation, name).to(device).eval()
+        self.model = loading(AutoModelForSemanticSegmentation, name, dtype=torch.float32).to(device).eval()
         self.processor, self.device = loading(AutoImageProcessor, name), device
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ Nothing has to be inherited or registered. More members are read where a method 
 * ``starts_at_base``: False if the change is not zero at the start.
 * ``has_dropout``: False if the change has no input of its own that could be dropped.
 * ``bound(p) -> Tensor``: an upper bound of the Frobenius norm of W' - W, if the method guarantees one.
+* ``reachable(p) -> Tensor``: that norm for directions that have nothing in common, where it follows from the strengths.
 """
 
 from __future__ import annotations
@@ -63,6 +64,10 @@ def measure(method: Method, W: Tensor) -> dict[str, Tensor]:
 
 def bound(method: Method, p: dict[str, Tensor]) -> Tensor | None:
     return method.bound(p) if hasattr(method, "bound") else None
+
+
+def reachable(method: Method, p: dict[str, Tensor]) -> Tensor | None:
+    return method.reachable(p) if hasattr(method, "reachable") else None
 
 
 def name_of(method: object) -> str:

@@ -109,6 +109,15 @@ class DeLoRA:
         lam = lam + {"subtract": p.get("lam0", lam), "copy": lam}.get(self.start, torch.zeros_like(lam))
         return lam * p["c"].max()
 
+    def reachable(self, p: dict[str, Tensor]) -> Tensor:
+        """|W' - W|_F [1] to expect when no two terms have anything in common, with each other, the start or W's columns.
+
+        rms(c) lam / sqrt(r), for "subtract" rms(c) sqrt((lam^2 + lam0^2) / r), for "copy" rms(c) lam sqrt(2 / r).
+        """
+        lam = p["lam"].abs()
+        other = {"subtract": p.get("lam0", lam), "copy": lam}.get(self.start, torch.zeros_like(lam))
+        return p["c"].square().mean().sqrt() * torch.hypot(lam, other) / self.r**0.5
+
 
 def folded(
     lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None, shortest: float, slack: float

@@ -45,7 +45,12 @@ from transformers import (
 )
 
 from delora.data import fashion
-from delora.data.fashion import PATTERNS, SIZE, WORDS, Clothes, Looks
+from delora.data.fashion import CLASSES, PATTERNS, SIZE, WORDS, Clothes, Looks
+from delora.evaluation.generation import pipeline, sample
+from delora.evaluation.images import Words
+from delora.evaluation.pictures import grid, write
+from delora.evaluation.segmentation import Overlap, Segmenter
+from delora.files import write_atomically
 from delora.recipes.subject import Denoiser
 from delora.training.trainer import last_checkpoint
 
@@ -115,7 +120,17 @@ def pixels(pictures: Tensor) -> Tensor:
     return (2 * pictures - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def fit(name: str, folder: Path, model: nn.Module, plan: Plan, steps: int, data: Any, lr: float, **kwargs: Any) -> None:
+def fit(
+    name: str,
+    folder: Path,
+    model: nn.Module,
+    plan: Plan,
+    steps: int,
+    data: Any,
+    lr: float,
+    watch: Sequence[TrainerCallback] = (),
+    **kwargs: Any,
+) -> None:
     """Train a part whole, with warm-up and a cosine; its losses are added to the log. A part that was stopped goes on."""
     work = folder / "work" / name
     arguments = TrainingArguments(
@@ -139,7 +154,7 @@ def fit(name: str, folder: Path, model: nn.Module, plan: Plan, steps: int, data:
         report_to="none",
     )
     started = time.monotonic()
-    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Log(folder / LOG, name)], **kwargs)
+    trainer = Trainer(model, arguments, train_dataset=data, callbacks=[Log(folder / LOG, name), *watch], **kwargs)
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None and checkpoint.endswith(f"-{steps}"):
@@ -370,7 +385,7 @@ def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
 
     work = folder / "work"
     average = Averaged(model, work / "average.pt")
-    fit("diffusion", folder, model, plan, plan.diffusion, Numbers(len(labels)), 1e-3, data_collator=batch, callbacks=[average])
+    fit("diffusion", folder, model, plan, plan.diffusion, Numbers(len(labels)), 1e-3, data_collator=batch, watch=[average])
     average.mean.copy_to(model.parameters())
     pipe: Any = StableDiffusionPipeline(
         vae=vae.half(),
@@ -385,10 +400,74 @@ def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
     pipe.save_pretrained(folder)
 
 
+# ---------------------------------------------------------------- is it good enough?
+
+GATES = {"samples": 0.9, "maps": 0.9}  # what a comparison on this model needs: see `examine`
+EXAMINED, GATES_FILE, SAMPLES_FILE = 24, "gates.json", "samples.png"
+
+
+def examine(folder: Path, count: int = EXAMINED, guidance: float = 3.0, steps: int = 20) -> dict[str, float]:
+    """How good the parts are, as shares but for ``psnr``, on pictures that none of them has seen; into ``gates.json``.
+
+    ``samples``: of ``count`` pictures for "a photo of a CLASS", those in which the classifier sees the class; ``attributes``:
+    the same of both words of "a photo of a ATTRIBUTE CLASS"; ``real``: of real pictures those whose class it sees; ``maps``:
+    the segmenter's mIoU on real pictures; ``psnr`` of what the autoencoder gives back [dB].
+    """
+    pipe, words = pipeline(str(folder)), Words(str(folder / "classifier"), torch.device("cpu"))
+    prompts = [f"a photo of a {word}" for word in CLASSES]
+    rows = [sample(pipe, prompt, 100 + i, count, steps, guidance) for i, prompt in enumerate(prompts)]
+    plain = [words.shown(row, [prompt] * count) for row, prompt in zip(rows, prompts, strict=True)]
+    asked = [f"a photo of a {word} {name}" for pair in fashion.ATTRIBUTES for word in pair for name in CLASSES]
+    drawn = [sample(pipe, prompt, 200 + i, 1, steps, guidance)[0] for i, prompt in enumerate(asked)]
+    write(
+        grid(
+            [row[:12] for row in rows] + [drawn[i : i + 10] for i in range(0, len(drawn), 10)],
+            [*CLASSES, *(w for pair in fashion.ATTRIBUTES for w in pair)],
+        ),
+        folder / SAMPLES_FILE,
+    )
+
+    clothes = fashion.read("test")
+    pictures = fashion.placed(clothes.items[:2000], Looks.draw(2000, torch.Generator().manual_seed(6)))
+    labels = clothes.labels[:2000]
+    shown = [fashion.image(picture) for picture in pictures]
+    seen = words.seen(shown)[torch.arange(2000), labels]
+    segmenter, overlap = Segmenter(str(folder / "segmenter"), torch.device("cpu")), Overlap(len(fashion.PARTS))
+    for image, parts in zip(shown[:500], fashion.parts(pictures[:500]), strict=True):
+        overlap.add(segmenter.labels(image, (SIZE, SIZE)), parts)
+    with torch.no_grad():
+        back = pipe.vae.decode(pipe.vae.encode(pixels(pictures)).latent_dist.mean).sample.mean(1) / 2 + 0.5
+    found = {
+        "samples": torch.cat(plain).mean().item(),
+        "attributes": words.shown(drawn, asked).mean().item(),
+        "real": seen.float().mean().item(),
+        "maps": overlap.scores()["miou"],
+        "psnr": -10 * (back - pictures).square().mean().log10().item(),
+    }
+    by_class = {name: round(p.mean().item(), 3) for name, p in zip(CLASSES, plain, strict=True)}
+    told = {key: round(value, 4) for key, value in found.items()} | {"samples by class": by_class}
+    write_atomically(folder / GATES_FILE, (json.dumps(told, indent=1) + "\n").encode())
+    return found
+
+
 # ---------------------------------------------------------------- all of it
 
 
-def pretrain(folder: Path, plan: Plan = Plan()) -> None:
+def pretrain(folder: Path) -> None:
+    """What is missing of the parts; then what they are worth.
+
+    Raises:
+        SystemExit: a part is not good enough for comparisons on it.
+    """
+    parts(folder, Plan())
+    found = examine(folder)
+    print(found)
+    for gate, least in GATES.items():
+        if found[gate] < least:
+            raise SystemExit(f"{gate}: {found[gate]:.3f}, at least {least} is needed: train longer")
+
+
+def parts(folder: Path, plan: Plan) -> None:
     """What is missing in the folder of the classifier, the segmenter and the pipeline."""
     folder.mkdir(parents=True, exist_ok=True)
     clothes = fashion.read("train")

@@ -1,0 +1,275 @@
+"""Subjects and label maps with the small text-to-image model in models/fashion, through the recipes for images.
+
+    python -m studies.fashion [STUDY ...]
+
+Settings are chosen on two subjects, and by one seed of the maps; three other subjects and three seeds are judged. A subject's
+score is the mean of two shares: how far its pictures are from those of the untuned model (0) to the photographs among
+themselves (1) by DINOv2, and how many of the prompts' words the classifier sees in them. A map's score is the mIoU.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+
+from delora.data import dreambooth, fashion
+from delora.evaluation.pictures import write
+from delora.files import read_json
+from delora.recipes import semantic_map, subject
+from delora.training.config import Experiment, parse, read, slug
+from delora.training.experiments import METRICS
+from studies import engine
+
+RESULTS, SHARED = Path("results/fashion"), Path("runs/fashion-shared")
+RECIPES = {kind: Path(f"recipes/standins/fashion-{kind}.toml") for kind in ("subject", "maps")}
+SUBJECTS = tuple(name for name in fashion.SUBJECTS if name not in fashion.CHOOSING)
+TUNING_SEED, SEEDS = 9, (10, 11, 12)
+FACTORS = (0.25, 1.0, 4.0, 8.0, 16.0, 32.0)
+LAMS = (2.0, 4.0, 8.0)
+LAM_SHARE = 0.5  # lam's rate over A's and B's
+R = 4
+
+Adapter = dict[str, Any]
+LOW, HIGH = (5e-4, 2e-3, 8e-3), (5e-3, 2e-2, 8e-2)
+
+
+def _lams(adapter: Adapter) -> list[Adapter]:
+    return [adapter | {"lam": lam} for lam in LAMS]
+
+
+LORA: Adapter = {"method": "lora", "r": R, "alpha": 2.0 * R}
+DORA: Adapter = {"method": "dora", "r": R, "alpha": 2.0 * R}
+DELORA: Adapter = {"method": "delora", "r": R}
+E0: Adapter = {"method": "etherplus", "two_sided": False}
+# Each case with the settings and rates that it is chosen from.
+LADDER: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
+    "L0": ([LORA], LOW),
+    "L1": (_lams(DELORA | {"norm": "none", "start": "copy"}), HIGH),
+    "L2": (_lams(DELORA | {"start": "copy"}), HIGH),
+    "E0": ([E0], HIGH),
+    "E1": (_lams({"method": "reflections", "r": 2}), HIGH),
+    "E2": (_lams({"method": "reflections", "r": R}), HIGH),
+    "E3": (_lams({"method": "reflections", "r": R, "relaxed": True}), HIGH),
+}
+METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
+    "LoRA": ([LORA], LOW),
+    "DoRA": ([DORA], LOW),
+    "DoRA, fixed magnitude": ([DORA | {"fixed_magnitude": True}], LOW),
+    "ETHER+": ([{"method": "etherplus"}], HIGH),
+    "OFT": ([{"method": "oft", "blocks": 4}], LOW),
+    "full finetuning": ([{"method": "full"}], (1e-5, 1e-4, 1e-3)),
+    "DeLoRA": (_lams(DELORA), HIGH),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One adapter on one subject, or on the maps. ``factor`` is that of the case's base rate."""
+
+    study: str
+    case: str
+    adapter: Adapter
+    lr: float
+    lam_lr: float
+    seed: int
+    subject: str | None = None
+    factor: float = 1.0
+    steps: int | None = None
+
+    def key(self) -> dict[str, Any]:
+        values = {"case": self.case, "adapter": self.adapter, "lr": self.lr, "lam_lr": self.lam_lr, "seed": self.seed}
+        other = {"subject": self.subject, "factor": self.factor, "steps": self.steps}
+        return values | {k: v for k, v in other.items() if v not in (None, 1.0)}
+
+
+def jobs(study: str, case: str, adapter: Adapter, lr: float, seed: int, subjects: Sequence[str], **other: Any) -> Iterator[Job]:
+    lam_lr = other.pop("lam_lr", lr * LAM_SHARE)
+    for name in subjects:
+        yield Job(study, case, adapter, lr, lam_lr, seed, name, **other)
+
+
+# ---------------------------------------------------------------- which runs
+
+
+def tuning(study: str, cases: dict[str, tuple[list[Adapter], tuple[float, ...]]], maps: bool = False) -> Iterator[Job]:
+    for case, (adapters, rates) in cases.items():
+        for adapter, lr in product(adapters, rates):
+            if maps:
+                yield Job(study, case, adapter, lr, lr * LAM_SHARE, TUNING_SEED)
+            else:
+                yield from jobs(study, case, adapter, lr, TUNING_SEED, fashion.CHOOSING)
+
+
+def best(study: str, cases: Iterable[str]) -> dict[str, tuple[Adapter, float]]:
+    """Each case's adapter and rate with the best mean score of a study for choosing."""
+    rows = engine.read(study, RESULTS)
+    chosen = {}
+    for case in cases:
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            if row["case"] == case:
+                found.setdefault(json.dumps([row["adapter"], row["lr"]]), []).append(row)
+        assert found, f"run the study {study!r} first"
+        top = max(found.values(), key=lambda own: fmean(r.get("test", 0.0) for r in own))
+        chosen[case] = top[0]["adapter"], top[0]["lr"]
+    return chosen
+
+
+def final(study: str, chosen_in: str, cases: Iterable[str]) -> Iterator[Job]:
+    """Each case at its own settings on the subjects that are judged."""
+    chosen = best(chosen_in, cases)
+    for seed, (case, (adapter, lr)) in product(SEEDS, chosen.items()):
+        yield from jobs(study, case, adapter, lr, seed, SUBJECTS)
+
+
+ROBUST = ("LoRA", "DoRA", "DoRA, fixed magnitude", "ETHER+", "DeLoRA")
+
+
+def robustness() -> Iterator[Job]:
+    """Figures 2 and 5: over factors of each method's own base rate, lam's as well. Factor 1 is in `methods`."""
+    chosen = best("methods-tuning", ROBUST)
+    for seed, factor, (case, (adapter, lr)) in product(SEEDS[:2], FACTORS, chosen.items()):
+        if factor != 1.0:
+            yield from jobs("robustness", case, adapter, lr * factor, seed, SUBJECTS, factor=factor)
+
+
+def decoupling() -> Iterator[Job]:
+    """Figure 6: the rate of lam alone, of A and B alone; both together is in `robustness`."""
+    adapter, lr = best("methods-tuning", ["DeLoRA"])["DeLoRA"]
+    for seed, factor in product(SEEDS[:1], (0.25, 4.0, 16.0)):
+        scaled = {"factor": factor, "seed": seed, "subjects": SUBJECTS}
+        yield from jobs("decoupling", "lam alone", adapter, lr, lam_lr=lr * LAM_SHARE * factor, **scaled)
+        yield from jobs("decoupling", "A and B alone", adapter, lr * factor, lam_lr=lr * LAM_SHARE, **scaled)
+
+
+LONG = 2600
+
+
+def prolonged() -> Iterator[Job]:
+    """Figures 3 and 8: 2,600 steps, each method at its own base rate, one subject."""
+    for case, (adapter, lr) in best("methods-tuning", ("LoRA", "DoRA", "ETHER+", "DeLoRA")).items():
+        yield from jobs("prolonged", case, adapter, lr, SEEDS[0], SUBJECTS[:1], steps=LONG)
+        if case == "DeLoRA":
+            still = adapter | {"learn_lam": False}
+            yield from jobs("prolonged", "DeLoRA, lam fixed", still, lr, SEEDS[0], SUBJECTS[:1], steps=LONG, lam_lr=0.0)
+
+
+MAP_LADDER = {case: ([a for a in adapters if a.get("lam") != 2.0], rates) for case, (adapters, rates) in LADDER.items()}
+
+
+def maps() -> Iterator[Job]:
+    """Table 2: each rung at its own settings."""
+    for seed, (case, (adapter, lr)) in product(SEEDS, best("maps-tuning", MAP_LADDER).items()):
+        yield Job("maps", case, adapter, lr, lr * LAM_SHARE, seed)
+
+
+STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
+    "methods-tuning": partial(tuning, "methods-tuning", METHODS),
+    "methods": partial(final, "methods", "methods-tuning", METHODS),
+    "ladder-tuning": partial(tuning, "ladder-tuning", LADDER),
+    "ladder": partial(final, "ladder", "ladder-tuning", LADDER),
+    "robustness": robustness,
+    "decoupling": decoupling,
+    "prolonged": prolonged,
+    "maps-tuning": partial(tuning, "maps-tuning", MAP_LADDER, True),
+    "maps": maps,
+}
+
+# ---------------------------------------------------------------- running them
+
+
+def experiment(job: Job, out: Path) -> Experiment:
+    """The recipe of the stand-in with the job's adapter, rates and seed."""
+    base = read(RECIPES["maps" if job.subject is None else "subject"], ["variants=[]", "seeds=[]"])
+    data = base.model_dump(mode="json")
+    kept = {key: data["adapter"][key] for key in ("targets", "also_train")}
+    train = {"lr": job.lr, "lam_lr": job.lam_lr} | ({} if job.steps is None else {"steps": job.steps})
+    shots = {} if job.steps is None else {"subject": data["subject"] | {"snapshots": 200}}
+    return parse(
+        data
+        | {"name": job.case, "seed": job.seed, "out": str(out), "adapter": kept | job.adapter, "train": data["train"] | train}
+        | shots
+    )
+
+
+def work(job: Job) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "variants" / "run"
+        for name in ("prior", "untuned", "cache"):  # what all runs share
+            (SHARED / name).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / name).symlink_to((SHARED / name).resolve())
+        asked = experiment(job, run)
+        found = on_maps(asked, run) if job.subject is None else on_subject(asked, job, run)
+    return job.key() | found
+
+
+def on_subject(asked: Experiment, job: Job, run: Path) -> dict[str, Any]:
+    own = next(s for s in dreambooth.read(asked.data.source) if s.name == job.subject)
+    subject.one(asked, run, own, run.parent.parent, Console(quiet=True))
+    done = read_json(run / subject.SCORES)
+    found: dict[str, Any] = {"trainable": done["trainable"], "seconds": done["seconds"]}
+    if done["diverged"] is None:
+        means = {name: fmean(values) for name, values in done["scores"].items()}
+        near = (means["dino"] - means["dino untuned"]) / (means["dino real"] - means["dino untuned"])
+        found |= {"test": (near + means["prompt"]) / 2, "subject_share": near}
+        found |= {key.replace(" ", "_"): value for key, value in means.items()}
+        found |= {key: done["reached"][key] for key in ("distance", "bound_used") if done["reached"][key] is not None}
+    if job.steps is not None:
+        found["trace"] = trace(run)
+        keep_snapshots(run, job.case)
+    return found
+
+
+def trace(run: Path) -> list[dict[str, Any]]:
+    """Distance and bound after every hundredth step."""
+    rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+    found = {}
+    for row in rows:
+        if "distance" in row and row["step"] // 100:
+            point = {"step": 100 * (row["step"] // 100), "distance": row["distance"]}
+            bound = {"bound": row["distance"] / row["bound_used"]} if row.get("bound_used") else {}
+            expected = {"reachable": row["reachable"]} if "reachable" in row else {}
+            found.setdefault(point["step"], point | bound | expected)
+    return list(found.values())
+
+
+def keep_snapshots(run: Path, case: str) -> None:
+    """The pictures of Figures 3 and 8, in one row as small as they are."""
+    files = sorted((run / "snapshots").glob("*.png"))
+    sheet = Image.new("RGB", (fashion.SIZE * len(files), fashion.SIZE))
+    for i, file in enumerate(files):
+        sheet.paste(dreambooth.open_image(file), (fashion.SIZE * i, 0))
+    write(sheet, snapshot_file(case))
+
+
+def snapshot_file(case: str) -> Path:
+    return RESULTS / "snapshots" / f"{slug(case)}.png"
+
+
+def on_maps(asked: Experiment, run: Path) -> dict[str, Any]:
+    result = semantic_map.run(asked, run, "run", "run", semantic_map.check(asked), Console(quiet=True))
+    found: dict[str, Any] = {"trainable": result.trainable, "seconds": result.seconds}
+    if result.test is not None:
+        found |= {"test": result.test} | {key.replace(" ", "_"): value for key, value in result.scores.items()}
+        found |= {k: v for k, v in {"distance": result.distance, "bound_used": result.bound_used}.items() if v is not None}
+    return found
+
+
+def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:
+    engine.run(study, jobs, work, results, console, workers)
+
+
+if __name__ == "__main__":
+    engine.command(STUDIES, RESULTS, run)
