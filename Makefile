@@ -7,6 +7,8 @@ BIN := .venv/bin
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	@# Fashion-MNIST is a package of Debian, which apt-get finds only in its lists.
+	@apt-cache show dataset-fashion-mnist >/dev/null 2>&1 || apt-get update -qq >/dev/null 2>&1 || true
 	touch $@
 
 demo: .venv/ready
@@ -42,6 +44,8 @@ claims: .venv/ready
 studies: .venv/ready
 	$(BIN)/python -m studies.digits
 	$(BIN)/python -m studies.sentences
+	$(BIN)/python -m studies.chat
+	$(BIN)/python -m studies.fashion
 
 docs: .venv/ready
 	$(BIN)/pdoc delora -o site

@@ -68,7 +68,7 @@ METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
     "DoRA, fixed magnitude": ([DORA | {"fixed_magnitude": True}], LOW),
     "ETHER+": ([{"method": "etherplus"}], HIGH),
     "OFT": ([{"method": "oft", "blocks": 4}], LOW),
-    "full finetuning": ([{"method": "full"}], (1e-5, 1e-4, 1e-3)),
+    "full finetuning": ([{"method": "full", "targets": "[^.]*"}], (1e-5, 1e-4, 1e-3)),
     "DeLoRA": (_lams(DELORA), HIGH),
 }
 

@@ -17,6 +17,7 @@ from delora.evaluation.images import Words
 from delora.evaluation.segmentation import Segmenter
 from delora.recipes import fashion as recipe
 from delora.recipes import semantic_map, subject
+from tests.clothes import needed
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -133,13 +134,15 @@ def test_patterns_are_different_and_unknown_ones_refused():
 # ---------------------------------------------------------------- the real pictures
 
 
+@needed
 def test_the_real_pictures():
     for part, count in (("train", 60_000), ("test", 10_000)):
-        clothes = fashion.read(part)
-        assert clothes.items.shape == (count, 28, 28)
-        assert clothes.labels.bincount().tolist() == [count // 10] * 10
+        own = fashion.read(part)
+        assert own.items.shape == (count, 28, 28)
+        assert own.labels.bincount().tolist() == [count // 10] * 10
 
 
+@needed
 def test_every_attribute_is_common_among_the_looks():
     clothes = fashion.read("test")
     pictures = fashion.placed(clothes.items[:2000], Looks.draw(2000, torch.Generator().manual_seed(0)))
@@ -147,6 +150,7 @@ def test_every_attribute_is_common_among_the_looks():
         assert min((values == v).float().mean().item() for v in (0, 1, -1)) > 0.1
 
 
+@needed
 def test_subjects_are_in_dreambooths_form():
     found = {s.name: s for s in dreambooth.read(fashion.SOURCE)}
     assert set(found) == set(fashion.SUBJECTS)
@@ -158,6 +162,7 @@ def test_subjects_are_in_dreambooths_form():
         assert dreambooth.open_image(own.images[0]).size == (SIZE, SIZE)
 
 
+@needed
 def test_scenes_have_the_labels_of_their_pictures():
     scenes = maps.read(fashion.SOURCE, "validation")
     assert [len(maps.read(fashion.SOURCE, part)) for part in maps.PARTS] == list(fashion.SCENES.values())
@@ -190,6 +195,7 @@ TINY = recipe.Plan(classifier=2, segmenter=2, autoencoder=2, diffusion=2, pictur
 
 @pytest.mark.slow
 @drawing
+@needed
 def test_pretraining_from_end_to_end(pretrained):
     pipe = generation.pipeline(str(pretrained))
     (picture,) = generation.sample(pipe, "a photo of a boot", 0, 1, 2, 2.0)
@@ -203,6 +209,7 @@ def test_pretraining_from_end_to_end(pretrained):
 
 
 @pytest.mark.slow
+@needed
 def test_what_is_there_is_not_trained_again(pretrained):
     before = {p: p.read_bytes() for p in pretrained.rglob("*") if p.is_file()}
     recipe.parts(pretrained, TINY)
@@ -211,6 +218,7 @@ def test_what_is_there_is_not_trained_again(pretrained):
 
 @pytest.mark.slow
 @drawing
+@needed
 def test_the_latents_have_unit_size_for_the_denoiser(pretrained):
     vae = generation.pipeline(str(pretrained)).vae
     clothes = fashion.read("train")

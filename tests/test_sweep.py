@@ -6,6 +6,9 @@ import csv
 import io
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,35 @@ def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
     lines = list(csv.DictReader((out / RESULTS).read_text().splitlines()))
     assert [(line["trial"], line["seed"]) for line in lines] == [(first.name, "0"), (second.name, "1")]
     assert float(lines[1]["test"]) == float(lines[1]["test accuracy"]) == alone.test
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """A Ray cluster that somebody else has started, somewhere else; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = str(Path(sys.executable).with_name("ray"))
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--block"]
+    with subprocess.Popen(
+        [ray, "start", *options], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as head:
+        for line in head.stdout or ():
+            if "Ray runtime started" in line:
+                break
+        yield f"127.0.0.1:{port}"
+        head.terminate()
+        head.wait(60)
+
+
+@pytest.mark.slow
+def test_on_a_cluster_with_relative_folders(written, tmp_path, cluster, monkeypatch):
+    """What the recipe names relative to where the command is given is found by the cluster's processes as well."""
+    monkeypatch.chdir(Path(written["file"]).parent)
+    changes = {"model": ["model"], "data.source": ["data"]}
+    one = asked(written, tmp_path / "out", grid={"seed": [0, 1], **changes})
+    assert run(one, screen(), address=cluster) == []
+    assert all(Result.read(trial.folder(tmp_path / "out")) for trial in trials(one))
+    assert not list((tmp_path / "out").glob(".ray*"))

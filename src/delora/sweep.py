@@ -204,11 +204,16 @@ def _on_ray(
 
         on_trial_error = on_trial_complete
 
+    here = Path.cwd()
+
     def work(config: dict[str, Any]) -> None:
+        if here.is_dir():  # Ray starts a trial elsewhere, where a recipe's relative folders are not
+            os.chdir(here)
         torch.set_num_threads(cpus)
         perform(missing[config["number"]], out)
 
-    with tempfile.TemporaryDirectory(prefix="ray-") as logs:
+    # What Ray itself writes must be seen by all machines of a cluster, as ``out`` is.
+    with tempfile.TemporaryDirectory(prefix=".ray-" if address else "ray-", dir=out if address else None) as logs:
         local: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, cpus), "_temp_dir": logs, "include_dashboard": False}
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         ray.init(address=address or "local", **quiet, **({} if address else local))
