@@ -19,7 +19,7 @@ from delora import sweep as sweeps
 from delora.recipes import classification
 from delora.sweep import RESULTS, Sweep, perform, read, run, trials
 from delora.training.config import ConfigError, parse
-from delora.training.runs import FAILED, RESULT, Result
+from delora.training.runs import FAILED, RESULT, Result, RunError
 from tests.tiny import make_model, make_sentences, recipe
 
 
@@ -150,18 +150,19 @@ def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
 
 
 @pytest.fixture
-def cluster(tmp_path):
-    """A Ray cluster that somebody else has started, somewhere else; its address."""
+def cluster(tmp_path, monkeypatch):
+    """A Ray cluster that somebody else has started, somewhere else, and that asks for Ray's token; its address."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ray = str(Path(sys.executable).with_name("ray"))
+    subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
     place = tmp_path / "elsewhere"
     place.mkdir()
     options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--block"]
-    with subprocess.Popen(
-        [ray, "start", *options], cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as head:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([ray, "start", *options], cwd=place, **pipes) as head:
         for line in head.stdout or ():
             if "Ray runtime started" in line:
                 break
@@ -179,3 +180,10 @@ def test_on_a_cluster_with_relative_folders(written, tmp_path, cluster, monkeypa
     assert run(one, screen(), address=cluster) == []
     assert all(Result.read(trial.folder(tmp_path / "out")) for trial in trials(one))
     assert not list((tmp_path / "out").glob(".ray*"))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"])
+def test_a_cluster_that_is_not_there(written, tmp_path, address):
+    with pytest.raises(RunError, match=f"nothing answers at {address}, the Ray cluster's address"):
+        run(asked(written, tmp_path / "out"), screen(), address=address)
+    assert not (tmp_path / "out").exists()

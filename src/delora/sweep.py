@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -21,7 +22,7 @@ from rich.text import Text
 from delora import recipes
 from delora.files import read_json, write_atomically
 from delora.training.config import Experiment, Strict, assign, load_file, parse, slug, validate
-from delora.training.runs import FAILED, RESULT, Result, as_csv, exclusive, write_json
+from delora.training.runs import FAILED, RESULT, Result, RunError, as_csv, exclusive, write_json
 
 SWEEP, RESULTS, TRIALS = "sweep.json", "results.csv", "trials"
 
@@ -148,10 +149,12 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
 
     Raises:
         ConfigError: a trial cannot be made, found before any is started.
-        RunError: another process is running this sweep.
+        RunError: another process is running this sweep; the cluster cannot be reached.
     """
     out = Path(sweep.out).absolute()
     with exclusive(out):
+        if address is not None:
+            _reach(address)
         every = trials(sweep)
         for trial in every:
             recipes.of(trial.experiment).check(trial.experiment)  # fetches model and data as well, once and not in every trial
@@ -169,6 +172,18 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
         for trial in failed:
             console.print(f"{trial.name} failed: {reason(trial, out)}", markup=False)
         return [trial.name for trial in failed]
+
+
+def _reach(address: str) -> None:
+    """Whether something answers there: Ray itself ends the whole process without a word if nothing does."""
+    host, _, port = address.rpartition("//")[2].rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, OverflowError) as error:
+            raise RunError(
+                f"nothing answers at {address}, the Ray cluster's address: {error}; is it running there (ray status)?"
+            ) from error
 
 
 def _on_ray(
