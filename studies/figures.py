@@ -71,8 +71,7 @@ def column_norms() -> None:
     kinds = ("query", "key", "value", "attention.output.dense", "intermediate.dense")
     layers = [f"bert.encoder.layer.{i}" for i in range(6)]
     names = [f"{layer}.{'' if kind[0] in 'ai' else 'attention.self.'}{kind}" for kind in kinds for layer in layers]
-    figure = figures.column_norm_profile(model, names, lambda n: n.partition("layer.")[2].partition(".")[2])
-    figures.save(figure, FIGURES / "figure4-minilm")
+    figures.save(figures.column_norm_profile(model, names), FIGURES / "figure4-minilm")
 
 
 def language() -> None:

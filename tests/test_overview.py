@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delora import overview
+from delora import figures, overview, recipes
 from delora.overview import Run, collect, robustness, safe, table, write
 from delora.training.config import ConfigError, parse
 from delora.training.runs import Result, RunError, write_json
-from tests import test_cli
+from tests import test_cli, tiny
 from tests.test_report import EVIL, Page
 
 ADAPTER = {"method": "lora", "targets": ["query"]}
@@ -204,3 +204,41 @@ def test_samples_over_training_are_a_row_for_each_method(tmp_path, folders):
     sheet = np.array(Image.open(file))
     seen = [[tuple(sheet[top, left]) for left in (8, 20)] for top in (22, 48)]
     assert seen == [[(10, 0, 0), (10, 200, 0)], [(200, 0, 0), (200, 200, 0)]]
+
+
+def test_the_column_norms_are_those_of_the_layers_that_are_adapted(tmp_path, folders):
+    """By hand from the checkpoint's own weights: two kinds in two layers of depth."""
+    model = tiny.make_model(tmp_path / "model")
+    changes = {"model": model, "adapter": {"method": "lora", "r": 2, "targets": ["query", "value"]}}
+    make(folders(), 0.5, experiment=changes)
+    page = overview.write([tmp_path / "runs"], tmp_path / "page", with_norms=True)
+    assert "column norms" in page.read_text()
+    (experiment,) = (run.experiment for run in runs(tmp_path))
+    base = recipes.of(experiment).base(experiment)
+    expected: dict[str, list[float]] = {}
+    for name, p in base.named_parameters():
+        if name.endswith(("query.weight", "value.weight")):
+            kind = f"attention.self.{name.split('.')[-2]}"
+            expected.setdefault(kind, []).append(p.norm(dim=0).mean().item())
+    assert sorted(map(len, expected.values())) == [2, 2]
+    names = [
+        name.removesuffix(".weight") for name, _ in base.named_parameters() if name.endswith(("query.weight", "value.weight"))
+    ]
+    (axes,) = figures.column_norm_profile(base, names).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert drawn == {kind: pytest.approx(values) for kind, values in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("encoder.layer.3.attention.query", "attention.query"),
+        ("down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_out.0", "attn1.to_out.0"),
+        ("model.layers.11.mlp.up_proj", "mlp.up_proj"),
+        ("layer0.q", "q"),
+        ("head", "head"),
+        ("0", "0"),
+    ],
+)
+def test_a_layers_kind_is_its_name_after_the_last_number(name, kind):
+    assert figures.kind(name) == kind

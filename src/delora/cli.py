@@ -98,11 +98,13 @@ def sweep(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of experiments and sweeps.", show_default=False)],
     folder: Annotated[Path, typer.Option("--out", help="Where the page, its figures and its numbers go.")] = Path("report"),
+    norms: Annotated[bool, typer.Option("--norms", help="Also each model's column norms; loads the models.")] = False,
 ) -> None:
     """Tables, figures and a CSV file of many runs, on one page: methods by tasks, robustness to the rate, distances."""
     from delora import overview
 
-    out.print(f"Written to {overview.write(runs, folder)}", markup=False)
+    _quiet()
+    out.print(f"Written to {overview.write(runs, folder, norms)}", markup=False)
 
 
 @app.command()

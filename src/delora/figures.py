@@ -6,7 +6,7 @@ Each function returns a matplotlib figure; `save` writes it as PNG and PDF.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -93,16 +93,15 @@ def over_steps(
     return figure
 
 
-def column_norm_profile(model: nn.Module, names: Sequence[str], kind: Callable[[str], str] | None = None) -> Figure:
+def column_norm_profile(model: nn.Module, names: Sequence[str]) -> Figure:
     """Figure 4: the mean norm of the input columns of frozen weights, by kind of layer and depth.
 
     Args:
         names: the layers, in order of depth within each kind.
-        kind: a layer's kind from its name; the last part of the name if not given.
     """
     kinds: dict[str, list[float]] = {}
     for name, norms in column_norms(model, names).items():
-        kinds.setdefault(kind(name) if kind else name.rpartition(".")[2], []).append(norms.double().mean().item())
+        kinds.setdefault(kind(name), []).append(norms.double().mean().item())
     figure, (axes,) = _canvas(1, 1, (6.4, 3.4))
     for number, (label, values) in enumerate(kinds.items()):
         axes.plot(range(len(values)), values, marker="o", markersize=3, label=_plain(label), **_style(number))
@@ -111,6 +110,16 @@ def column_norm_profile(model: nn.Module, names: Sequence[str], kind: Callable[[
     axes.set_ylim(bottom=0)
     _legend(axes)
     return figure
+
+
+def kind(name: str) -> str:
+    """What a layer is, wherever it is: its name after the last number that is not at the end; without one the last part.
+
+    ``encoder.layer.3.attention.query`` is an ``attention.query``, ``blocks.2.attn1.to_out.0`` an ``attn1.to_out.0``.
+    """
+    parts = name.split(".")
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    return ".".join(parts[numbered[-1] + 1 :] if numbered else parts[-1:])
 
 
 def grids(

@@ -12,8 +12,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from delora import figures
+from delora import figures, recipes
 from delora.files import read_json, write_atomically
+from delora.inject import resolve
 from delora.report import NOTHING, REPORT, STYLE
 from delora.training.config import Experiment, slug, validate
 from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, shown
@@ -293,6 +294,15 @@ def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | No
     return file
 
 
+def norms(experiment: Experiment, out: Path) -> Drawn:
+    """Figure 4: the mean column norms of an experiment's frozen targets, by kind and depth. Its model is loaded for it."""
+    model, asked = recipes.of(experiment).base(experiment), experiment.adapter
+    names = resolve(model, asked.build(), asked.targets, exclude=asked.exclude)
+    png, _ = figures.save(figures.column_norm_profile(model, list(names)), out / f"{slug(experiment.model)}-norms")
+    note = "The mean norm of the frozen weights' columns, which DeLoRA scales its directions with, by kind of layer and depth."
+    return Drawn(f"{experiment.model}: column norms", png, note)
+
+
 def _points(run: Run) -> list[dict[str, Any]]:
     """A run's curve, at most `POINTS` of it, each step once."""
     file = run.folder / METRICS
@@ -322,8 +332,10 @@ def _points(run: Run) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the page
 
 
-def write(folders: Sequence[Path], out: Path) -> Path:
+def write(folders: Sequence[Path], out: Path, with_norms: bool = False) -> Path:
     """``report.html``, ``runs.csv`` and the figures of all runs below the folders, into ``out``.
+
+    ``with_norms``: also Figure 4 of each model.
 
     Raises:
         RunError: there is no run; ``out`` holds other things. Nothing is written then.
@@ -341,6 +353,8 @@ def write(folders: Sequence[Path], out: Path) -> Path:
             if len({run.experiment.factor for run in part if run.experiment.factor is not None}) > 1:
                 tables.append(robustness([run for run in part if run.experiment.factor is not None]))
             drawn += draw(f"{model}, {task}", part, out)
+        if with_norms:
+            drawn.append(norms(own[0].experiment, out))
     write_atomically(out / CSV, as_csv(lines(runs)).encode())
     write_atomically(out / REPORT, page(runs, failed, tables, drawn).encode())
     return out / REPORT

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
@@ -108,6 +109,10 @@ def check(experiment: Experiment) -> Splits[Example]:
                 f'train it with adapter.also_train=["{head}"]'
             )
     return read_splits(experiment)
+
+
+def base(experiment: Experiment) -> nn.Module:
+    return classifier(experiment.model, task_of(experiment).labels)[0]
 
 
 def deliver(experiment: Experiment, run: Path, splits: Splits[Example], out: Path) -> tuple[dict[str, int], int]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
@@ -193,6 +194,10 @@ def _tasks(experiment: Experiment) -> None:
     for name in experiment.evaluate.tasks:
         if name in QUESTIONS and not experiment.data.rated:
             raise ConfigError(f"{experiment.name}: evaluate.tasks: {name} is about the rated sentences: give data.domain")
+
+
+def base(experiment: Experiment) -> nn.Module:
+    return language_model(experiment.model, experiment.train.weights)[0]
 
 
 def deliver(experiment: Experiment, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:

@@ -238,6 +238,10 @@ def check(experiment: Experiment) -> Material:
     return Material(train, test)
 
 
+def base(experiment: Experiment) -> nn.Module:
+    return adaptable(experiment).unet
+
+
 def deliver(experiment: Experiment, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
     """The adapter with its hint encoder, read back: how many of the first pictures come out as the run's."""
     pipe = adaptable(experiment)

@@ -323,6 +323,10 @@ def skeleton(model: str) -> nn.Module:
         return UNet2DConditionModel.from_config(config)
 
 
+def base(experiment: Experiment) -> nn.Module:
+    return pipeline(experiment.model, experiment.train.weights).unet
+
+
 def deliver(experiment: Experiment, run: Path, subjects: list[Subject], out: Path) -> tuple[dict[str, int], int]:
     """Each subject's adapter and, where the change is low-rank, its LoRA for diffusers; the first subject's are read back.
 

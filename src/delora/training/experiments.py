@@ -39,6 +39,9 @@ class Recipe(Protocol):
             ConfigError, DataError, ModelError: in words.
         """
 
+    def base(self, experiment: Experiment) -> nn.Module:
+        """The frozen model in which the adapter's targets are."""
+
     def run(self, experiment: Experiment, folder: Path, row: str, setting: str, data: Any, console: Console) -> Result:
         """One run, from the model to its scores; one that was stopped goes on, one that is finished is only read."""
 
