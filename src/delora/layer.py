@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.hosts import Host, any_host, host
-from delora.lowrank import traced
+from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, measure, reads_weight
 from delora.methods.full import Full
 from delora.together import built
@@ -78,11 +78,8 @@ class Adapter(nn.Module):
         p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
         # In its own dtype: an update reads a few products of W, which need no copy of it in float32.
         W = self.host.matrix().detach() if reads_weight(self.method) else None
-        device = next(iter(p.values())).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self.method.update(W, p)
-        return self.method.update(W, p)
+        with without_autocast(next(iter(p.values()))):
+            return self.method.update(W, p)
 
     @torch.no_grad()
     def low_rank(self) -> LowRank | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,15 +15,25 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def autocast(x: Tensor) -> bool:
+    """Is autocast on for a tensor's device? The meta device, which only infers shapes, knows none."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    return torch.autocast(x.device.type, enabled=False) if autocast(x) else nullcontext()
+
+
 def suits(y: Tensor, x: Tensor) -> bool:
     """Can `add_low_rank` take these? Autocast, too, has its own idea of every product's dtype."""
-    special = traced() or torch.is_autocast_enabled(x.device.type)
+    special = traced() or autocast(x)
     return not special and y.dtype == x.dtype and y.dim() > 1 and y.is_contiguous() and not (y.is_leaf and y.requires_grad)
 
 
 def fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Can `linear` take these? W and b must be frozen and plain: a quantised or sharded tensor has products of its own."""
-    special = traced() or torch.is_autocast_enabled(x.device.type)
+    special = traced() or autocast(x)
     weights = (W,) if b is None else (W, b)
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and not t.requires_grad and t.dtype == x.dtype for t in weights)
     return not special and plain and x.dim() > 1

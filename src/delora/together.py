@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delora.lowrank import traced
+from delora.lowrank import traced, without_autocast
 from delora.updates import LowRank, wide
 
 
@@ -165,8 +165,7 @@ def _stack(names: list[str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _update(method: Any, stacked: dict[str, Tensor]) -> LowRank:
-    device = next(iter(stacked.values())).device.type
-    with torch.autocast(device, enabled=False):
+    with without_autocast(next(iter(stacked.values()))):
         update: LowRank = method.update(None, stacked)
     return update
 

@@ -233,6 +233,15 @@ def test_a_meta_model_is_as_good_as_any_once_it_has_weights(layer, method):
         assert shake(model)(x).isfinite().all()
 
 
+def test_shapes_are_inferred_on_the_meta_device(layer, method):
+    x = layer.x()
+    expected = layer.model()(x)
+    with torch.device("meta"):
+        model = delora.inject(layer.model(), method, ["layer"])
+    seen = model(x.to("meta"))
+    assert (seen.shape, seen.dtype) == (expected.shape, expected.dtype)
+
+
 def test_a_materialised_model_that_is_filled_by_hand_measures_its_weights_when_it_runs(layer):
     with torch.device("meta"):
         model = delora.inject(layer.model(), DeLoRA(r=2), ["layer"])
