@@ -135,6 +135,15 @@ def test_every_step_is_recorded_once(done):
     assert [row["run"] for row in everything] == ["DeLoRA"] * 14 + ["LoRA"] * 14 + ["head"] * 14
 
 
+def test_fewer_steps_are_recorded_where_that_is_asked(sources, done, tmp_path):
+    """What is recorded changes nothing of what is trained."""
+    train(sources, tmp_path / "r", variants=[{"name": "DeLoRA"}], train__record_steps=5)
+    rows = lines(tmp_path / "r" / "variants" / "delora")
+    assert [row["step"] for row in rows if "loss" in row] == [5, 10]
+    every = {row["step"]: row for row in lines(done / "variants" / "delora") if "loss" in row}
+    assert [row["distance"] for row in rows if "loss" in row] == [every[step]["distance"] for step in (5, 10)]
+
+
 def test_the_trainers_own_summary_is_no_step():
     assert metrics({"train_loss": 0.3, "train_runtime": 3.0, "step": 12}) is None
 

@@ -183,6 +183,7 @@ class Log(TrainerCallback):
 
 def classifier(folder: Path, plan: Plan, clothes: Clothes) -> None:
     """A small ResNet with a probability for each of `WORDS`; it sees plain and patterned pictures."""
+    set_seed(0)
     words = dict(enumerate(WORDS))
     config = ResNetConfig(
         embedding_size=32,
@@ -207,6 +208,7 @@ def classifier(folder: Path, plan: Plan, clothes: Clothes) -> None:
 
 def segmenter(folder: Path, plan: Plan, clothes: Clothes) -> None:
     """A small SegFormer (Xie et al. 2021), which tells the parts of `fashion.parts` apart."""
+    set_seed(0)
     names = dict(enumerate(fashion.PARTS))
     config = SegformerConfig(
         num_encoder_blocks=2,
@@ -250,6 +252,7 @@ class Autoencoding(nn.Module):
 
 
 def autoencoder(folder: Path, plan: Plan, clothes: Clothes) -> Any:
+    set_seed(0)
     vae: Any = AutoencoderKL(
         sample_size=SIZE,
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -472,7 +475,6 @@ def parts(folder: Path, plan: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     clothes = fashion.read("train")
     clothes = Clothes(clothes.items[: plan.pictures], clothes.labels[: plan.pictures])
-    set_seed(0)
     if not (folder / "model_index.json").is_file():
         vae = autoencoder(folder, plan, clothes)
         diffusion(folder, plan, clothes, vae)

@@ -195,7 +195,8 @@ class Train(Strict):
     ``lam_weight_decay`` is the decay of the strengths; ``warmup`` is a share of all steps or, from 1, their number; ``clip``
     the largest gradient norm (0: no clipping); a step takes ``batch_size * accumulation`` examples. ``precision`` is of the
     computation, ``weights`` of the frozen model; what trains is in fp32. ``save_steps``: from one checkpoint to the next (an
-    epoch if not given).
+    epoch if not given); ``record_steps``: from one line of metrics to the next (so that there are a thousand or more, or every
+    step).
     """
 
     epochs: Count = 2
@@ -211,6 +212,7 @@ class Train(Strict):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     beta2: Share = 0.999
     save_steps: Count | None = None
+    record_steps: Count | None = None
     weights: Literal["fp32", "bf16"] = "fp32"
     clip: Rate = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

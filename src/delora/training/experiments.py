@@ -123,7 +123,7 @@ def fit(
 
 
 def arguments(experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool) -> TrainingArguments:
-    """Every step of up to 2,000 is recorded, and a thousand or more of a longer run."""
+    """What the Trainer is told."""
     train = experiment.train
     steps = train.steps or train.epochs * -(-examples // (train.batch_size * train.accumulation))
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True}
@@ -149,7 +149,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         save_steps=train.save_steps or 500,
         save_total_limit=2,
         **(best if metric else {}),
-        logging_steps=max(1, steps // 1000),
+        logging_steps=train.record_steps or max(1, steps // 1000),
         logging_nan_inf_filter=False,  # a loss that is no number must be seen
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
