@@ -72,6 +72,29 @@ def test_a_factor_leaves_the_rate_of_lam_beside_it(written, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("scaled", "given", "expected"),
+    [
+        (["train.lam_lr"], 2e-3, (1e-3, 8e-3)),
+        (["train.lr"], 2e-3, (4e-3, 2e-3)),
+        (["train.lam_lr"], None, (1e-3, 4e-3)),  # without a rate of its own lam has that of A and B
+        (["train.lr"], None, (4e-3, 1e-3)),
+    ],
+)
+def test_a_case_may_scale_one_rate_alone(written, tmp_path, scaled, given, expected):
+    rates = {"train.lr": [1e-3]} | ({} if given is None else {"train.lam_lr": [given]})
+    case = {"name": "one", "scaled": scaled}
+    (one,) = trials(asked(written, tmp_path, cases=[case], factors=[4.0], grid=rates))
+    assert (one.experiment.train.lr, one.experiment.train.lam_lr) == expected
+
+
+def test_the_papers_figure_is_not_that_of_a_sweep(written, tmp_path):
+    values = written["values"] | {"published": {"model": written["values"]["model"], "task": "sentiment", "test": 99.0}}
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    found = trials(asked(written, tmp_path, recipe=str(tmp_path / "recipe.json")))
+    assert [trial.experiment.published for trial in found] == [None, None]
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"grid": {"train.lrr": [1.0]}}, "did you mean"),
@@ -92,6 +115,10 @@ def test_what_cannot_be_is_found_before_anything_is_written(written, tmp_path, c
         ('name = "a"\nout = "o"\nrecipe = "r.toml"\n', "nothing to sweep over"),
         ('name = "a"\nout = "o"\nrecipe = "r.toml"\ngrid = { seed = [] }\n', "grid.seed is an empty list"),
         ('name = "a"\nout = "o"\nrecipe = "r.toml"\nfactors = [0.0]\n', "greater than 0"),
+        (
+            'name = "a"\nout = "o"\nrecipe = "r.toml"\n[[cases]]\nname = "b"\nscaled = ["seed"]\n',
+            "input should be 'train.lr' or",
+        ),
         ('name = "a"\nout = "o"\nrecipe = "r.toml"\nfaktors = [1.0]\n', "did you mean factors"),
     ],
 )

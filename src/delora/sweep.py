@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -28,17 +28,19 @@ SWEEP, RESULTS, TRIALS = "sweep.json", "results.csv", "trials"
 
 
 class Case(Strict):
-    """Keys of the recipe that belong together, such as a method with its own rate."""
+    """Keys of the recipe that belong together, such as a method with its own rate; ``scaled``: what the factors multiply."""
 
     name: Annotated[str, Field(min_length=1)]
-    set: dict[str, Any]
+    set: dict[str, Any] = Field(default={})
+    scaled: list[Literal["train.lr", "train.lam_lr"]] = Field(default=["train.lr", "train.lam_lr"], min_length=1)
 
 
 class Sweep(Strict):
     """``cases`` x ``factors`` x the lists of ``grid``, each changing the recipe.
 
     ``grid`` and a case's ``set`` have dotted keys of the recipe (``train.lr``, ``adapter.method``, ``seed`` ...). A factor
-    multiplies the rates of the adapter, ``train.lr`` and ``train.lam_lr``; that of the head only where it follows ``lr``.
+    multiplies the rates of the adapter, ``train.lr`` and ``train.lam_lr``, or that one of them which a case names (Figure 6);
+    that of the head only where it follows ``lr``.
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -93,30 +95,33 @@ def read(file: Path, changes: Sequence[str] = ()) -> Sweep:
 def trials(sweep: Sweep) -> list[Trial]:
     """Every trial, checked as far as a configuration can be: an error names the trial."""
     recipe = load_file(Path(sweep.recipe)) | {"variants": [], "out": sweep.out}
+    recipe.pop("published", None)  # that is of the recipe's own settings
     seeds = recipe.pop("seeds", [])
     given = {*sweep.grid, *(key for case in sweep.cases for key in case.set)}
     if seeds and "seed" not in given:  # the recipe's own seeds are a list of the grid
         sweep = sweep.model_copy(update={"grid": sweep.grid | {"seed": seeds}})
-    plain: list[tuple[str, str, str, dict[str, Any], dict[str, Any]]] = []
-    for case in sweep.cases or [Case(name=sweep.name, set={})]:
+    plain: list[tuple[str, Case, str, dict[str, Any], dict[str, Any]]] = []
+    for case in sweep.cases or [Case(name=sweep.name)]:
         for values in product(*sweep.grid.values()):
             swept = dict(zip(sweep.grid, values, strict=True))
             start = [case.name] if sweep.cases else []
             told = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items())])
             setting = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items() if key != "seed")])
-            plain.append((told or sweep.name, case.name, setting or sweep.name, swept, case.set | swept))
+            plain.append((told or sweep.name, case, setting or sweep.name, swept, case.set | swept))
     runs = _runs(recipe, [(told, changes) for told, *_, changes in plain], sweep.recipe)
     if not sweep.factors:
         found = zip(runs, plain, strict=True)
-        return [Trial(run, label, setting, None, swept) for run, (_, label, setting, swept, _) in found]
+        return [Trial(run, case.name, setting, None, swept) for run, (_, case, setting, swept, _) in found]
     scaled, about = [], []
-    for (told, label, setting, swept, changes), run in zip(plain, runs, strict=True):
+    for (told, case, setting, swept, changes), run in zip(plain, runs, strict=True):
+        base = {"train.lr": run.train.lr, "train.lam_lr": run.train.lam_lr}
+        if base["train.lam_lr"] is None and len(case.scaled) == 1:
+            base["train.lam_lr"] = run.train.lr  # where lam follows the other rate, it would follow the factor as well
+        rates = {key: rate for key, rate in base.items() if rate is not None}
         for factor in sweep.factors:
-            rates = {"train.lr": run.train.lr * factor}
-            if run.train.lam_lr is not None:
-                rates["train.lam_lr"] = run.train.lam_lr * factor
-            scaled.append((f"{told}, x{factor:g}", changes | rates))
-            about.append((label, f"{setting}, x{factor:g}", factor, swept))
+            times = {key: rate * (factor if key in case.scaled else 1) for key, rate in rates.items()}
+            scaled.append((f"{told}, x{factor:g}", changes | times))
+            about.append((case.name, f"{setting}, x{factor:g}", factor, swept))
     runs = _runs(recipe, scaled, sweep.recipe)
     return [Trial(run.model_copy(update={"factor": what[2]}), *what) for run, what in zip(runs, about, strict=True)]
 

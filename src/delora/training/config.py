@@ -301,6 +301,9 @@ class Variant(Strict):
     data: dict[str, Any] = {}
     adapter: dict[str, Any] = {}
     train: dict[str, Any] = {}
+    evaluate: dict[str, Any] = {}
+    subject: dict[str, Any] = {}
+    semantic_map: dict[str, Any] = {}
     published: dict[str, Any] = {}
 
     def changes(self) -> dict[str, Any]:
