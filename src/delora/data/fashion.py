@@ -213,10 +213,10 @@ SUBJECTS = {
     "striped_boot": ("boot", "stripes", 4),
     "checked_bag": ("bag", "checks", 8),
     "dotted_top": ("top", "dots", 6),
-    "barred_coat": ("coat", "bars", 6),
-    "diagonal_shirt": ("shirt", "diagonals", 6),
+    "barred_pullover": ("pullover", "bars", 6),
+    "diagonal_dress": ("dress", "diagonals", 6),
 }
-CHOOSING = ("barred_coat", "diagonal_shirt")  # by these settings are chosen, the others judge
+CHOOSING = ("barred_pullover", "diagonal_dress")  # by these settings are chosen, the others judge
 VIEWS = 5
 PROMPTS = tuple(f"a photo of a {word} {{}}" for pair in ATTRIBUTES for word in pair)
 LEAST = 0.55  # mean brightness of an item that is made a subject: its pattern is to be seen

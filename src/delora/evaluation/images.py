@@ -60,17 +60,17 @@ class Words:
             raise ModelError(f"{name} does not give each label a probability of its own: its problem_type is {kind!r}")
 
     @torch.no_grad()
-    def seen(self, pictures: Sequence[Any], batch: int = 64) -> Tensor:
-        """[pictures, words] True where a word is more probable than not."""
+    def logits(self, pictures: Sequence[Any], batch: int = 64) -> Tensor:
+        """[pictures, words]; above zero a word is more probable than not."""
         found = []
         for start in range(0, len(pictures), batch):
             pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt")["pixel_values"].to(self.device)
-            found.append((self.model(pixel_values=pixels).logits > 0).cpu())
+            found.append(self.model(pixel_values=pixels).logits.cpu())
         return torch.cat(found)
 
     def shown(self, pictures: Sequence[Any], prompts: Sequence[str]) -> Tensor:
         """1 or 0 for every word of every prompt that the classifier knows: whether the prompt's picture shows it."""
-        seen = self.seen(pictures)
+        seen = self.logits(pictures) > 0
         asked = [[self.known[word] for word in prompt.split() if word in self.known] for prompt in prompts]
         return torch.cat([seen[i, words].float() for i, words in enumerate(asked)])
 

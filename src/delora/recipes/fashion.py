@@ -412,14 +412,14 @@ EXAMINED, GATES_FILE, SAMPLES_FILE = 24, "gates.json", "samples.png"
 def examine(folder: Path, count: int = EXAMINED, guidance: float = 3.0, steps: int = 20) -> dict[str, float]:
     """How good the parts are, as shares but for ``psnr``, on pictures that none of them has seen; into ``gates.json``.
 
-    ``samples``: of ``count`` pictures for "a photo of a CLASS", those in which the classifier sees the class; ``attributes``:
-    the same of both words of "a photo of a ATTRIBUTE CLASS"; ``real``: of real pictures those whose class it sees; ``maps``:
-    the segmenter's mIoU on real pictures; ``psnr`` of what the autoencoder gives back [dB].
+    ``samples``: of ``count`` pictures for each "a photo of a CLASS", those whose class is the classifier's most probable one;
+    ``attributes``: both words of "a photo of a ATTRIBUTE CLASS", if they are more probable than not; ``real``: as ``samples``,
+    of real pictures; ``maps``: the segmenter's mIoU on real pictures; ``psnr`` of what the autoencoder gives back [dB].
     """
     pipe, words = pipeline(str(folder)), Words(str(folder / "classifier"), torch.device("cpu"))
     prompts = [f"a photo of a {word}" for word in CLASSES]
     rows = [sample(pipe, prompt, 100 + i, count, steps, guidance) for i, prompt in enumerate(prompts)]
-    plain = [words.shown(row, [prompt] * count) for row, prompt in zip(rows, prompts, strict=True)]
+    plain = [(first(words, row) == i).double() for i, row in enumerate(rows)]
     asked = [f"a photo of a {word} {name}" for pair in fashion.ATTRIBUTES for word in pair for name in CLASSES]
     drawn = [sample(pipe, prompt, 200 + i, 1, steps, guidance)[0] for i, prompt in enumerate(asked)]
     write(
@@ -434,7 +434,7 @@ def examine(folder: Path, count: int = EXAMINED, guidance: float = 3.0, steps: i
     pictures = fashion.placed(clothes.items[:2000], Looks.draw(2000, torch.Generator().manual_seed(6)))
     labels = clothes.labels[:2000]
     shown = [fashion.image(picture) for picture in pictures]
-    seen = words.seen(shown)[torch.arange(2000), labels]
+    seen = first(words, shown) == labels
     segmenter, overlap = Segmenter(str(folder / "segmenter"), torch.device("cpu")), Overlap(len(fashion.PARTS))
     for image, parts in zip(shown[:500], fashion.parts(pictures[:500]), strict=True):
         overlap.add(segmenter.labels(image, (SIZE, SIZE)), parts)
@@ -451,6 +451,11 @@ def examine(folder: Path, count: int = EXAMINED, guidance: float = 3.0, steps: i
     told = {key: round(value, 4) for key, value in found.items()} | {"samples by class": by_class}
     write_atomically(folder / GATES_FILE, (json.dumps(told, indent=1) + "\n").encode())
     return found
+
+
+def first(words: Words, pictures: Sequence[Any]) -> Tensor:
+    """[pictures] the class that is most probable, as an index of `CLASSES`."""
+    return words.logits(pictures)[:, : len(CLASSES)].argmax(1)
 
 
 # ---------------------------------------------------------------- all of it

@@ -78,7 +78,7 @@ def one(experiment: Experiment, place: Path, subject: Subject, shared: Path, con
     pipe = pipeline(experiment.model, experiment.train.weights)
     judge = Judge(experiment, subject, pipe.device)  # the anchors, first
     kept = class_pictures(experiment, pipe, subject.word, shared / "prior")
-    before = generate(experiment.model_copy(update={"seed": 0}), pipe, subject, shared / "untuned" / slug(subject.name))
+    untuned = before(experiment, pipe, subject, judge, shared / "untuned")
 
     class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {asked.token} {subject.word}"
     set_seed(experiment.seed)
@@ -108,12 +108,20 @@ def one(experiment: Experiment, place: Path, subject: Subject, shared: Path, con
     if trainer.diverged is None:
         delora.save(pipe.unet, place / "adapter")
         pictures = generate(experiment, pipe, subject, place / "pictures")
-        found = (
-            judge.scores(pictures) | {f"{name} untuned": values for name, values in judge.scores(before).items()} | judge.real
-        )
-        done["scores"] = {name: values.tolist() for name, values in found.items()}
+        own = {name: values.tolist() for name, values in (judge.scores(pictures) | judge.real).items()}
+        done["scores"] = own | untuned
         done["reached"] = reached(pipe.unet, place / "adapter")
     write_json(place / SCORES, done)
+
+
+def before(experiment: Experiment, pipe: Any, subject: Subject, judge: Judge, folder: Path) -> dict[str, list[float]]:
+    """The scores of what the model as it was makes of the prompts, drawn and judged once for all runs of an experiment."""
+    file = folder / f"{slug(subject.name)}.json"
+    if not file.is_file():
+        pictures = generate(experiment.model_copy(update={"seed": 0}), pipe, subject, folder / slug(subject.name))
+        write_json(file, {f"{name} untuned": values.tolist() for name, values in judge.scores(pictures).items()})
+    found: dict[str, list[float]] = read_json(file)
+    return found
 
 
 class Judge:
