@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 TASKS: dict[str, tuple[str, str, float]] = {"movie": ("sentiment", "movie", 0.5), "product": ("rating", "product", 0.0)}
 START_SEEDS = (30, 31, 32)
 START_LAMS, START_RATES = (2.0, 8.0, 32.0), (3e-4, 3e-3, 3e-2, 3e-1)
-VALIDATION = 400
+SHORT = (500, 300, 8)  # sentences to train, validate and test on, of which the first 24 tokens are read
 JUDGED_SEEDS, JUDGED_FACTORS = (20, 21, 22), (1.0, 2.0, 4.0, 8.0, 16.0)
 RANKS, RANK_SEEDS, RANK_RATES = (2, 32), (40, 41, 42), (3e-3, 1e-2, 3e-2)
 FIXED_LAM = 8.0
@@ -48,7 +48,7 @@ FIXED_LAM = 8.0
 class Job:
     """One run of the classification recipe; ``adapter`` is its table of that name.
 
-    ``short``: one epoch, computed in bfloat16, scored on the validation sentences alone.
+    ``short``: one epoch of `SHORT` sentences, computed in bfloat16, scored on the validation sentences alone.
     """
 
     study: str
@@ -79,12 +79,11 @@ def judged() -> Iterator[Job]:
         yield Job("robustness-judged", case, adapter, lr * factor, seed, factor)
 
 
-def starts(task: str) -> Iterator[Job]:
-    """Every start over lam and the rate, with and without clipping."""
-    grid = product(START_SEEDS, (0.0, 1.0), START_LAMS, START_RATES, STARTS.items())
-    for seed, clip, lam, lr, (case, fields) in grid:
+def starts(study: str, task: str, clip: float = 0.0) -> Iterator[Job]:
+    """Every start over lam and the rate."""
+    for seed, lam, lr, (case, fields) in product(START_SEEDS, START_LAMS, START_RATES, STARTS.items()):
         adapter = {"method": "delora", "r": 8, "lam": lam, **fields}
-        yield Job(f"starts-{task}", case, adapter, lr, seed, clip=clip, task=task, short=True)
+        yield Job(study, case, adapter, lr, seed, clip=clip, task=task, short=True)
 
 
 def by_rank(r: int) -> float:
@@ -103,16 +102,18 @@ def ranks() -> Iterator[Job]:
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "robustness": robustness,
     "robustness-judged": judged,
-    "starts-movie": partial(starts, "movie"),
-    "starts-product": partial(starts, "product"),
     "ranks": ranks,
+    "starts-movie": partial(starts, "starts-movie", "movie"),
+    "starts-product": partial(starts, "starts-product", "product"),
+    "starts-movie-clipped": partial(starts, "starts-movie-clipped", "movie", 1.0),
+    "starts-product-clipped": partial(starts, "starts-product-clipped", "product", 1.0),
 }
 
 
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     kind, domain, _ = TASKS[job.task]
-    sizes = (1000, VALIDATION, 8) if job.short else (1000, 500, 1000)
+    sizes = SHORT if job.short else (1000, 500, 1000)
     train: dict[str, Any] = {"epochs": 1, "precision": "bf16"} if job.short else {"epochs": 2}
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
@@ -125,6 +126,7 @@ def work(job: Job) -> dict[str, Any]:
                     "task": kind,
                     "domain": domain,
                     **dict(zip(("train", "validation", "test"), sizes, strict=True)),
+                    **({"max_tokens": 24} if job.short else {}),
                 },
                 "adapter": job.adapter | {"targets": ["query", "value"], "also_train": ["pooler", "classifier"]},
                 "train": {"lr": job.lr, "lam_lr": job.lr / 2, "head_lr": 1e-3, "clip": job.clip} | train,

@@ -33,7 +33,7 @@ def test_no_subject_both_chooses_and_judges():
 
 
 def test_every_setting_is_a_recipe(tmp_path):
-    for study in ("methods-tuning", "ladder-tuning", "maps-tuning"):
+    for study in ("methods-tuning", "ladder-tuning"):
         seen = {json.dumps(job.adapter): job for job in fashion.STUDIES[study]()}
         for job in seen.values():
             asked = experiment(job, tmp_path)

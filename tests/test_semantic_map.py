@@ -179,11 +179,14 @@ def test_the_hint_is_nothing_at_the_start_and_follows_the_map_later(world):
     unet.conv_in.control = one
     assert np.array_equal(np.array(generation.sample(pipe, **draw)[0]), before)
     torch.nn.init.normal_(unet.conv_in.encoder.conv_out.weight)
-    seen = []
+    seen: list[Any] = []
+    calls: list[int] = []
+    unet.conv_in.encoder.register_forward_hook(lambda *_: calls.append(len(seen)))
     for control in (one, other):
         unet.conv_in.control = control
         seen.append(np.array(generation.sample(pipe, **draw)[0]))
     assert not np.array_equal(*seen)
+    assert calls == [0, 1]  # once for each map, not once for each step of the solver
     unet.conv_in.control = None
     assert np.array_equal(np.array(generation.sample(pipe, **draw)[0]), before)
 

@@ -51,40 +51,63 @@ class Material:
 class Hinted(nn.Module):
     """The U-Net's first convolution plus the hint, ``layer(x) + encoder(control)``.
 
-    ``control`` is [batch, 3, height, width] in [0, 1]. The encoder makes its input eight times smaller, as Stable Diffusion's
-    latents are; for others the control is resized first, without mixing colours. Without a control, the convolution alone.
-    Where x has more pictures than the control (guidance), that is repeated.
+    ``control`` is [batch, 3, height, width] in [0, 1]. The encoder makes its input smaller by ``factor``; to fit what the
+    convolution puts out the control is resized first, without mixing colours. Without a control, the convolution alone.
+    Where x has more pictures than the control (guidance), that is repeated. Without gradients the hint of a control is
+    computed once, for all steps of the solver.
     """
 
-    def __init__(self, layer: nn.Module, encoder: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, encoder: nn.Module, factor: int) -> None:
         super().__init__()
-        self.layer, self.encoder = layer, encoder
-        self.control: Tensor | None = None
+        self.layer, self.encoder, self.factor = layer, encoder, factor
+        self.control = None
+
+    @property
+    def control(self) -> Tensor | None:
+        return self._control
+
+    @control.setter
+    def control(self, control: Tensor | None) -> None:
+        self._control = control
+        self._hint: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
         if self.control is None:
             return y
-        size = [8 * side for side in y.shape[-2:]]
-        control = self.control.to(next(self.encoder.parameters()).dtype)
-        if list(control.shape[-2:]) != size:
-            control = nn.functional.interpolate(control, size)
-        hint = self.encoder(control).to(y.dtype)
+        hint = self._hint
+        if hint is None:
+            size = [self.factor * side for side in y.shape[-2:]]
+            control = self.control.to(next(self.encoder.parameters()).dtype)
+            if list(control.shape[-2:]) != size:
+                control = nn.functional.interpolate(control, size)
+            hint = self.encoder(control).to(y.dtype)
+            if not torch.is_grad_enabled():
+                self._hint = hint
         return y + hint.repeat(len(y) // len(hint), 1, 1, 1)
 
 
-def with_hint(unet: nn.Module, source: str | None) -> nn.Module:
-    """Give the U-Net a hint encoder: that of a ControlNet, or a fresh one, whose last layer is zero: the model as it was."""
+CHANNELS = (16, 32, 96, 256)  # of the hint encoder's stages; each but the first halves the size
+CONTROLNET = 8  # by how much that of a ControlNet makes its input smaller
+
+
+def with_hint(unet: nn.Module, source: str | None, factor: int = CONTROLNET) -> nn.Module:
+    """Give the U-Net a hint encoder: that of a ControlNet, or a fresh one, whose last layer is zero: the model as it was.
+
+    ``factor``: by how much the autoencoder makes pictures smaller, a power of two; a fresh encoder does the same to the map.
+    """
     conv: Any = unet.conv_in
     if source is None:
+        stages = (CHANNELS + CHANNELS[-1:] * factor.bit_length())[: factor.bit_length()]
         with torch.device(conv.weight.device):
-            encoder: nn.Module = ControlNetConditioningEmbedding(conv.out_channels, block_out_channels=(16, 32, 96, 256))
+            encoder: nn.Module = ControlNetConditioningEmbedding(conv.out_channels, block_out_channels=stages)
     else:
+        factor = CONTROLNET
         encoder = loading(ControlNetModel, source).controlnet_cond_embedding
         given = encoder.get_submodule("conv_out").get_parameter("weight").shape[0]
         if given != conv.out_channels:
             raise ConfigError(f"the hint encoder of {source} gives {given} channels, the U-Net has {conv.out_channels}")
-    unet.conv_in = Hinted(conv, encoder.to(conv.weight.device).requires_grad_(False))
+    unet.conv_in = Hinted(conv, encoder.to(conv.weight.device).requires_grad_(False), factor)
     return unet
 
 
@@ -110,7 +133,7 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Mate
 
 def adaptable(experiment: Experiment) -> Any:
     pipe = pipeline(experiment.model, experiment.train.weights)
-    with_hint(pipe.unet, experiment.semantic_map.hint)
+    with_hint(pipe.unet, experiment.semantic_map.hint, pipe.vae_scale_factor)
     return pipe
 
 
