@@ -36,7 +36,7 @@ RECIPES = {kind: Path(f"recipes/standins/fashion-{kind}.toml") for kind in ("sub
 SUBJECTS = tuple(name for name in fashion.SUBJECTS if name not in fashion.CHOOSING)
 TUNING_SEED, SEEDS = 9, (10, 11, 12)
 FACTORS = (1.0, 4.0, 8.0, 16.0)
-LAMS, LAM = (2.0, 6.0), 2.0
+LAMS, LAM = (2.0, 6.0), 6.0
 LAM_SHARE = 0.5  # lam's rate over A's and B's
 R = 4
 

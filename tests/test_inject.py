@@ -11,7 +11,7 @@ from torch import nn
 
 import delora
 from delora import DeLoRA, Full, LoRA
-from delora.inject import adapted_layers
+from delora.inject import adapted_layers, adapters
 from delora.updates import LowRank
 from tests.cases import Holder, Net, ids, shake
 
@@ -405,6 +405,31 @@ def test_a_layer_of_ones_own_takes_one_line():
     torch.testing.assert_close(model(x), model.layer.base(x))
     before = shake(model)(x)
     torch.testing.assert_close(delora.merge(model)(x), before)
+
+
+def test_a_list_of_layers_is_trained_whole_as_its_layers():
+    """Diffusers' U-Net iterates over lists of blocks: a list itself is never called."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleList([nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])])
+            self.named = nn.ModuleDict({"head": nn.Linear(4, 2)})
+
+        def forward(self, x):
+            first, more = self.inner
+            for layer in more:
+                x = layer(first(x))
+            return self.named["head"](x)
+
+    model, x = Deep(), torch.randn(3, 4)
+    before, count = model(x), sum(p.numel() for p in model.parameters())
+    delora.inject(model, Full(), "[^.]*")
+    assert set(adapters(model)) == {"inner.0", "inner.1.0", "named.head"}
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+    torch.testing.assert_close(model(x), before)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_full_is_a_method_like_any_other():

@@ -118,6 +118,19 @@ def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):
     assert {r.stem for r in RECIPES} == set(COUNTS)
 
 
+def test_full_finetuning_trains_every_weight_of_a_unet():
+    unet = tiny_diffusion.pipeline().unet
+    run = read(ROOT / "recipes/subject/full.toml", []).runs()[0][1]
+    x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 32)
+    before, weights = unet(x, t, encoder_hidden_states=text).sample, sum(p.numel() for p in unet.parameters())
+    experiments.inject(unet, run)
+    assert delora.summary(unet).trainable == weights
+    after = unet(x, t, encoder_hidden_states=text).sample
+    torch.testing.assert_close(after, before)
+    after.sum().backward()
+    assert all(p.grad is not None for p in unet.parameters() if p.requires_grad)
+
+
 # ---------------------------------------------------------------- a small pipeline
 
 

@@ -195,7 +195,20 @@ def resolve(
             plan[name] = checked_replace(plan[name], dict(changes), f"overrides[{pattern!r}]")
     for name in plan:
         _refuse_bypass(name, modules.get(name.rpartition(".")[0], model))
-    return plan | {first[id(modules[n])]: Full() for n in names if n in whole}
+    plan |= {first[id(modules[n])]: Full() for n in names if n in whole}
+    expanded: dict[str, Method | Full] = {}
+    for name, each in plan.items():
+        parts = _called(name, modules) if isinstance(each, Full) else [name]
+        expanded |= {first[id(modules[part])]: each for part in parts}
+    return expanded
+
+
+def _called(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """What of a module is called when the model runs: itself, but of a list of layers its items."""
+    module = modules[name]
+    if type(module).forward is not nn.Module.forward:
+        return [name]
+    return [part for key, child in module._modules.items() if child is not None for part in _called(f"{name}.{key}", modules)]
 
 
 def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) -> dict[str, Adapter | Copy]:
