@@ -76,9 +76,10 @@ def column_norms() -> None:
 
 def language() -> None:
     if rows := whole("robustness-judged", sentences):
-        figures.save(figures.over_rates(scored(rows, "test"), METHODS, "accuracy"), FIGURES / "figure2-sentences")
+        figures.save(figures.over_rates(scored(rows, "test"), METHODS, "accuracy", RELATIVE), FIGURES / "figure2-sentences")
     if rows := whole("robustness", chat):
-        figures.save(figures.over_rates(scored(rows, "test"), METHODS, "mean of both tasks"), FIGURES / "figure2-chat")
+        figure = figures.over_rates(scored(rows, "test"), METHODS, "mean of both tasks", RELATIVE)
+        figures.save(figure, FIGURES / "figure2-chat")
 
 
 def subjects() -> None:
