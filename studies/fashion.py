@@ -39,6 +39,7 @@ FACTORS = (1.0, 4.0, 8.0, 16.0)
 LAMS, LAM = (2.0, 6.0), 6.0
 LAM_SHARE = 0.5  # lam's rate over A's and B's
 R = 4
+SHOWN = 10  # maps whose pictures are kept
 
 Adapter = dict[str, Any]
 LOW, HIGH = (5e-4, 2e-3, 8e-3), (2e-3, 6e-3, 2e-2)
@@ -218,7 +219,9 @@ def on_subject(asked: Experiment, job: Job, run: Path) -> dict[str, Any]:
         found |= {key: done["reached"][key] for key in ("distance", "bound_used") if done["reached"][key] is not None}
     if job.steps is not None:
         found["trace"] = trace(run)
-        keep_snapshots(run, job.case)
+        strip(sorted((run / "snapshots").glob("*.png")), snapshot_file(job.case))
+    elif (job.study, job.seed) == ("methods", SEEDS[0]) and done["diverged"] is None:
+        strip(sorted((run / "pictures").glob("*-0.png")), sample_file(job.case, own.name))
     return found
 
 
@@ -235,17 +238,22 @@ def trace(run: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def keep_snapshots(run: Path, case: str) -> None:
-    """The pictures of Figures 3 and 8, in one row as small as they are."""
-    files = sorted((run / "snapshots").glob("*.png"))
+def strip(files: Sequence[Path], out: Path) -> None:
+    """Pictures in one row, as small as they are: what the figures show."""
     sheet = Image.new("RGB", (fashion.SIZE * len(files), fashion.SIZE))
     for i, file in enumerate(files):
         sheet.paste(dreambooth.open_image(file), (fashion.SIZE * i, 0))
-    write(sheet, snapshot_file(case))
+    write(sheet, out)
 
 
 def snapshot_file(case: str) -> Path:
+    """Of the prolonged run: the same noise and prompt after every 200 steps."""
     return RESULTS / "snapshots" / f"{slug(case)}.png"
+
+
+def sample_file(case: str, kind: str) -> Path:
+    """Of the first seed: a subject's first picture of each prompt, or the first maps' pictures."""
+    return RESULTS / "samples" / f"{kind}-{slug(case)}.png"
 
 
 def on_maps(asked: Experiment, run: Path) -> dict[str, Any]:
@@ -254,6 +262,8 @@ def on_maps(asked: Experiment, run: Path) -> dict[str, Any]:
     if result.test is not None:
         found |= {"test": result.test} | {key.replace(" ", "_"): value for key, value in result.scores.items()}
         found |= {k: v for k, v in {"distance": result.distance, "bound_used": result.bound_used}.items() if v is not None}
+        if asked.seed == SEEDS[0]:
+            strip(sorted((run / "pictures").glob("*.png"))[:SHOWN], sample_file(asked.name, "maps"))
     return found
 
 

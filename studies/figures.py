@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from delora import figures
+from delora.data import dreambooth, maps
+from delora.data import fashion as clothes
 from delora.data.dreambooth import open_image
 from delora.evaluation.pictures import grid, write
 from delora.training.models import classifier
@@ -102,15 +104,40 @@ def subjects() -> None:
         snapshots([r["case"] for r in rows])
 
 
+def _rows(files: list[Path]) -> list[list[Any]]:
+    """The pictures of each strip, three times as large."""
+    strips = [open_image(file) for file in files]
+    side = clothes.SIZE
+    boxes = [[(i * side, 0, (i + 1) * side, side) for i in range(s.width // side)] for s in strips]
+    return [[s.crop(box).resize((3 * side,) * 2, 0) for box in own] for s, own in zip(strips, boxes, strict=True)]
+
+
 def snapshots(cases: list[str]) -> None:
     """Figure 8: the same noise and prompt after more and more steps, a row for each method."""
-    strips = [open_image(fashion.snapshot_file(case)) for case in cases]
-    side, scale = strips[0].height, 3
-    rows = [
-        [s.crop((i * side, 0, (i + 1) * side, side)).resize((scale * side,) * 2, 0) for i in range(s.width // side)]
-        for s in strips
-    ]
-    write(grid(rows, [f"{case}: step 0, 200, ... {fashion.LONG:,}" for case in cases]), FIGURES / "figure8-subjects.png")
+    rows = _rows([fashion.snapshot_file(case) for case in cases])
+    write(
+        grid(rows, [f"{case}: after 200, 400, ... {fashion.LONG:,} steps" for case in cases]), FIGURES / "figure8-subjects.png"
+    )
+
+
+def samples() -> None:
+    """Figure 7: what the methods draw, of a subject for each of its prompts, and of the first maps."""
+    if rows := whole("methods", fashion):
+        cases = list(dict.fromkeys(r["case"] for r in rows))
+        for subject in dreambooth.read(clothes.SOURCE):
+            if subject.name in fashion.SUBJECTS:
+                photographs = [open_image(file).resize((3 * clothes.SIZE,) * 2, 0) for file in subject.images]
+                drawn = _rows([fashion.sample_file(case, subject.name) for case in cases])
+                write(grid([photographs, *drawn], ["the photographs", *cases]), FIGURES / f"figure7-{subject.name}.png")
+    if rows := whole("maps", fashion):
+        cases = list(dict.fromkeys(r["case"] for r in rows))
+        scenes = maps.read(clothes.SOURCE, "validation")[: fashion.SHOWN]
+        given = [
+            [open_image(f).resize((3 * clothes.SIZE,) * 2, 0) for f in own]
+            for own in ([s.control for s in scenes], [s.image for s in scenes])
+        ]
+        drawn = _rows([fashion.sample_file(case, "maps") for case in cases])
+        write(grid([*given, *drawn], ["the maps", "the pictures they are of", *cases]), FIGURES / "figure7-maps.png")
 
 
 def starts() -> None:
@@ -131,4 +158,5 @@ if __name__ == "__main__":
     column_norms()
     language()
     subjects()
+    samples()
     starts()

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from delora.data import fashion as clothes
 from delora.files import write_atomically
 from studies import chat, digits, engine, fashion, sentences, verdicts
 from studies.verdicts import CHANCE, Verdict, strength
@@ -385,6 +386,10 @@ def _subject_tables() -> list[str]:
             f"{scores['dino_untuned']:.1f} %, and {scores['prompt_untuned']:.1f} % of the prompts' words are seen in these. Means over three "
             "subjects and three seeds.",
         ]
+        for name in fashion.SUBJECTS:
+            words = ", ".join(prompt.split()[-2] for prompt in clothes.PROMPTS)
+            caption = f"{name.replace('_', ' ')}, first seed; from left to right: {words}"
+            lines += ["", f"![The photographs, and what each method draws](figures/figure7-{name}.png)", "", f"*A {caption}.*"]
     return lines
 
 
@@ -404,6 +409,8 @@ def _maps_table() -> list[str]:
         "Maps, as Table 2:",
         "",
         *_means_table(rows, keys),
+        "",
+        "![Maps, the pictures they are of, and what each rung draws](figures/figure7-maps.png)",
         "",
         f"FID is of our classifier's 64 unit features on 640 pictures, not of Inception's. The segmenter has mIoU {real:.1f} % on the real pictures.",
     ]
