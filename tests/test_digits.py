@@ -11,6 +11,7 @@ from rich.console import Console
 
 from delora import DeLoRA, LoRA
 from delora.recipes.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
+from studies import chat as chat_study
 from studies import standins
 from studies.digits import best, read, run
 from studies.page import CLAIMS, STARTS, claims, starts
@@ -262,6 +263,26 @@ def spoken(**other):
         rows.append({"case": case, "test": 0.7, "perplexity": 20.0, "perplexity_before": 20.0})
         rows.append({"case": case, "factor": 4.0, "test": test, "perplexity": perplexity})
     return rows
+
+
+def test_every_run_of_the_chat_study_is_the_recipe(tmp_path, monkeypatch):
+    """The recipe of the stand-in trains each method at the rate that the study chose."""
+    monkeypatch.chdir(CLAIMS.resolve().parents[1])
+    asked = {}
+    for job in chat_study.robustness():
+        run = chat_study.experiment(job, tmp_path)
+        assert (run.train.lr, run.train.lam_lr, run.seed) == (job.lr, job.lr / 2, job.seed)
+        if job.factor == 1:
+            asked[job.case] = run
+    assert [case for case, run in asked.items() if run.evaluate.before] == ["LoRA"]
+    trained = {variant.name: run for variant, run in chat_study.read(chat_study.RECIPE, ["seeds=[10]"]).runs()}
+    assert set(trained) == set(asked)
+    for case, run in trained.items():
+        assert (run.adapter.build(), run.train.lr, run.data) == (
+            asked[case].adapter.build(),
+            asked[case].train.lr,
+            asked[case].data,
+        )
 
 
 def test_the_rule_for_the_chat_model():
