@@ -12,6 +12,7 @@ from rich.console import Console
 
 from delora import recipes
 from delora.data import fashion as clothes
+from delora.training.config import read
 from studies import engine, fashion
 from studies.fashion import Job, best, experiment, trace
 from studies.verdicts import on_subjects
@@ -48,6 +49,17 @@ def test_the_best_setting_is_that_of_both_subjects(tmp_path, monkeypatch):
     rows += [{"case": "x", "adapter": {"r": 2}, "lr": 1e-1, "subject": s} for s in "ab"]  # diverged
     monkeypatch.setattr(engine, "read", lambda study, results: rows)
     assert best("study", ["x"]) == {"x": ({"r": 1}, 1e-2)}
+
+
+def test_the_recipe_of_all_methods_is_what_the_study_chose():
+    asked = {v.name: run for v, run in read(ROOT / "recipes/standins/fashion-methods.toml", ["seeds=[10]"]).runs()}
+    chosen = best("methods-tuning", fashion.METHODS)
+    assert set(asked) == set(chosen)
+    for case, (adapter, lr) in chosen.items():
+        run = experiment(Job("methods", case, adapter, lr, lr * fashion.LAM_SHARE, 10, "striped_boot"), Path("runs"))
+        assert (asked[case].adapter.build(), asked[case].train.lr) == (run.adapter.build(), lr)
+        assert asked[case].adapter.targets == run.adapter.targets
+        assert asked[case].subject == run.subject
 
 
 def test_the_trace_has_every_hundredth_step(tmp_path):
