@@ -24,7 +24,7 @@ from studies import engine
 
 RESULTS, RECIPE = Path("results/chat"), Path("recipes/standins/smollm2.toml")
 TUNING_SEED, SEED = 8, 10
-FACTORS = (1.0, 4.0, 16.0)
+FACTORS = (1.0, 8.0)
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "LoRA": ({"method": "lora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
     "DoRA": ({"method": "dora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),

@@ -43,6 +43,7 @@ SHOWN = 10  # maps whose pictures are kept
 
 Adapter = dict[str, Any]
 LOW, HIGH = (5e-4, 2e-3, 8e-3), (2e-3, 6e-3, 2e-2)
+ENDS = (HIGH[0], HIGH[-1])
 
 LORA: Adapter = {"method": "lora", "r": R, "alpha": 2.0 * R}
 DORA: Adapter = {"method": "dora", "r": R, "alpha": 2.0 * R}
@@ -60,12 +61,12 @@ METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
 # The rungs, each with the settings and rates that it is chosen from; L0 is the LoRA of `METHODS`. All have one strength, that
 # which is chosen for DeLoRA: on digits, where it was searched for, every rung chose the same.
 LADDER: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
-    "L1": ([DELORA | {"norm": "none", "start": "copy", "lam": LAM}], HIGH),
-    "L2": ([DELORA | {"start": "copy", "lam": LAM}], HIGH),
-    "E0": ([{"method": "etherplus", "two_sided": False}], HIGH),
-    "E1": ([{"method": "reflections", "r": 2, "lam": LAM}], HIGH),
-    "E2": ([{"method": "reflections", "r": R, "lam": LAM}], HIGH),
-    "E3": ([{"method": "reflections", "r": R, "lam": LAM, "relaxed": True}], HIGH),
+    "L1": ([DELORA | {"norm": "none", "start": "copy", "lam": LAM}], ENDS),
+    "L2": ([DELORA | {"start": "copy", "lam": LAM}], ENDS),
+    "E0": ([{"method": "etherplus", "two_sided": False}], ENDS),
+    "E1": ([{"method": "reflections", "r": 2, "lam": LAM}], ENDS),
+    "E2": ([{"method": "reflections", "r": R, "lam": LAM}], ENDS),
+    "E3": ([{"method": "reflections", "r": R, "lam": LAM, "relaxed": True}], ENDS),
 }
 
 
@@ -151,7 +152,7 @@ LONG = 2600
 
 def prolonged() -> Iterator[Job]:
     """Figures 3 and 8: 2,600 steps, each method at its own base rate, one subject."""
-    for case, (adapter, lr) in best("methods-tuning", ("LoRA", "DoRA", "ETHER+", "DeLoRA")).items():
+    for case, (adapter, lr) in best("methods-tuning", ("LoRA", "DoRA", "DeLoRA")).items():
         yield from jobs("prolonged", case, adapter, lr, SEEDS[0], SUBJECTS[:1], steps=LONG)
         if case == "DeLoRA":
             still = adapter | {"learn_lam": False}

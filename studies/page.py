@@ -32,7 +32,7 @@ one accuracy of 60 % has a standard error of 2.5 points. Base rates and lam were
 accuracy of 80 % has a standard error of 1.3 points); two epochs with warm-up and a linear schedule, rank 8 on query and value; the
 head's rate stays at 1e-3. Base rates were chosen on validation sentences, with another seed.""",
     "chat": """*Chat model*: SmolLM2-135M-Instruct on instructions about 120 movie sentences, scored by the likelihood of the answers on 60 others (two
-tasks: the sentiment of two, the rating of five), and by the perplexity on 500 sentences of newspapers; rank 8 on q and v, one seed. Base
+tasks: the sentiment of two, the rating of five), and by the perplexity on 200 sentences of newspapers; rank 8 on q and v, one seed. Base
 rates: the best of three by the likelihood of held-out responses, with another seed.""",
     "subjects": """*Subjects*: our own small text-to-image model ([its card](../models/fashion/README.md)) learns three garments with patterns from five
 pictures each; 300 steps, rank 4 on the attention. A score is the mean of two shares: how far the pictures are from the untuned model's (0)

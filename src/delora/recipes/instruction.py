@@ -37,7 +37,7 @@ from delora.training.runs import Result, RunError, write_json
 
 NEXT = "next.json"
 METRIC = "likelihood"
-OTHER = 500  # sentences of a domain for the perplexity
+OTHER = 200  # sentences of a domain for the perplexity
 COMPARED = 64  # held-out instructions on which what is delivered is compared with what was trained
 
 

@@ -220,7 +220,7 @@ class Train(Strict):
 
 class Evaluate(Strict):
     """How a language model is scored: ``tasks`` of lm-evaluation-harness ("sentiment" and "rating": of the test sentences)
-    with ``shots`` examples before each question, and the perplexity on a ``text``, a file or 500 sentences of a domain.
+    with ``shots`` examples before each question, and the perplexity on a ``text``, a file or 200 sentences of a domain.
     ``before``: the same of the model as it was.
     """
 
