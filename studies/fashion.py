@@ -160,7 +160,8 @@ def prolonged() -> Iterator[Job]:
 
 
 def maps() -> Iterator[Job]:
-    """Table 2: each rung at the settings that were chosen on subjects."""
+    """Table 2: each rung at the settings that were chosen on subjects; once the model as it was, a step at rate 0."""
+    yield Job("maps", "untuned", LORA, 0.0, 0.0, SEEDS[0], steps=1)
     chosen = {"L0": best("methods-tuning", ["LoRA"])["LoRA"]} | best("ladder-tuning", LADDER)
     for seed, (case, (adapter, lr)) in product(SEEDS, chosen.items()):
         yield Job("maps", case, adapter, lr, lr * LAM_SHARE, seed)
@@ -187,7 +188,9 @@ def experiment(job: Job, out: Path) -> Experiment:
     kept = {key: data["adapter"][key] for key in ("targets", "also_train")}
     steps = job.steps or data["train"]["steps"]
     train = {"lr": job.lr, "lam_lr": job.lam_lr, "steps": steps, "save_steps": steps}  # a run of a minute is not resumed
-    shots = {} if job.steps is None else {"subject": data["subject"] | {"snapshots": 200}}
+    if job.lr == 0:
+        train["head_lr"] = 0.0
+    shots = {} if job.steps is None or job.subject is None else {"subject": data["subject"] | {"snapshots": 200}}
     return parse(
         data
         | {"name": job.case, "seed": job.seed, "out": str(out), "adapter": kept | job.adapter, "train": data["train"] | train}

@@ -165,9 +165,13 @@ def _over_factors(rows: Iterable[dict[str, Any]], gone: float, key: str = "test"
         cells = []
         for factor in factors:
             scores = [scale * r.get(key, gone) for r in rows if r["case"] == case and r.get("factor", 1.0) == factor]
-            cells.append("–" if not scores else f"{fmean(scores):.1f}" + (f" ± {stdev(scores):.1f}" if scores[1:] else ""))
+            cells.append(_spread(scores))
         table.append(f"| {case} | " + " | ".join(cells) + " |")
     return table
+
+
+def _spread(values: list[float]) -> str:
+    return "–" if not values else f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if values[1:] else "")
 
 
 def _ladder(rows: list[dict[str, Any]]) -> list[str]:
@@ -190,7 +194,7 @@ STARTS_HEAD = """# Which start, and which lam?
 Written by `make claims` from the rows in `results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
 on turned digits (see [the claims](claims.md)), on film reviews (two classes) and on ratings of products (a correlation) with a
 pretrained sentence encoder; over lam, over three decades of the rate (lam's is half of it), with three seeds, rank 8, without gradient
-clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.
+clipping and, where a table has that column filled, with the norm clipped at 1. A score is the mean validation score over the seeds.
 
 **The rule, fixed before the runs:** cells (lam, rate) within one standard deviation of the best cell of all are counted for each start
 (the deviation over the best cell's seeds, or the binomial standard error if that is larger); the default is the start with the most of
@@ -375,7 +379,7 @@ def _means_table(rows: list[dict[str, Any]], keys: dict[str, tuple[str, float]])
         cells = []
         for key, (_, scale) in keys.items():
             values = [scale * r[key] for r in own if key in r]
-            cells.append(f"{fmean(values):.1f} ± {stdev(values):.1f}" if len(values) > 1 else "–")
+            cells.append(_spread(values))
         lost = sum("test" not in r for r in own)
         name = case if not lost else f"{case} ({lost} of {len(own)} diverged)"
         table.append(f"| {name} | {_setting(own[0])} | {own[0]['lr']:g} | {' | '.join(cells)} | {own[0]['trainable']:,} |")
