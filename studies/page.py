@@ -371,15 +371,18 @@ def _setting(row: dict[str, Any]) -> str:
 
 
 def _means_table(rows: list[dict[str, Any]], keys: dict[str, tuple[str, float]]) -> list[str]:
-    """A row for each case: its setting, and means ± standard deviation of some values; ``keys``: heading and factor of each."""
+    """A row for each case: its setting, and means ± standard deviation over seeds; ``keys``: heading and factor of each."""
     table = ["| | setting | rate | " + " | ".join(head for head, _ in keys.values()) + " | trainable |"]
     table.append("|---" * (len(keys) + 4) + "|")
     for case in dict.fromkeys(r["case"] for r in rows):
         own = [r for r in rows if r["case"] == case]
         cells = []
         for key, (_, scale) in keys.items():
-            values = [scale * r[key] for r in own if key in r]
-            cells.append(_spread(values))
+            by_seed: dict[int, list[float]] = {}
+            for r in own:
+                if key in r:
+                    by_seed.setdefault(r["seed"], []).append(scale * r[key])
+            cells.append(_spread([fmean(values) for values in by_seed.values()]))
         lost = sum("test" not in r for r in own)
         name = case if not lost else f"{case} ({lost} of {len(own)} diverged)"
         table.append(f"| {name} | {_setting(own[0])} | {own[0]['lr']:g} | {' | '.join(cells)} | {own[0]['trainable']:,} |")
@@ -405,7 +408,7 @@ def _subject_tables() -> list[str]:
             "",
             f"The ends of the scale: the photographs among themselves have DINOv2 {scores['dino_real']:.1f} %, the untuned model's pictures "
             f"{scores['dino_untuned']:.1f} %, and {scores['prompt_untuned']:.1f} % of the prompts' words are seen in these. Means over three "
-            "subjects and three seeds.",
+            "subjects ± standard deviation over three seeds.",
         ]
         for name in fashion.SUBJECTS:
             words = ", ".join(prompt.split()[-2] for prompt in clothes.PROMPTS)

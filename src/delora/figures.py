@@ -125,15 +125,18 @@ def kind(name: str) -> str:
 def grids(
     cells: Mapping[str, Mapping[tuple[float, float], float]], x: str, y: str, value: str, framed: Mapping[str, set[Any]]
 ) -> Figure:
-    """One map for each case of values in [0, 1] over (x, y); the cells of ``framed`` have a frame."""
+    """One map for each case of values in [0, 1] over (x, y), in per cent with one scale of colours for all; the cells of
+    ``framed`` have a frame."""
     count = len(cells)
     columns = min(count, 4)
     figure, axes = _canvas(math.ceil(count / columns), columns, (2.6 * columns + 0.8, 2.6 * math.ceil(count / columns)))
     xs, ys = (sorted({key[i] for case in cells.values() for key in case}) for i in (0, 1))
+    every = [100 * value for case in cells.values() for value in case.values()]
+    low, high = 10 * math.floor(min(every, default=0) / 10), 10 * math.ceil(max(every, default=100) / 10)
     image = None
     for place, (case, values) in zip(axes, cells.items(), strict=False):
         table = [[100 * values.get((a, b), math.nan) for a in xs] for b in ys]
-        image = place.imshow(table, origin="lower", aspect="auto", vmin=0, vmax=100, cmap="viridis")
+        image = place.imshow(table, origin="lower", aspect="auto", vmin=low, vmax=high, cmap="viridis")
         for i, a in enumerate(xs):
             for j, b in enumerate(ys):
                 if (a, b) in framed.get(case, ()):
