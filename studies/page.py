@@ -408,13 +408,22 @@ def _subject_tables() -> list[str]:
             "",
             f"The ends of the scale: the photographs among themselves have DINOv2 {scores['dino_real']:.1f} %, the untuned model's pictures "
             f"{scores['dino_untuned']:.1f} %, and {scores['prompt_untuned']:.1f} % of the prompts' words are seen in these. Means over three "
-            "subjects ± standard deviation over three seeds.",
+            f"subjects ± standard deviation over three seeds. {_difference(rows, 'DeLoRA', 'LoRA')}",
         ]
         for name in fashion.SUBJECTS:
             words = ", ".join(prompt.split()[-2] for prompt in clothes.PROMPTS)
             caption = f"{name.replace('_', ' ')}, first seed; from left to right: {words}"
             lines += ["", f"![The photographs, and what each method draws](figures/figure7-{name}.png)", "", f"*A {caption}.*"]
     return lines
+
+
+def _difference(rows: list[dict[str, Any]], case: str, other: str) -> str:
+    """The mean difference of two cases' scores over what both were run on, in words."""
+    scores = [{(r["seed"], r.get("subject")): r.get("test", 0.0) for r in rows if r["case"] == c} for c in (case, other)]
+    pairs = [100 * (scores[0][key] - scores[1][key]) for key in scores[0]]
+    mean, error = fmean(pairs), stdev(pairs) / len(pairs) ** 0.5
+    told = "more than twice" if abs(mean) > 2 * error else "less than twice"
+    return f"{case} less {other}: {mean:+.1f} points, {told} its standard error of {error:.1f} over {len(pairs)} pairs."
 
 
 def _maps_table() -> list[str]:
