@@ -51,15 +51,22 @@ def test_the_best_setting_is_that_of_both_subjects(tmp_path, monkeypatch):
     assert best("study", ["x"]) == {"x": ({"r": 1}, 1e-2)}
 
 
-def test_the_recipe_of_all_methods_is_what_the_study_chose():
-    asked = {v.name: run for v, run in read(ROOT / "recipes/standins/fashion-methods.toml", ["seeds=[10]"]).runs()}
+@pytest.mark.parametrize("recipe", ["fashion-methods", "fashion-ladder", "fashion-maps"])
+def test_the_recipes_are_what_the_studies_chose(recipe):
+    asked = {v.name: run for v, run in read(ROOT / "recipes/standins" / f"{recipe}.toml", ["seeds=[10]"]).runs()}
     chosen = best("methods-tuning", fashion.METHODS)
+    if recipe != "fashion-methods":  # "DeLoRA: + weight norms (L2)"
+        asked = {name.partition("(")[2].rstrip(")"): run for name, run in asked.items()}
+        chosen = {"L0": chosen["LoRA"]} | best("ladder-tuning", fashion.LADDER)
     assert set(asked) == set(chosen)
     for case, (adapter, lr) in chosen.items():
-        run = experiment(Job("methods", case, adapter, lr, lr * fashion.LAM_SHARE, 10, "striped_boot"), Path("runs"))
+        subject = None if recipe == "fashion-maps" else "striped_boot"
+        run = experiment(Job("study", case, adapter, lr, lr * fashion.LAM_SHARE, 10, subject), Path("runs"))
         assert (asked[case].adapter.build(), asked[case].train.lr) == (run.adapter.build(), lr)
         assert asked[case].adapter.targets == run.adapter.targets
-        assert asked[case].subject == run.subject
+        if "lam" in adapter:
+            assert asked[case].train.lam_lr == run.train.lam_lr
+        assert (asked[case].subject, asked[case].semantic_map) == (run.subject, run.semantic_map)
 
 
 def test_the_trace_has_every_hundredth_step(tmp_path):
