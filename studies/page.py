@@ -24,6 +24,14 @@ What can be read off is whether a phenomenon is there. Each rule was fixed befor
 A claim that does not hold here is a result: it says that the phenomenon needs more than this stand-in has.
 """
 
+LIMITS = """## What they can and cannot say
+
+They run the code of the paper's recipes on real data, so they can show that a method trains, stays within its bound, drifts, fails at a high rate or
+does not. They cannot rank methods: with three to five seeds a difference of a few points is within its error, base rates were chosen from few, and
+models of 0.1 to 135 million parameters on small tasks need not order methods as large ones do. Of the pictures: they are grey garments of 32 pixels, which
+DINOv2 sees enlarged; our classifier and segmenter know nothing else, and share their training pictures with the model that they judge; a prompt asks
+for one of six words; the Frechet distance is of 64 features of our own. What needs photographs, long prompts or many concepts is not tested here."""
+
 STANDINS = {
     "digits": """*Digits*: a vision transformer (width 64, 3 layers) pretrained on 1,000 upright handwritten digits, finetuned on 100 that are turned
 by 90 degrees and inverted; 300 steps, batch 16, constant rate; rank 8 on q, k, v and out. Scores are of 399 test pictures, so that
@@ -124,7 +132,7 @@ def claims() -> str:
         lines += ["", "The subject's share of it [%]:", "", *_over_factors(rows, 0.0, "subject_share")]
         lines += ["", "The prompt's share of it [%]:", "", *_over_factors(rows, 0.0, "prompt")]
     lines += ["", "## The ladder", "", "Digits:", "", *_ladder(digits.read("rungs"))]
-    lines += [*_subject_tables(), *_maps_table(), "", "## Cost", "", *_cost()]
+    lines += [*_subject_tables(), *_maps_table(), "", LIMITS, "", "## Cost", "", *_cost()]
     return "\n".join(lines) + "\n"
 
 
