@@ -409,6 +409,8 @@ def _subject_tables() -> list[str]:
     lines: list[str] = []
     for study, title in (("ladder", "Subjects, as Table 1:"), ("methods", "All methods on subjects, as Table 3:")):
         if rows := whole(study, fashion):
+            if study == "ladder":  # L0 is run among the methods
+                rows = [r | {"case": "L0"} for r in whole("methods", fashion) if r["case"] == "LoRA"] + rows
             lines += ["", title, "", *_means_table(rows, SUBJECT_KEYS)]
     if rows := whole("methods", fashion):
         scores = {key: 100 * fmean(r[key] for r in rows if key in r) for key in ("dino_real", "dino_untuned", "prompt_untuned")}
