@@ -60,7 +60,10 @@ FIGURES = {
     ("R5", "digits"): ("figure6-digits", "The rate of lam alone, of A and B alone, of both"),
     ("R1", "sentences"): ("figure2-sentences", "Score and mean relative distance on sentences: means of three seeds"),
     ("R7", "chat"): ("figure2-chat", "Mean of both tasks and relative distance of the chat model: one seed"),
-    ("R1", "subjects"): ("figure2-subjects", "Score and relative distance: means of three subjects"),
+    ("R1", "subjects"): (
+        "figure2-subjects",
+        "Score and relative distance: means of three subjects, bands of one standard deviation over them",
+    ),
     ("R3", "subjects"): ("figure5-subjects", "DoRA with a fixed magnitude, on subjects"),
     ("R4", "subjects"): ("figure3-subjects", "Relative distance over 2,600 steps, one subject"),
     ("R5", "subjects"): ("figure6-subjects", "The rate of lam alone, of A and B alone, of both, on subjects"),
