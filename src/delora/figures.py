@@ -12,6 +12,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import nn
@@ -51,7 +52,8 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance:
         axes.minorticks_off()
         axes.set_xlabel("factor of the base rate")
     left.set_ylabel(f"{score} [%]")
-    left.set_ylim(bottom=0)
+    if all((np.asarray(line.get_ydata(), dtype=float) >= 0).all() for line in left.lines):
+        left.set_ylim(bottom=0)
     right.set_ylabel(distance)
     right.set_yscale("log")
     low, high = right.get_ylim()
@@ -204,7 +206,7 @@ def _line(
     spread = [scale * stdev(values) if len(values) > 1 else 0.0 for _, values in seen]
     axes.plot(at, mean, label=_plain(case), **_style(number))
     # On a logarithmic axis a band that reaches below zero would tear the scale.
-    low = [max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
+    low = [m - s if key == "score" else max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axes.fill_between(at, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.12, linewidth=0)
     if x == "factor" and len(seen) < len({r[x] for r in rows}):
