@@ -104,12 +104,15 @@ def subjects() -> None:
         snapshots([r["case"] for r in rows])
 
 
+def _large(picture: Any) -> Any:
+    return picture.resize((3 * picture.width, 3 * picture.height), 0)
+
+
 def _rows(files: list[Path]) -> list[list[Any]]:
     """The pictures of each strip, three times as large."""
-    strips = [open_image(file) for file in files]
     side = clothes.SIZE
-    boxes = [[(i * side, 0, (i + 1) * side, side) for i in range(s.width // side)] for s in strips]
-    return [[s.crop(box).resize((3 * side,) * 2, 0) for box in own] for s, own in zip(strips, boxes, strict=True)]
+    strips = [open_image(file) for file in files]
+    return [[_large(s.crop((x, 0, x + side, side))) for x in range(0, s.width, side)] for s in strips]
 
 
 def snapshots(cases: list[str]) -> None:
@@ -126,15 +129,14 @@ def samples() -> None:
         cases = list(dict.fromkeys(r["case"] for r in rows))
         for subject in dreambooth.read(clothes.SOURCE):
             if subject.name in fashion.SUBJECTS:
-                photographs = [open_image(file).resize((3 * clothes.SIZE,) * 2, 0) for file in subject.images]
+                photographs = [_large(open_image(file)) for file in subject.images]
                 drawn = _rows([fashion.sample_file(case, subject.name) for case in cases])
                 write(grid([photographs, *drawn], ["the photographs", *cases]), FIGURES / f"figure7-{subject.name}.png")
     if rows := whole("maps", fashion):
         cases = list(dict.fromkeys(r["case"] for r in rows))
         scenes = maps.read(clothes.SOURCE, "validation")[: fashion.SHOWN]
         given = [
-            [open_image(f).resize((3 * clothes.SIZE,) * 2, 0) for f in own]
-            for own in ([s.control for s in scenes], [s.image for s in scenes])
+            [_large(open_image(file)) for file in own] for own in zip(*((s.control, s.image) for s in scenes), strict=True)
         ]
         drawn = _rows([fashion.sample_file(case, "maps") for case in cases])
         write(grid([*given, *drawn], ["the maps", "the pictures they are of", *cases]), FIGURES / "figure7-maps.png")

@@ -183,7 +183,7 @@ def _over_factors(rows: Iterable[dict[str, Any]], gone: float, key: str = "test"
 
 
 def _spread(values: list[float]) -> str:
-    return "–" if not values else f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if values[1:] else "")
+    return "–" if not values else f"{fmean(values):,.1f}" + (f" ± {stdev(values):.1f}" if values[1:] else "")
 
 
 def _ladder(rows: list[dict[str, Any]]) -> list[str]:
@@ -206,7 +206,7 @@ STARTS_HEAD = """# Which start, and which lam?
 Written by `make claims` from the rows in `results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
 on turned digits (see [the claims](claims.md)), on film reviews (two classes) and on ratings of products (a correlation) with a
 pretrained sentence encoder; over lam, over three decades of the rate (lam's is half of it), with three seeds, rank 8, without gradient
-clipping and, where a table has that column filled, with the norm clipped at 1. A score is the mean validation score over the seeds.
+clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.
 
 **The rule, fixed before the runs:** cells (lam, rate) within one standard deviation of the best cell of all are counted for each start
 (the deviation over the best cell's seeds, or the binomial standard error if that is larger); the default is the start with the most of
@@ -472,13 +472,13 @@ def _maps_table() -> list[str]:
 
 
 def _cost() -> list[str]:
-    lines = ["| study | runs | CPU-minutes | command |", "|---|---|---|---|"]
+    lines = ["| study | runs | CPU-minutes of training | command |", "|---|---|---|---|"]
     for folder in (digits.RESULTS, sentences.RESULTS, chat.RESULTS, fashion.RESULTS):
         for file in sorted(folder.glob("*.json")):
             about = json.loads(file.read_text())
             count = len(engine.read(file.stem, folder))
             lines.append(f"| {folder.name}, {file.stem} | {count} | {about['cpu_minutes']:g} | `{about['command']}` |")
-    return [*lines, "", "Versions are in the `.json` beside each file of rows."]
+    return [*lines, "", "Drawing and judging are not counted. Versions are in the `.json` beside each file of rows."]
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def chat(rows: Rows, chance: float = 0.35) -> Verdict:
 
     def told(case: str, factor: float) -> str:
         grown = forgotten(case, factor)
-        return f"{case} loses {100 * lost(case, factor):.1f} points, its perplexity is {grown:.2f} times the base's"
+        return f"{case} loses {100 * lost(case, factor):.1f} points, its perplexity is {grown:,.2f} times the base's"
 
     up = [f for f in _factors(rows, "LoRA") if 1 < f <= 16]
     both = [f for f in up if fails("LoRA", f) and fails("DoRA", f)]

@@ -132,7 +132,7 @@ def fit(
     **kwargs: Any,
 ) -> None:
     """Train a part whole, with warm-up and a cosine; its losses are added to the log. A part that was stopped goes on."""
-    work = folder / "work" / name
+    work = folder / "checkpoints" / name
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -386,7 +386,7 @@ def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
         ids = tokens(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         return {"mean": mean[chosen].float(), "std": std[chosen].float(), "input_ids": ids}
 
-    work = folder / "work"
+    work = folder / "checkpoints"
     average = Averaged(model, work / "average.pt")
     fit("diffusion", folder, model, plan, plan.diffusion, Numbers(len(labels)), 1e-3, data_collator=batch, watch=[average])
     average.mean.copy_to(model.parameters())
