@@ -251,7 +251,7 @@ def strip(files: Sequence[Path], out: Path) -> None:
 
 
 def snapshot_file(case: str) -> Path:
-    """Of the prolonged run: the same noise and prompt after every 200 steps."""
+    """Of the prolonged run: the same noise and prompt at the start and after every 200 steps."""
     return RESULTS / "snapshots" / f"{slug(case)}.png"
 
 

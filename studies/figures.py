@@ -118,9 +118,7 @@ def _rows(files: list[Path]) -> list[list[Any]]:
 def snapshots(cases: list[str]) -> None:
     """Figure 8: the same noise and prompt after more and more steps, a row for each method."""
     rows = _rows([fashion.snapshot_file(case) for case in cases])
-    write(
-        grid(rows, [f"{case}: after 200, 400, ... {fashion.LONG:,} steps" for case in cases]), FIGURES / "figure8-subjects.png"
-    )
+    write(grid(rows, [f"{case}: step 0, 200, ... {fashion.LONG:,}" for case in cases]), FIGURES / "figure8-subjects.png")
 
 
 def samples() -> None:

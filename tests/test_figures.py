@@ -58,6 +58,12 @@ def test_the_profile_of_column_norms():
     assert {line.get_label(): list(line.get_ydata()) for line in axes.lines} == {"q": [2.0, 4.0], "v": [0.0, 0.0]}
 
 
+def test_what_has_no_score_has_no_panel_of_scores():
+    data = [{k: v for k, v in r.items() if k != "score"} for r in rows("LoRA")]
+    assert [a.get_ylabel() for a in figures.over_steps(data, ["LoRA"], distance="far").axes] == ["far"]
+    assert len(figures.over_steps(rows("LoRA"), ["LoRA"]).axes) == 2
+
+
 def test_a_grid_has_its_values_in_place_and_frames():
     cells = {"a": {(1.0, 10.0): 0.25, (2.0, 10.0): 0.5, (1.0, 20.0): 1.0}}
     axes = figures.grids(cells, "x", "y", "value", {"a": {(2.0, 10.0)}}).axes[0]

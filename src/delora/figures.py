@@ -67,17 +67,21 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance:
 def over_steps(
     rows: Rows, cases: Sequence[str], bound: str | None = None, score: str = "score", distance: str = "|W' - W|"
 ) -> Figure:
-    """Figure 3: distance and score over training. Rows have ``case``, ``step``, ``distance``, ``score``, one for each seed.
+    """Figure 3: distance and score over training. Rows have ``case``, ``step``, ``distance``, ``score``, one for each seed;
+    where none has a score, the distance alone is drawn.
 
     ``bound``: the case whose ``bound`` is drawn as well, what its distance cannot exceed, and ``reachable``, where rows
     have it: the distance at which its directions have nothing left in common with those of the start.
     """
     rows = list(rows)
-    figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
+    scored = any("score" in r for r in rows)
+    figure, panels = _canvas(1, 1 + scored, (9.6 if scored else 5.8, 3.4))
+    left = panels[0]
     for case, number in numbers(cases).items():
         own = [r for r in rows if r["case"] == case]
         _line(left, own, "distance", number, case, x="step")
-        _line(right, own, "score", number, case, x="step", scale=100)
+        if scored:
+            _line(panels[1], own, "score", number, case, x="step", scale=100)
         if case == bound:
             points = _means(own, "bound", "step")
             colour = COLOURS[number % len(COLOURS)]
@@ -85,13 +89,12 @@ def over_steps(
             if points := _means(own, "reachable", "step"):
                 label = _plain(f"reachable size of {case}")
                 left.plot(*zip(*points, strict=True), color=colour, linewidth=1, linestyle=(0, (1, 3)), label=label)
-    for axes in (left, right):
+    for axes, label in zip(panels, (distance, f"{score} [%]"), strict=False):
         axes.set_xlabel("optimizer step")
+        axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
-    left.set_ylabel(distance)
-    right.set_ylabel(f"{score} [%]")
     handles, labels = left.get_legend_handles_labels()
-    right.legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    panels[-1].legend(handles, labels, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return figure
 
 
