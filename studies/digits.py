@@ -136,6 +136,16 @@ def starts(study: str = "starts", clip: float = 0.0) -> Iterator[Job]:
         yield Job(study, case, DeLoRA(r=8, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
 
 
+JUDGED = ("subtract", "copy", "paired", "soft 0.01", "soft 0.03")
+JUDGED_SEEDS, JUDGED_LAM, JUDGED_RATES = tuple(range(50, 60)), 8.0, (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+
+
+def starts_judged() -> Iterator[Job]:
+    """The starts that were near the best, at the default lam and ten new seeds, for `verdicts.start`."""
+    for seed, lr, case in product(JUDGED_SEEDS, JUDGED_RATES, JUDGED):
+        yield Job("starts-judged", case, DeLoRA(r=8, lam=JUDGED_LAM, **STARTS[case]), lr, lr * LAM_SHARE, seed)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
@@ -145,6 +155,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "rungs": rungs,
     "starts": starts,
     "starts-clipped": partial(starts, "starts-clipped", 1.0),
+    "starts-judged": starts_judged,
 }
 
 # ---------------------------------------------------------------- running them

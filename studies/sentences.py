@@ -20,7 +20,7 @@ from rich.console import Console
 
 from delora.recipes import classification
 from delora.training.config import parse
-from studies import engine
+from studies import digits, engine
 from studies.digits import STARTS
 
 RESULTS = Path("results/sentences")
@@ -86,6 +86,13 @@ def starts(study: str, task: str, clip: float = 0.0) -> Iterator[Job]:
         yield Job(study, case, adapter, lr, seed, clip=clip, task=task, short=True)
 
 
+def starts_judged(study: str, task: str) -> Iterator[Job]:
+    """As `digits.starts_judged`."""
+    for seed, lr, case in product(digits.JUDGED_SEEDS, digits.JUDGED_RATES, digits.JUDGED):
+        adapter = {"method": "delora", "r": 8, "lam": digits.JUDGED_LAM, **STARTS[case]}
+        yield Job(study, case, adapter, lr, seed, task=task, short=True)
+
+
 def by_rank(r: int) -> float:
     """The rule for lam from the rank: |dW| is about lam |W| / sqrt(r in), so lam grows with sqrt(r), and is 8 at rank 8."""
     return FIXED_LAM * (r / 8) ** 0.5
@@ -107,6 +114,8 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts-product": partial(starts, "starts-product", "product"),
     "starts-movie-clipped": partial(starts, "starts-movie-clipped", "movie", 1.0),
     "starts-product-clipped": partial(starts, "starts-product-clipped", "product", 1.0),
+    "starts-movie-judged": partial(starts_judged, "starts-movie-judged", "movie"),
+    "starts-product-judged": partial(starts_judged, "starts-product-judged", "product"),
 }
 
 

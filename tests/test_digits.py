@@ -15,7 +15,7 @@ from studies import chat as chat_study
 from studies import standins
 from studies.digits import best, read, run
 from studies.page import CLAIMS, STARTS, claims, starts
-from studies.verdicts import CHANCE, area, by_rank, chat, ladder, r1, r2, r3, r4, r5, widest
+from studies.verdicts import CHANCE, Gain, area, by_rank, chat, decade, gains, ladder, r1, r2, r3, r4, r5, start, widest
 
 JOB = Job("study", "case", DeLoRA(r=2, lam=4.0), lr=1e-2, lam_lr=5e-3, seed=3, steps=4)
 
@@ -242,6 +242,38 @@ def test_the_widest_lam_of_a_start():
     rows += [cell(16.0, lr, v) for lr, v in ((1e-3, 0.8), (1e-2, 0.5), (1e-1, 0.1))]
     rows += [cell(1.0, 1e-2, 0.9, case="soft"), cell(1.0, 1e-2, 0.9, clip=1.0)]  # another start, and clipped: not counted
     assert widest(rows, "subtract") == {4.0: 2, 16.0: 1}
+
+
+def over_a_sweep(case, scores):
+    return [
+        {"case": case, "lr": lr, "seed": seed} | ({} if value is None else {"validation": value})
+        for seed, values in enumerate(scores)
+        for lr, value in zip((1e-3, 1e-2, 1e-1, 1.0), values, strict=True)
+    ]
+
+
+def test_a_seed_is_not_judged_by_the_decade_that_it_chose():
+    # The last seed would choose the upper decade, the others choose the lower one for it. A run that diverged is chance.
+    rows = over_a_sweep("soft", [(0.6, 0.6, 0.6, 0.45), (0.6, 0.6, 0.6, 0.45), (0.0, 0.6, None, 0.9)])
+    assert decade(rows, "soft", 0.3) == pytest.approx([0.55, 0.55, 0.3])
+    found = gains([*rows, *over_a_sweep("subtract", [(0.5, 0.5, 0.5, 0.5)] * 3)], 0.3)
+    assert found["subtract"] == Gain(pytest.approx(0.5), 0.0, 0.0)
+    assert found["soft"].gain == pytest.approx(-0.1 / 3)
+    assert found["soft"].error == pytest.approx(0.25 / 3)  # of 0.05, 0.05, -0.2: a deviation of 0.25 / sqrt(3), over sqrt(3)
+
+
+def test_a_start_takes_the_place_of_subtract_by_its_gain_alone():
+    def chosen(*tasks):
+        none = {"subtract": Gain(0.5, 0.0, 0.0)}
+        return start([none | {case: Gain(0.5 + gain, gain, error) for case, (gain, error) in t.items()} for t in tasks])
+
+    name, mean = chosen({"soft": (0.04, 0.006)}, {"soft": (0.02, 0.008)})
+    assert name == "soft"
+    assert mean["soft"] == Gain(pytest.approx(0.53), pytest.approx(0.03), pytest.approx(0.005))
+    assert chosen({"soft": (0.009, 0.006)}, {"soft": (0.0, 0.008)})[0] == "subtract"  # less than two standard errors
+    assert chosen({"soft": (0.1, 0.006)}, {"soft": (-0.02, 0.008)})[0] == "subtract"  # a loss on one task
+    assert chosen({"soft": (0.03, 0.001), "paired": (0.05, 0.001)})[0] == "paired"
+    assert chosen({"soft": (0.03, 0.001), "copy": (0.02, 0.001)})[0] == "subtract"  # the same function twice: all is luck
 
 
 def test_lam_by_the_rank_is_compared_at_each_ones_best_rate():
