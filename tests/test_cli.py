@@ -156,7 +156,9 @@ ADAPTER = ["{world}/out/adapter", "--model", "{world}/model"]
         (["inspect", "{tmp}/foreign"], 1, "'format' is None"),
         (["merge", *ADAPTER, "--out", "{world}/data"], 2, "is not empty"),
         (["merge", "{world}/data", "--model", "{world}/model", "--out", "{tmp}/x"], 1, "holds no adapter"),
-        (["merge", "{world}/out/adapter", "--model", "nobody/nothing", "--out", "{tmp}/x"], 1, "there is no model"),
+        (["merge", "{world}/data", "--model", "nobody/nothing", "--out", "{tmp}/x"], 1, "holds no adapter"),
+        (["merge", "{world}/out/adapter", "--model", "nobody/nothing", "--out", "{tmp}/x"], 1, "hf download nobody/nothing"),
+        (["generate", "{world}/none", "a dog", "--model", "nobody/nothing", "--out", "{tmp}/x"], 1, "there is no folder"),
         (["merge", "{world}/out/adapter", "--model", "{world}/data", "--out", "{tmp}/x"], 1, "transformers can read"),
         (["export", "{world}/out/adapter", "--model", "{world}/model", "--out", "{tmp}/x", "--kind", "dora"], 2, "'dora'"),
         (

@@ -383,7 +383,12 @@ def test_the_prompts_of_objects_and_of_live_subjects(world):
         ({"subject": {"word": "dog"}, "data": {"source": "{tmp}"}}, DataError, r"give subject\.prompts"),
         ({"subject": {"word": "dog", "prompts": ["a dog"]}}, DataError, r"the prompt 'a dog' must have \{\} once"),
         ({"subject": {"word": "dog", "prompts": ["{}"]}, "data": {"source": "{tmp}"}}, DataError, "holds no photograph"),
-        ({"model": "{tmp}/nothing"}, ModelError, "there is no text-to-image model .*model=FOLDER"),
+        (
+            {"model": "nobody/nothing"},
+            ModelError,
+            "there is no model .*\n.*\n    hf download nobody/nothing --local-dir FOLDER\n",
+        ),
+        ({"model": "{tmp}"}, ModelError, "is not a folder that diffusers can read"),
         ({"train": {"steps": None}}, ConfigError, r"give train\.steps"),
         ({"adapter": {"targets": ["to_qq"]}}, ConfigError, "no module ends with 'to_qq'"),
         ({"data": {"train": 3}}, ConfigError, r"data\.train is for the rated sentences; this task has pictures"),

@@ -169,14 +169,17 @@ def load(
 
 
 def _open(folder: Path, methods: Mapping[str, type]) -> Saved:
-    if (folder / JSON).is_file():
-        return _read(folder, methods)
-    if (folder / "adapter_config.json").is_file():
-        return read_peft(folder)
+    require_adapter(folder)
+    return _read(folder, methods) if (folder / JSON).is_file() else read_peft(folder)
+
+
+def require_adapter(folder: Path) -> None:
+    """Raises AdapterError if a folder holds no adapter, neither ours nor PEFT's: to be asked before a large model is loaded."""
     if not folder.is_dir():
         raise AdapterError(f"there is no folder {folder}")
-    there = sorted(p.name for p in folder.iterdir())[:10]
-    raise AdapterError(f"{folder} holds no adapter: expected {JSON} (ours) or adapter_config.json (PEFT), found {there}")
+    if not any((folder / name).is_file() for name in (JSON, "adapter_config.json")):
+        there = sorted(p.name for p in folder.iterdir())[:10]
+        raise AdapterError(f"{folder} holds no adapter: expected {JSON} (ours) or adapter_config.json (PEFT), found {there}")
 
 
 def _read(folder: Path, methods: Mapping[str, type]) -> Saved:

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 misuse.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,10 +152,11 @@ def generate(
     if file.exists():
         raise typer.BadParameter(f"{file} exists: choose another file with --out")
     _quiet()
-    from delora import load
+    from delora.checkpoint import load, require_adapter
     from delora.evaluation.generation import pipeline, strengths
     from delora.evaluation.pictures import write
 
+    require_adapter(adapter)
     pipe = pipeline(model)
     load(pipe.unet, adapter)
     with _refusals():
@@ -231,6 +233,7 @@ def _quiet() -> None:
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers' own, on every name of the Hub
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub.set_verbosity_error()

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from delora.checkpoint import JSON
+from delora.checkpoint import JSON, require_adapter
 from delora.diagnostics import singular_values
-from delora.export.peft import CONFIG, read
+from delora.export.peft import read
 from delora.files import AdapterError, Saved, SavedLayer, get, read_json
 from delora.methods import Full
 
@@ -35,11 +35,8 @@ def describe(folder: Path) -> Description:
     Raises:
         AdapterError: the folder holds neither, or is damaged.
     """
-    if (folder / JSON).is_file():
-        return _ours(folder / JSON)
-    if (folder / CONFIG).is_file():
-        return _peft(read(folder))
-    raise AdapterError(f"{folder} holds no adapter: there is neither {JSON} (ours) nor {CONFIG} (PEFT's)")
+    require_adapter(folder)
+    return _ours(folder / JSON) if (folder / JSON).is_file() else _peft(read(folder))
 
 
 def _ours(file: Path) -> Description:

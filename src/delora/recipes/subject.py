@@ -34,7 +34,7 @@ from delora.inject import adapters
 from delora.layer import Adapter
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.experiments import begin, finish, fit, inject, reached
-from delora.training.models import ModelError
+from delora.training.models import refused
 from delora.training.runs import METRICS, Result, RunError, write_json
 
 SCORES = "scores.json"
@@ -322,11 +322,7 @@ def skeleton(model: str) -> nn.Module:
     try:
         config = UNet2DConditionModel.load_config(model, subfolder="unet")
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"there is no text-to-image model {model!r}: it is no folder that diffusers can read, and the Hugging Face Hub did "
-            "not give it. Where there is a network: huggingface-cli download stable-diffusion-v1-5/stable-diffusion-v1-5 "
-            "--local-dir FOLDER; then give model=FOLDER"
-        ) from error
+        raise refused(model, "diffusers", error) from error
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(config)
 

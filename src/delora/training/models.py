@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from delora.checkpoint import JSON, load
+from delora.checkpoint import JSON, load, require_adapter
 from delora.data.packages import PACKAGES, Package, fetch
 from delora.export.peft import CONFIG as PEFT_CONFIG
 from delora.files import read_json
@@ -89,14 +90,24 @@ def loading(auto: Any, name: str, **kwargs: Any) -> Any:
     try:
         return _named(auto.from_pretrained(path_of(name), **kwargs), name)
     except (OSError, ValueError, RuntimeError) as error:
-        if Path(path_of(name)).is_dir():
-            library = auto.__module__.partition(".")[0]
-            raise ModelError(f"{name} is not a folder that {library} can read as this kind of model: {error}") from error
-        packaged = sorted(n for n, package in PACKAGES.items() if package.kind == "model")
-        raise ModelError(
-            f"there is no model {name!r}: it is no packaged model ({', '.join(packaged)}), no folder, and the "
-            "Hugging Face Hub did not give it"
-        ) from error
+        raise refused(name, auto.__module__.partition(".")[0], error) from error
+
+
+def refused(name: str, library: str, error: Exception) -> ModelError:
+    """Why a library could not load a model of this name, and for one of the Hub how to do without it."""
+    if Path(path_of(name)).is_dir():
+        return ModelError(f"{name} is not a folder that {library} can read as this kind of model: {error}")
+    packaged = ", ".join(sorted(n for n, package in PACKAGES.items() if package.kind == "model"))
+    hand = ""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        hand = (
+            f".\nTo do it by hand, run where there is a network:\n    hf download {name} --local-dir FOLDER\n"
+            "bring the folder here, and give it in the name's place (in a recipe: model=FOLDER)"
+        )
+    return ModelError(
+        f"there is no model {name!r}: it is no packaged model ({packaged}), no folder, and the Hugging Face Hub did not "
+        f"give it{hand}"
+    )
 
 
 def _named(loaded: Any, name: str) -> Any:
@@ -166,6 +177,7 @@ def adapted(folder: Path, base: str) -> PreTrainedModel:
 
     That is said by a ``config.json`` beside the adapter, or by PEFT's task type; else it is the base checkpoint's own.
     """
+    require_adapter(folder)
     if (folder / "config.json").is_file():
         config = loading(AutoConfig, str(folder))
         kind: Any = getattr(transformers, (config.architectures or [""])[0], None)
