@@ -36,8 +36,8 @@ def learn(unet, scheduler, latents, text, steps):
 
 
 def main(model, photographs, prompt, steps=1000):
-    pipe = DiffusionPipeline.from_pretrained(model, safety_checker=None)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(model, dtype=torch.float32, safety_checker=None)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
     side = pipe.unet.config.sample_size * pipe.vae_scale_factor  # 512 for Stable Diffusion 1.5

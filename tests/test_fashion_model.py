@@ -18,7 +18,7 @@ from delora.training import experiments
 from delora.training.config import read
 
 # diffusers calls its own argument old, and its solver numpy in an old way
-drawing = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning")
+drawing = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 MODEL = Path(__file__).parents[1] / "models" / "fashion"
 
 

@@ -105,7 +105,7 @@ def test_factor_one_is_that_of_the_sweeps_own_seeds():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path, monkeypatch):
     """Two steps with the shipped model and the real judges; the row has the score's parts, and it is not run again."""
     monkeypatch.setattr(fashion, "SHARED", tmp_path / "shared")

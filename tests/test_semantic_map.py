@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 QUIET = Console(quiet=True)
 CLASSES, SIZE = 3, tiny_diffusion.SIZE
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 # ---------------------------------------------------------------- the paper's recipes

@@ -62,7 +62,7 @@ prompt_list = [
 """
 
 # diffusers calls names of peft that are to go, and its solver numpy in an old way
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__ implementation:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 # ---------------------------------------------------------------- the paper's recipes

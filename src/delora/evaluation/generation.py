@@ -19,7 +19,7 @@ def pipeline(model: str, weights: str = "fp32") -> Any:
     """The frozen pipeline of a folder or a name on the Hub, on the accelerator if there is one, without a safety checker."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    pipe = loading(DiffusionPipeline, model, safety_checker=None).to(device or torch.device("cpu"), dtype)
+    pipe = loading(DiffusionPipeline, model, dtype=dtype, safety_checker=None).to(device or torch.device("cpu"))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)

@@ -113,8 +113,8 @@ def refused(name: str, library: str, error: Exception) -> ModelError:
 def _named(loaded: Any, name: str) -> Any:
     """Files of ours and of transformers record this: the name says more than where this machine keeps the model."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if hasattr(type(model), "components"):
-        return loaded  # a pipeline says its name itself
+    if type(model).__module__.partition(".")[0] == "diffusers":
+        return loaded  # these keep their names themselves
     for owner in (model, getattr(model, "config", None)):
         for attribute in ("name_or_path", "_name_or_path"):
             if hasattr(owner, attribute):
