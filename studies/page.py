@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from delora import DeLoRA
 from delora.data import fashion as clothes
 from delora.files import write_atomically
 from studies import chat, digits, engine, fashion, sentences, verdicts
@@ -208,7 +207,7 @@ on turned digits (see [the claims](claims.md)), on film reviews (two classes) an
 pretrained sentence encoder; over lam, over three decades of the rate (lam's is half of it), with three seeds, rank 8, without gradient
 clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.
 
-**The rule, fixed before the runs:** cells (lam, rate) within one standard deviation of the best cell of all are counted for each start
+**The first rule, fixed before the runs:** cells (lam, rate) within one standard deviation of the best cell of all are counted for each start
 (the deviation over the best cell's seeds, or the binomial standard error if that is larger); the default is the start with the most of
 them without clipping, as shares of a task's cells summed over the tasks, but stays `subtract` if that is within one cell of the most on
 every task.
@@ -272,21 +271,18 @@ def _near(tasks: dict[str, Task]) -> list[str]:
     within = all(max(a[c, 0.0] for c in digits.STARTS) - a["subtract", 0.0] <= 1 for a in areas.values())
     first = max(total, key=lambda case: total[case])
     verdict = "`subtract` stays" if within or first == "subtract" else f"`{first}` takes its place"
-    default, more = DeLoRA().start, ""
-    if not within and first.split()[0] != default:
-        more = (
-            f"**The library's default is still `{default}`,** the paper's own: the sums differ by {total[first] - total[default]:.2f}, and `copy`, "
-            f"which on sentences does the same as `subtract` to a tenth of a point at its best, differs from it by {total['copy'] - total['subtract']:.2f}: "
-            "so much is luck. Where `soft` is ahead it is at lower rates, from which it learns faster; at a rate of 0.03 with the largest lam it falls to "
-            "chance on the ratings, where `subtract` does not. More seeds are to decide. "
-        )
+    more = (
+        f"That is not firm: `copy`, which differs from `subtract` only by how far lam has moved, is {total['copy'] - total['subtract']:.2f} "
+        "above it, and so much is luck. Where `soft` is ahead it is at lower rates, from which it learns faster; at a rate of 0.03 with the "
+        "largest lam it falls to chance on the ratings, where `subtract` does not. The second rule decides. "
+    )
     near = sum(count for a in areas.values() for (_, clip), count in a.items() if not clip)
     every = sum(task.cells for task in tasks.values()) * len(digits.STARTS)
     told = "; ".join(f"{task.name}: {task.setting}" for task in tasks.values())
     return [
         *lines,
         "",
-        f"**By the rule {verdict}.** {more}{near} of {every} cells without clipping are near the best: where they are few, the best of so many "
+        f"**By this rule {verdict}.** {more}{near} of {every} cells without clipping are near the best: where they are few, the best of so many "
         f"is in part luck, and the rule says little more than that no start is clearly better. {told.capitalize()}.",
         "",
     ]
