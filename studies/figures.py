@@ -104,15 +104,11 @@ def subjects() -> None:
         snapshots([r["case"] for r in rows])
 
 
-def _large(picture: Any) -> Any:
-    return picture.resize((3 * picture.width, 3 * picture.height), 0)
-
-
 def _rows(files: list[Path]) -> list[list[Any]]:
-    """The pictures of each strip, three times as large."""
+    """The pictures of each strip."""
     side = clothes.SIZE
     strips = [open_image(file) for file in files]
-    return [[_large(s.crop((x, 0, x + side, side))) for x in range(0, s.width, side)] for s in strips]
+    return [[s.crop((x, 0, x + side, side)) for x in range(0, s.width, side)] for s in strips]
 
 
 def snapshots(cases: list[str]) -> None:
@@ -127,15 +123,13 @@ def samples() -> None:
         cases = list(dict.fromkeys(r["case"] for r in rows))
         for subject in dreambooth.read(clothes.SOURCE):
             if subject.name in fashion.SUBJECTS:
-                photographs = [_large(open_image(file)) for file in subject.images]
+                photographs = [open_image(file) for file in subject.images]
                 drawn = _rows([fashion.sample_file(case, subject.name) for case in cases])
                 write(grid([photographs, *drawn], ["the photographs", *cases]), FIGURES / f"figure7-{subject.name}.png")
     if rows := whole("maps", fashion):
         cases = list(dict.fromkeys(r["case"] for r in rows))
         scenes = maps.read(clothes.SOURCE, "validation")[: fashion.SHOWN]
-        given = [
-            [_large(open_image(file)) for file in own] for own in zip(*((s.control, s.image) for s in scenes), strict=True)
-        ]
+        given = [[open_image(file) for file in own] for own in zip(*((s.control, s.image) for s in scenes), strict=True)]
         drawn = _rows([fashion.sample_file(case, "maps") for case in cases])
         write(grid([*given, *drawn], ["the maps", "the pictures they are of", *cases]), FIGURES / "figure7-maps.png")
 

@@ -198,11 +198,11 @@ def test_samples_over_training_are_a_row_for_each_method(tmp_path, folders):
         for step in steps:
             file = folder / "subjects" / "dog" / "snapshots" / f"{step:05d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (colour, step // 2, 0)).save(file)
+            Image.new("RGB", (96, 96), (colour, step // 2, 0)).save(file)
     write([tmp_path / "runs"], tmp_path / "report")
     (file,) = (tmp_path / "report").glob("*-samples.png")
     sheet = np.array(Image.open(file))
-    seen = [[tuple(sheet[top, left]) for left in (8, 20)] for top in (22, 48)]
+    seen = [[tuple(sheet[top, left]) for left in (8, 108)] for top in (22, 136)]
     assert seen == [[(10, 0, 0), (10, 200, 0)], [(200, 0, 0), (200, 200, 0)]]
 
 

@@ -422,9 +422,13 @@ def test_generate_writes_a_row_for_each_strength(world, done, tmp_path):
     code, _, told = test_cli.run(*given, "--strength", "0,1", "--out", tmp_path / "grid.png")
     assert code == 0, told
     sheet = np.array(Image.open(tmp_path / "grid.png"))
-    size, step = tiny_diffusion.SIZE, tiny_diffusion.SIZE + pictures.MARGIN
+    times = 96 // tiny_diffusion.SIZE  # small pictures are drawn larger: every pixel as a square of so many
+    size = times * tiny_diffusion.SIZE
+    step = size + pictures.MARGIN
     rows = [pictures.MARGIN + i * (step + pictures.LABEL) + pictures.LABEL for i in range(2)]
-    seen = [[sheet[top : top + size, left : left + size] for left in (pictures.MARGIN, pictures.MARGIN + step)] for top in rows]
+    squares = [[sheet[top:, left:][:size, :size] for left in (pictures.MARGIN, pictures.MARGIN + step)] for top in rows]
+    seen = [[square[::times, ::times] for square in row] for row in squares]
+    assert np.array_equal(seen[0][1].repeat(times, 0).repeat(times, 1), squares[0][1])
     pipe = generation.pipeline(str(world / "pipe"))
     base = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 7.5)
     delora.load(pipe.unet, adapter)

@@ -9,11 +9,13 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 MARGIN, LABEL = 4, 14  # pixels between the pictures of a grid, and above a row for its label
+LEAST = 96  # pixels that a picture should be wide to be seen
 
 
 def grid(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> Any:
-    """Pictures of one size in rows, each under its label."""
-    width, height = rows[0][0].size
+    """Pictures of one size in rows, each under its label. Small ones are drawn two or more times as large, pixel by pixel."""
+    times = max(1, LEAST // rows[0][0].width)
+    width, height = (times * side for side in rows[0][0].size)
     columns = max(map(len, rows))
     size = (columns * (width + MARGIN) + MARGIN, len(rows) * (height + LABEL + MARGIN) + MARGIN)
     sheet = Image.new("RGB", size, "white")
@@ -22,7 +24,8 @@ def grid(rows: Sequence[Sequence[Any]], labels: Sequence[str]) -> Any:
         top = MARGIN + number * (height + LABEL + MARGIN)
         draw.text((MARGIN, top), label, fill="black")
         for place, picture in enumerate(row):
-            sheet.paste(picture, (MARGIN + place * (width + MARGIN), top + LABEL))
+            large = picture.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(large, (MARGIN + place * (width + MARGIN), top + LABEL))
     return sheet
 
 
