@@ -440,7 +440,10 @@ def _means_table(rows: list[dict[str, Any]], keys: dict[str, tuple[str, float]])
             cells.append(_spread([fmean(values) for values in by_seed.values()]))
         lost = sum("test" not in r for r in own)
         name = case if not lost else f"{case} ({lost} of {len(own)} diverged)"
-        table.append(f"| {name} | {_setting(own[0])} | {own[0]['lr']:g} | {' | '.join(cells)} | {own[0]['trainable']:,} |")
+        lr = own[0]["lr"]  # at 0: the model as it was
+        setting = f"{_setting(own[0])} | {lr:g}" if lr else "– | –"
+        trained = f"{own[0]['trainable']:,}" if lr else "0"
+        table.append(f"| {name} | {setting} | {' | '.join(cells)} | {trained} |")
     return table
 
 
@@ -502,7 +505,8 @@ def _maps_table() -> list[str]:
         "",
         "![Maps, the pictures they are of, and what each rung draws](figures/figure7-maps.png)",
         "",
-        f"FID is of our classifier's 64 unit features on 640 pictures, not of Inception's. The segmenter has mIoU {real:.1f} % on the real pictures.",
+        f"FID is of our classifier's 64 unit features on 640 pictures, not of Inception's. The segmenter has mIoU {real:.1f} % on the real pictures. "
+        f"{_difference(rows, 'L2', 'L0')}",
     ]
 
 
