@@ -23,7 +23,7 @@ from delora.training.config import Experiment, parse, read
 from studies import engine
 
 RESULTS, RECIPE = Path("results/chat"), Path("recipes/standins/smollm2.toml")
-TUNING_SEED, SEED = 8, 10
+TUNING_SEED, SEEDS = 8, (10, 11, 12)
 FACTORS = (1.0, 8.0)
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "LoRA": ({"method": "lora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
@@ -68,8 +68,8 @@ def base_rates() -> dict[str, float]:
 
 def robustness() -> Iterator[Job]:
     rates = base_rates()
-    for factor, (case, (adapter, _)) in product(FACTORS, METHODS.items()):
-        yield Job("robustness", case, adapter, rates[case] * factor, SEED, factor)
+    for seed, factor, (case, (adapter, _)) in product(SEEDS, FACTORS, METHODS.items()):
+        yield Job("robustness", case, adapter, rates[case] * factor, seed, factor)
 
 
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"tuning": tuning, "robustness": robustness}
@@ -80,7 +80,7 @@ def experiment(job: Job, out: Path) -> Experiment:
     data = read(RECIPE, ["variants=[]", "seeds=[]"]).model_dump(mode="json")
     adapter = {"targets": data["adapter"]["targets"]} | job.adapter
     train = data["train"] | {"lr": job.lr, "lam_lr": job.lr / 2}
-    evaluate = data["evaluate"] | {"before": job.case == "LoRA" and job.factor == 1} if job.scored else {}
+    evaluate = data["evaluate"] | {"before": (job.case, job.factor, job.seed) == ("LoRA", 1, SEEDS[0])} if job.scored else {}
     return parse(data | {"seed": job.seed, "out": str(out), "adapter": adapter, "train": train, "evaluate": evaluate})
 
 

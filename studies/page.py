@@ -40,13 +40,13 @@ one accuracy of 60 % has a standard error of 2.5 points. Base rates and lam were
 accuracy of 80 % has a standard error of 1.3 points); two epochs with warm-up and a linear schedule, rank 8 on query and value; the
 head's rate stays at 1e-3. Base rates were chosen on validation sentences, with another seed.""",
     "chat": """*Chat model*: SmolLM2-135M-Instruct on instructions about 120 movie sentences, scored by the likelihood of the answers on 60 others (two
-tasks: the sentiment of two, the rating of five), and by the perplexity on 200 sentences of newspapers; rank 8 on q and v, one seed. Base
+tasks: the sentiment of two, the rating of five), and by the perplexity on 200 sentences of newspapers; rank 8 on q and v, three seeds. Base
 rates: the best of three by the likelihood of held-out responses, with another seed.""",
     "subjects": """*Subjects*: our own small text-to-image model ([its card](../models/fashion/README.md)) learns three garments with patterns from five
 pictures each; 300 steps, rank 4 on the attention. A score is the mean of two shares: how far the pictures are from the untuned model's (0)
 to the photographs among themselves (1) by a packaged DINOv2 (not the paper's DINO), and how many of the prompts' words our classifier sees.
 Settings were chosen on two other garments, with another seed. Distances are means over the layers, relative to |W|.""",
-    "maps": """*Maps*: the same model follows label maps of garments (background; dark, middle and bright parts): 2,000 to learn from, 640 to draw; a
+    "maps": """*Maps*: the same model, in 800 steps, follows label maps of garments (background; dark, middle and bright parts): 2,000 to learn from, 640 to draw; a
 fresh hint encoder trains with the adapter in attention and GEGLU. A score is the mIoU of our segmenter. Settings are those that were chosen on subjects.""",
 }
 
@@ -59,7 +59,7 @@ FIGURES = {
     ("R4", "digits"): ("figure3-digits", "Distance and validation accuracy over 2,600 steps of a noisy objective"),
     ("R5", "digits"): ("figure6-digits", "The rate of lam alone, of A and B alone, of both"),
     ("R1", "sentences"): ("figure2-sentences", "Score and mean relative distance on sentences: means of three seeds"),
-    ("R7", "chat"): ("figure2-chat", "Mean of both tasks and relative distance of the chat model: one seed"),
+    ("R7", "chat"): ("figure2-chat", "Mean of both tasks and relative distance of the chat model: means of three seeds"),
     ("R1", "subjects"): (
         "figure2-subjects",
         "Score and relative distance: means of three subjects, bands of one standard deviation over them",

@@ -303,7 +303,7 @@ def test_every_run_of_the_chat_study_is_the_recipe(tmp_path, monkeypatch):
     for job in chat_study.robustness():
         run = chat_study.experiment(job, tmp_path)
         assert (run.train.lr, run.train.lam_lr, run.seed) == (job.lr, job.lr / 2, job.seed)
-        if job.factor == 1:
+        if job.factor == 1 and job.seed == chat_study.SEEDS[0]:
             asked[job.case] = run
     assert [case for case, run in asked.items() if run.evaluate.before] == ["LoRA"]
     trained = {variant.name: run for variant, run in chat_study.read(chat_study.RECIPE, ["seeds=[10]"]).runs()}
