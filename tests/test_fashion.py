@@ -178,7 +178,7 @@ def test_scenes_have_the_labels_of_their_pictures():
 
 # ---------------------------------------------------------------- the model that is pretrained on them
 
-# diffusers calls its own argument old, and its solver numpy in an old way
+# a solver of diffusers calls numpy in an old way
 drawing = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 

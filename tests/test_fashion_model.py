@@ -17,7 +17,7 @@ from delora.recipes import semantic_map, subject
 from delora.training import experiments
 from delora.training.config import read
 
-# diffusers calls its own argument old, and its solver numpy in an old way
+# a solver of diffusers calls numpy in an old way
 drawing = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 MODEL = Path(__file__).parents[1] / "models" / "fashion"
 

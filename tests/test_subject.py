@@ -61,7 +61,7 @@ prompt_list = [
 ]
 """
 
-# diffusers calls names of peft that are to go, and its solver numpy in an old way
+# a solver of diffusers calls numpy in an old way
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 

@@ -173,11 +173,16 @@ def _open(folder: Path, methods: Mapping[str, type]) -> Saved:
     return _read(folder, methods) if (folder / JSON).is_file() else read_peft(folder)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter, ours or PEFT's."""
+    return any((folder / name).is_file() for name in (JSON, "adapter_config.json"))
+
+
 def require_adapter(folder: Path) -> None:
     """Raises AdapterError if a folder holds no adapter, neither ours nor PEFT's: to be asked before a large model is loaded."""
     if not folder.is_dir():
         raise AdapterError(f"there is no folder {folder}")
-    if not any((folder / name).is_file() for name in (JSON, "adapter_config.json")):
+    if not is_adapter(folder):
         there = sorted(p.name for p in folder.iterdir())[:10]
         raise AdapterError(f"{folder} holds no adapter: expected {JSON} (ours) or adapter_config.json (PEFT), found {there}")
 

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
 
 import delora
+from delora.checkpoint import is_adapter
 from delora.data import glue, sentences
 from delora.data.tasks import Example, Splits, Task
 from delora.evaluation import text
@@ -25,7 +26,7 @@ from delora.inject import adapters
 from delora.layer import Adapter, Copy
 from delora.training.config import ConfigError, Experiment
 from delora.training.experiments import begin, cost, finish, fit, inject, reached, read_peft
-from delora.training.models import classifier, drawn, is_adapter, loading, save_merged, skeleton
+from delora.training.models import classifier, drawn, loading, save_merged, skeleton
 from delora.training.runs import Result, RunError, write_json
 
 PREDICTIONS = "predictions.json"

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
 
 import delora
+from delora.checkpoint import is_adapter
 from delora.data import alpaca, sentences
 from delora.data.alpaca import Instruction
 from delora.data.sentences import QUESTIONS, Question
@@ -32,7 +33,7 @@ from delora.inject import adapters
 from delora.layer import Adapter
 from delora.training.config import ConfigError, Experiment
 from delora.training.experiments import begin, cost, finish, fit, inject, reached, read_peft
-from delora.training.models import is_adapter, language_model, language_skeleton, loading, save_merged
+from delora.training.models import language_model, language_skeleton, loading, save_merged
 from delora.training.runs import Result, RunError, write_json
 
 NEXT = "next.json"

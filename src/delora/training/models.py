@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from delora.checkpoint import JSON, load, require_adapter
+from delora.checkpoint import load, require_adapter
 from delora.data.packages import PACKAGES, Package, fetch
 from delora.export.peft import CONFIG as PEFT_CONFIG
 from delora.files import read_json
@@ -166,10 +166,6 @@ def language_skeleton(name: str) -> nn.Module:
 
 def _labels(labels: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-
-
-def is_adapter(folder: Path) -> bool:
-    return (folder / JSON).is_file() or (folder / PEFT_CONFIG).is_file()
 
 
 def adapted(folder: Path, base: str) -> PreTrainedModel:
