@@ -200,6 +200,8 @@ def _ladder(rows: list[dict[str, Any]]) -> list[str]:
     return [*table, "", "Means of five seeds; upright: what is left of the accuracy on upright digits, 96 % before."]
 
 
+SENTENCES = {"movie": "film reviews", "product": "product ratings"}  # the tasks of `sentences` on which starts are compared
+
 STARTS_HEAD = """# Which start, and which lam?
 
 Written by `make claims` from the rows in `results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
@@ -230,7 +232,6 @@ def start_tasks() -> dict[str, Task]:
     """The tasks of which every run is kept: no table of half the seeds."""
     rows = [*digits.read("starts"), *whole("starts-clipped", digits)]
     found = {"digits": Task("turned digits", "lam 1 to 16, rates 1e-3 to 1; accuracy", rows, 35, 398, CHANCE)}
-    names = {"movie": "film reviews", "product": "product ratings"}
     scores = {"movie": "accuracy", "product": "mean of both correlations"}
     for key, (_, _, chance) in sentences.TASKS.items():
         study = f"starts-{key}"
@@ -238,7 +239,7 @@ def start_tasks() -> dict[str, Task]:
             rows = [r | {"method": f"DeLoRA(lam={r['lam']:g},)"} for r in [*rows, *whole(f"{study}-clipped", sentences)]]
             train, validation, _ = sentences.SHORT
             setting = f"lam 2 to 32, rates 3e-4 to 3e-1, {train} sentences once; {scores[key]}"
-            found[key] = Task(names[key], setting, rows, 12, validation, chance)
+            found[key] = Task(SENTENCES[key], setting, rows, 12, validation, chance)
     return found
 
 
@@ -293,7 +294,7 @@ def judged_tasks() -> dict[str, dict[str, Gain]]:
     found = {}
     if rows := whole("starts-judged", digits):
         found["turned digits"] = verdicts.gains(rows, CHANCE)
-    for key, name in (("movie", "film reviews"), ("product", "product ratings")):
+    for key, name in SENTENCES.items():
         if rows := whole(f"starts-{key}-judged", sentences):
             found[name] = verdicts.gains(rows, sentences.TASKS[key][2])
     return found
