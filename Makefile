@@ -12,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 demo: .venv/ready
-	$(BIN)/delora train recipes/quickstart.toml
+	$(BIN)/delora train quickstart
 	$(BIN)/delora inspect runs/quickstart/adapter
 
 test: .venv/ready
@@ -33,19 +33,19 @@ bench: .venv/ready
 bench-full: .venv/ready
 	$(BIN)/python -m benchmarks.run --full
 
-# Redrawn and judged anew from the rows in results/.  studies: run what is missing of them, hours in all.
+# Redrawn and judged anew from the rows in paper/results/.  studies: run what is missing of them, hours in all.
 figures: .venv/ready
-	$(BIN)/python -m studies.figures
+	$(BIN)/python -m paper.studies.figures
 
 claims: .venv/ready
-	$(BIN)/python -m studies.page
-	$(BIN)/python -m studies.standins
+	$(BIN)/python -m paper.studies.page
+	$(BIN)/python -m paper.studies.standins
 
 studies: .venv/ready
-	$(BIN)/python -m studies.digits
-	$(BIN)/python -m studies.sentences
-	$(BIN)/python -m studies.chat
-	$(BIN)/python -m studies.fashion
+	$(BIN)/python -m paper.studies.digits
+	$(BIN)/python -m paper.studies.sentences
+	$(BIN)/python -m paper.studies.chat
+	$(BIN)/python -m paper.studies.fashion
 
 docs: .venv/ready
 	$(BIN)/pdoc delora -o site

@@ -2,8 +2,9 @@
 
     python examples/dreambooth.py FOLDER_OF_STABLE_DIFFUSION FOLDER_OF_PHOTOGRAPHS "a photo of qwe dog"
 
-Without arguments: the small model in models/fashion learns a striped boot, in about a minute on two cores. The whole recipe,
-with prior preservation, crops, scores and exact resume, is ``delora train recipes/subject/sd15-dreambooth.toml``.
+Without arguments: the small model in paper/standins/weights/fashion learns a striped boot, in about a minute on two cores. The
+whole recipe, with prior preservation, crops, scores and exact resume, is ``delora train
+paper/recipes/subject/sd15-dreambooth.toml``.
 """
 
 import sys
@@ -57,7 +58,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         main(*sys.argv[1:])
     else:
-        from delora.data import fashion
+        from paper.standins import fashion
 
         small = Path(__file__).parents[1] / "models" / "fashion"
         main(small, fashion.subjects() / "striped_boot", "a photo of qwe boot", steps=200)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from delora.data import alpaca
 from delora.data.alpaca import IGNORED, Instruction
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
 
 ITEM = Instruction("Add.", " three", "1 2")
 WITH_INPUT = """\

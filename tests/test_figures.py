@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from delora import figures
+from delora.reports import figures
 
 HOSTILE = "_a $x_{1$ <b>"
 

@@ -21,19 +21,19 @@ from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 import delora
 from delora import sweep as sweeps
 from delora.data import glue
+from delora.data.examples import DataError, Example, TextTask
 from delora.data.sentences import TASKS as RATED
-from delora.data.tasks import DataError, Example, Task
 from delora.evaluation import text
-from delora.recipes import classification
-from delora.report import write
+from delora.reports.experiment import write
+from delora.tasks import classification, find, parse, read
 from delora.training import experiments
-from delora.training.config import ConfigError, parse, read
-from delora.training.experiments import Summary
+from delora.training.config import ConfigError
+from delora.training.experiments import Outcome
 from delora.training.models import skeleton
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes" / "glue").glob("*.toml"))
+RECIPES = sorted((ROOT / "paper" / "recipes" / "glue").glob("*.toml"))
 # Of the data set, and of what the authors' code makes of them: validation set, new validation part, new test part.
 SIZES = {
     "mnli": (9815, 1000, 8815),
@@ -175,7 +175,7 @@ def test_what_is_neither_a_folder_nor_on_the_hub(monkeypatch):
 def test_the_metrics_are_their_formulas():
     draw = np.random.default_rng(0)
     labels, predicted = draw.integers(0, 2, 50), draw.integers(0, 2, 50)
-    task = Task(("no", "yes"), ("accuracy", "f1", "matthews"))
+    task = TextTask(("no", "yes"), ("accuracy", "f1", "matthews"))
     part = [Example("", int(label)) for label in labels]
     (tp, fp, fn, tn) = (int(((predicted == p) & (labels == t)).sum()) for p, t in ((1, 1), (1, 0), (0, 1), (0, 0)))
     expected = {
@@ -226,16 +226,16 @@ COUNTS = {
 def test_every_recipe_on_the_real_shapes(recipe, shape):
     """What trains: the adapter as the paper's table counts it, and the head, which it leaves out."""
     runs = read(recipe).runs()
-    tasks = [run.data.task for _, run in runs]
+    tasks = [run.task for _, run in runs]
     assert tasks == [recipe.stem] * 5 if recipe.stem in SIZES else sorted(tasks) == sorted([*SIZES] * 5)
     assert {run.seed for _, run in runs} == {42, 43, 44, 45, 46}
     assert {run.data.max_tokens for _, run in runs} == {256}
     for _, run in runs[::5]:
         assert run.published is not None
         assert run.published.of(run)
-        labels = classification.task_of(run).labels
+        labels = classification.text_task(run).labels
         model = skeleton(shape, labels)
-        experiments.inject(model, run)
+        experiments.adapt(model, run)
         head = 768 * 768 + 768 + 768 * len(labels) + len(labels)
         count = COUNTS.get(recipe.stem, 294_936)
         assert delora.summary(model).trainable == count + head, run.name
@@ -256,7 +256,7 @@ TABLE_9 = {
 
 @pytest.mark.parametrize("task", TABLE_9)
 def test_the_recipes_have_the_papers_values(task):
-    run = read(ROOT / "recipes" / "glue" / f"{task}.toml")
+    run = read(ROOT / "paper" / "recipes" / "glue" / f"{task}.toml")
     method, train = run.adapter.build(), run.train
     assert (method.lam, train.lr, train.batch_size, train.epochs, run.adapter.dropout) == TABLE_9[task]
     assert train.lam_lr == (3e-3 if task in ("mnli", "sst2", "qnli", "qqp") else 1e-2)
@@ -264,30 +264,30 @@ def test_the_recipes_have_the_papers_values(task):
 
 
 def test_a_published_figure_is_for_its_own_model_and_task():
-    recipe = ROOT / "recipes" / "glue" / "cola.toml"
+    recipe = ROOT / "paper" / "recipes" / "glue" / "cola.toml"
     for model, task, holds in (
         ("a/b/roberta-base", "cola", True),
         ("roberta-base/", "rte", False),
         ("roberta-large", "cola", False),
     ):
-        run = read(recipe, [f"model={model}", f"data.task={task}"])
+        run = read(recipe, [f"model={model}", f"task={task}"])
         assert run.published.of(run) is holds
-    recipe = ROOT / "recipes" / "subject" / "lora.toml"
+    recipe = ROOT / "paper" / "recipes" / "subject" / "lora.toml"
     for changes, holds in (([], True), (["subject.word=dog"], False)):
         run = read(recipe, changes)
         assert run.published.of(run) is holds
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted((ROOT / "paper" / "sweeps").glob("*.toml")), ids=lambda file: file.stem)
 def test_every_sweep_of_the_repository_can_be_made(file):
     assert len(sweeps.trials(sweeps.read(file))) > 1
 
 
 def test_the_parts_of_glue_have_no_size_to_choose():
     with pytest.raises(ConfigError, match=r"data\.train is for the rated sentences; the parts of cola are GLUE's own"):
-        read(ROOT / "recipes" / "glue" / "cola.toml", ["data.train=100"])
-    with pytest.raises(ConfigError, match=r"data\.task = 'colla'"):
-        read(ROOT / "recipes" / "glue" / "cola.toml", ["data.task=colla"])
+        read(ROOT / "paper" / "recipes" / "glue" / "cola.toml", ["data.train=100"])
+    with pytest.raises(ConfigError, match=r"task = 'colla'"):
+        read(ROOT / "paper" / "recipes" / "glue" / "cola.toml", ["task=colla"])
 
 
 # ---------------------------------------------------------------- end to end, on a small random RoBERTa
@@ -316,7 +316,7 @@ def test_each_task_from_end_to_end(task, roberta, tmp_path):
     source = save(task, tmp_path / "data", 1040 if task in glue.LARGE else 40, train=16)
     small = ["train.epochs=2", "train.batch_size=16", "seeds=[42, 43]", "data.max_tokens=32", "adapter.r=2"]
     changes = [*small, f"model={roberta}", f"data.source={source}", f"out={tmp_path / 'out'}"]
-    experiment = read(ROOT / "recipes" / "glue" / f"{task}.toml", changes)
+    experiment = read(ROOT / "paper" / "recipes" / "glue" / f"{task}.toml", changes)
     summary = experiments.train(classification, experiment, Console(quiet=True))
     known = glue.TASKS[task]
     assert [(r.seed, r.metric, r.reported, set(r.scores)) for r in summary.results] == [
@@ -329,14 +329,22 @@ def test_each_task_from_end_to_end(task, roberta, tmp_path):
     seed = parse(json.loads((tmp_path / "out" / "variants" / best.folder / "config.json").read_text()))
     again, n = classification.evaluate(seed, tmp_path / "out" / "adapter")
     assert (again, n) == (pytest.approx(best.scores, abs=1e-6), summary.test)
-    assert f"Test {known.reported} [%]" in write(tmp_path / "out").read_text()
+    assert f"Test {known.reported} [%]" in write(tmp_path / "out", find(task)).read_text()
 
 
 def test_seeds_and_variants_are_runs_and_the_split_follows_the_seed(roberta, tmp_path):
     source = save("rte", tmp_path / "data", 40, train=16)
-    data = {"task": "rte", "source": source, "max_tokens": 32}
+    data = {"source": source, "max_tokens": 32}
     adapter = {"method": "lora", "r": 2, "targets": ["query"], "also_train": ["classifier"]}
-    recipe = {"name": "x", "out": str(tmp_path / "out"), "model": roberta, "data": data, "adapter": adapter, "seeds": [1, 2]}
+    recipe = {
+        "task": "rte",
+        "name": "x",
+        "out": str(tmp_path / "out"),
+        "model": roberta,
+        "data": data,
+        "adapter": adapter,
+        "seeds": [1, 2],
+    }
     variants = [{"name": "a", "row": "LoRA"}, {"name": "b", "row": "LoRA", "train": {"lr": 1e-2}}]
     experiment = parse(recipe | {"variants": variants, "train": {"epochs": 1}})
     assert parse(experiment.model_dump(mode="json")) == experiment
@@ -345,7 +353,7 @@ def test_seeds_and_variants_are_runs_and_the_split_follows_the_seed(roberta, tmp
     first, second = (classification.read_splits(run).test for run in runs[:2])
     assert first == classification.read_splits(runs[2]).test != second
     experiments.train(classification, experiment, Console(quiet=True))
-    results = Summary.read(tmp_path / "out").results
+    results = Outcome.read(tmp_path / "out").results
     assert [(r.row, r.setting, r.seed) for r in results] == [("LoRA", s, n) for s in "ab" for n in (1, 2)]
     for change, words in (("seed=3", "change seeds"), ("variants=[{name='a', seed=1}]", "is for all variants")):
         with pytest.raises(ConfigError, match=words):
@@ -358,7 +366,7 @@ def test_the_first_metric_selects_and_a_tie_keeps_the_earlier_epoch(roberta, tmp
     changes = [f"model={roberta}", f"data.source={source}", f"out={tmp_path / 'out'}", "seeds=[]", "data.max_tokens=32"]
     changes += ["train.epochs=3", "train.lr=0.0", "train.lam_lr=0.0", "adapter.r=2"]
     (result,) = experiments.train(
-        classification, read(ROOT / "recipes" / "glue" / "stsb.toml", changes), Console(quiet=True)
+        classification, read(ROOT / "paper" / "recipes" / "glue" / "stsb.toml", changes), Console(quiet=True)
     ).results
     (run,) = (tmp_path / "out" / "variants").iterdir()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from torch import nn
 
 import delora
 from delora import DeLoRA, Full, LoRA
-from delora.inject import adapted_layers, adapters
+from delora.models import adapted_layers, adapters
 from delora.updates import LowRank
 from tests.cases import Holder, Net, ids, shake
 

@@ -18,19 +18,19 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import delora
 from delora.data import sentences
+from delora.data.examples import DataError
 from delora.data.sentences import Sentence
-from delora.data.tasks import DataError
 from delora.evaluation import harness
 from delora.evaluation.language import perplexity
-from delora.recipes import instruction
+from delora.tasks import instructions, parse, read
 from delora.training import experiments
-from delora.training.config import ConfigError, parse, read
+from delora.training.config import ConfigError
 from delora.training.models import language_model, language_skeleton
 from delora.training.runs import RunError
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes" / "instruct").glob("*.toml"))
+RECIPES = sorted((ROOT / "paper" / "recipes" / "instruct").glob("*.toml"))
 QUIET = Console(quiet=True)
 
 
@@ -51,7 +51,7 @@ def test_every_recipe_on_the_real_shapes(recipe, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "Llama-2-7b-hf")  # whose defaults are LLaMA-2-7B's sizes
     ((_, run),) = read(recipe, [f"model={tmp_path / 'Llama-2-7b-hf'}"]).runs()
     model = language_skeleton(run.model)
-    experiments.inject(model, run)
+    experiments.adapt(model, run)
     assert delora.summary(model).trainable == COUNTS[recipe.stem]
     assert run.published is not None
     assert run.published.of(run)
@@ -65,9 +65,9 @@ def test_every_recipe_on_the_real_shapes(recipe, tmp_path):
 
 
 def test_the_rates_that_the_paper_gives():
-    run = read(ROOT / "recipes" / "instruct" / "llama2-7b-alpaca.toml")
+    run = read(ROOT / "paper" / "recipes" / "instruct" / "llama2-7b-alpaca.toml")
     assert (run.adapter.build().lam, run.train.lr, run.train.lam_lr) == (8.0, 1e-2, 5e-3)
-    assert read(ROOT / "recipes" / "instruct" / "dora.toml").train.lr == 3e-4
+    assert read(ROOT / "paper" / "recipes" / "instruct" / "dora.toml").train.lr == 3e-4
 
 
 # ---------------------------------------------------------------- a small model
@@ -103,7 +103,8 @@ def recipe(model: str, source: str, out: Path, **changes: Any) -> dict[str, Any]
         "name": "tiny",
         "out": str(out),
         "model": model,
-        "data": {"task": "instructions", "source": source, "test": 8, "max_tokens": 64},
+        "task": "instructions",
+        "data": {"source": source, "test": 8, "max_tokens": 64},
         "adapter": {"method": "delora", "r": 2, "lam": 4.0, "targets": ["q_proj", "v_proj"], "dropout": 0.1},
         "train": {"lr": 1e-2, "batch_size": 16, "warmup": 1, "schedule": "cosine", "beta2": 0.95},
     } | changes
@@ -113,18 +114,18 @@ def test_two_steps_on_alpaca_from_end_to_end(llama, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text(" ".join(tiny.OTHER * 20))
     values = recipe(llama, made(tmp_path), tmp_path / "out", evaluate={"text": str(other)})
-    summary = experiments.train(instruction, parse(values), QUIET)
+    summary = experiments.train(instructions, parse(values), QUIET)
     (result,) = summary.results
     assert len(set(summary.agreement.values()) | {summary.test}) == 1
     assert set(summary.agreement) == {"adapter", "merged", "peft"}
     assert result.scores["perplexity before"] == pytest.approx(perplexity(*language_model(llama), other.read_text()))
-    scores, n = instruction.evaluate(parse(values), tmp_path / "out" / "merged")
+    scores, n = instructions.evaluate(parse(values), tmp_path / "out" / "merged")
     assert n == 8
     assert scores["perplexity"] == pytest.approx(result.scores["perplexity"], rel=1e-5)
     # The probability of a held-out token, by hand: every token is a label.
     model, tokenizer = language_model(str(tmp_path / "out" / "merged"))
-    data = instruction.check(parse(values))
-    encoded = instruction.Encoded(data.held_out, tokenizer, parse(values))
+    data = instructions.check(parse(values))
+    encoded = instructions.Encoded(data.held_out, tokenizer, parse(values))
     with torch.no_grad():
         losses = []
         for i in range(8):
@@ -139,7 +140,6 @@ def test_questions_about_sentences_from_end_to_end(llama, tmp_path):
     pytest.importorskip("lm_eval")
     source = tiny.make_sentences(tmp_path / "data", 80)
     data = {
-        "task": "instructions",
         "source": source,
         "domain": "movie",
         "train": 16,
@@ -149,7 +149,7 @@ def test_questions_about_sentences_from_end_to_end(llama, tmp_path):
     }
     evaluate = {"tasks": ["sentiment", "rating"], "text": None}
     values = recipe(llama, source, tmp_path / "out", data=data | {"response_only": True}, evaluate={"tasks": evaluate["tasks"]})
-    (result,) = experiments.train(instruction, parse(values), QUIET).results
+    (result,) = experiments.train(instructions, parse(values), QUIET).results
     assert set(result.scores) >= {"sentiment", "rating", "average", "sentiment before", "likelihood"}
     assert result.test == result.scores["average"] == (result.scores["sentiment"] + result.scores["rating"]) / 2
 
@@ -158,14 +158,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(llama, tmp_path):
     """With a checkpoint in the midst of an epoch."""
     values = recipe(llama, made(tmp_path), tmp_path / "whole")
     values["train"] |= {"batch_size": 4, "save_steps": 3, "epochs": 1}
-    experiments.train(instruction, parse(values), QUIET)
+    experiments.train(instructions, parse(values), QUIET)
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     run = tmp_path / "stopped" / "variants" / "tiny"
     for file in (tmp_path / "stopped" / "summary.json", run / "result.json", run / "metrics.jsonl"):
         file.unlink()
     shutil.rmtree(run / "checkpoints" / "checkpoint-8")  # that of the end
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint-6"}
-    experiments.train(instruction, parse(values | {"out": str(tmp_path / "stopped")}), QUIET)
+    experiments.train(instructions, parse(values | {"out": str(tmp_path / "stopped")}), QUIET)
 
     def numbers(out: Path) -> dict[str, Any]:
         result = json.loads((out / "variants" / "tiny" / "result.json").read_text())
@@ -177,7 +177,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(llama, tmp_path):
 def test_bfloat16_weights_and_adapters_in_float32(llama, tmp_path):
     values = recipe(llama, made(tmp_path), tmp_path / "out")
     values["train"] |= {"weights": "bf16", "precision": "bf16"}
-    experiments.train(instruction, parse(values), QUIET)
+    experiments.train(instructions, parse(values), QUIET)
     model, _ = language_model(llama, "bf16")
     delora.load(model, tmp_path / "out" / "adapter")
     kinds = {p.requires_grad: p.dtype for p in model.parameters()}
@@ -239,10 +239,10 @@ def test_a_group_of_tasks_has_the_mean_of_its_tasks_as_well():
         ({"evaluate": {"tasks": ["sentiment"]}}, ConfigError, "sentiment is about the rated sentences: give data.domain"),
         ({"evaluate": {"text": "nowhere.txt"}}, DataError, "evaluate.text = 'nowhere.txt': there is no such file"),
         ({"evaluate": {"taks": []}}, ConfigError, "evaluate.taks: unknown key; did you mean tasks"),
-        ({"data": {"task": "instructions", "source": "no.json"}}, DataError, "there are no instructions at 'no.json'"),
-        ({"data": {"task": "instructions", "train": 5}}, ConfigError, "Alpaca's are all that test leaves"),
-        ({"data": {"task": "sentiment"}, "evaluate": {"shots": 5}}, ConfigError, "evaluate is for a language model"),
-        ({"data": {"task": "cola", "response_only": True}}, ConfigError, "response_only is for instructions"),
+        ({"task": "instructions", "data": {"source": "no.json"}}, DataError, "there are no instructions at 'no.json'"),
+        ({"task": "instructions", "data": {"train": 5}}, ConfigError, "Alpaca's are all that test leaves"),
+        ({"task": "sentiment", "evaluate": {"shots": 5}}, ConfigError, "evaluate: unknown key"),
+        ({"task": "cola", "evaluate": {}, "data": {"response_only": True}}, ConfigError, r"data\.response_only: unknown key"),
         ({"train": {"warmup": 1.5}}, ConfigError, "a share below 1 or a whole number of steps"),
     ],
 )
@@ -250,13 +250,13 @@ def test_what_is_wrong_is_told_first(llama, tmp_path, changes, error, words):
     if "evaluate" in changes and "tasks" in changes["evaluate"]:
         pytest.importorskip("lm_eval")
     with pytest.raises(error, match=words):
-        experiments.train(instruction, parse(recipe(llama, made(tmp_path), tmp_path / "out", **changes)), QUIET)
+        experiments.train(instructions, parse(recipe(llama, made(tmp_path), tmp_path / "out", **changes)), QUIET)
     assert not (tmp_path / "out").exists()
 
 
 def test_evaluating_nothing(llama, tmp_path):
     with pytest.raises(RunError, match="there is no folder"):
-        instruction.evaluate(parse(recipe(llama, made(tmp_path), tmp_path / "out")), tmp_path / "none")
+        instructions.evaluate(parse(recipe(llama, made(tmp_path), tmp_path / "out")), tmp_path / "none")
 
 
 @pytest.mark.slow

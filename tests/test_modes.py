@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delora
 from delora import DeLoRA
-from delora.inject import unwrapped
+from delora.models import unwrapped
 from tests.cases import METHODS, Net, ids, shake
 from tests.processes import in_two_processes
 

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from delora import figures, overview, recipes
-from delora.overview import Run, collect, robustness, safe, table, write
-from delora.training.config import ConfigError, parse
+from delora import tasks
+from delora.reports import figures, overview
+from delora.reports.overview import Run, collect, robustness, safe, table, write
+from delora.tasks import parse
+from delora.training.config import ConfigError
 from delora.training.runs import Result, RunError, write_json
 from tests import test_cli, tiny
 from tests.test_report import EVIL, Page
@@ -23,7 +25,7 @@ ADAPTER = {"method": "lora", "targets": ["query"]}
 
 def make(out: Path, test: float | None, **changes: Any) -> Path:
     """A finished run's folder. ``changes``: of the result, or ``experiment``'s."""
-    config = {"name": "x", "out": "o", "model": "m", "adapter": ADAPTER} | changes.pop("experiment", {})
+    config = {"task": "sentiment", "name": "x", "out": "o", "model": "m", "adapter": ADAPTER} | changes.pop("experiment", {})
     experiment = parse(config)
     values = {
         "name": "x",
@@ -31,7 +33,7 @@ def make(out: Path, test: float | None, **changes: Any) -> Path:
         "setting": "s",
         "folder": out.name,
         "seed": experiment.seed,
-        "task": experiment.data.task,
+        "task": experiment.task,
         "method": "LoRA(r=8)",
         "metric": "accuracy",
         "reported": "accuracy",
@@ -77,15 +79,15 @@ def test_the_table_has_mean_and_deviation_of_the_setting_that_validates_best(tmp
 
 def test_a_column_for_each_task_and_their_mean(tmp_path, folders):
     for task, test, metric in (("cola", 0.5, "matthews"), ("rte", 0.7, "accuracy")):
-        make(folders(), test, reported=metric, experiment={"data": {"task": task}})
-    make(folders(), 0.6, row="other", experiment={"data": {"task": "rte"}})
+        make(folders(), test, reported=metric, experiment={"task": task})
+    make(folders(), 0.6, row="other", experiment={"task": "rte"})
     made = table("m", runs(tmp_path))
     assert made.header == ["Method", "Trainable", "cola matthews", "rte accuracy", "mean"]
     assert made.rows == [["LoRA", "1,000", "50.0", "70.0", "60.0"], ["other", "1,000", "–", "60.0", "–"]]
 
 
 def test_the_papers_figure_only_beside_its_own_model_and_task(tmp_path, folders):
-    known = {"published": {"model": "hub/m", "task": "cola", "test": 63.6, "deviation": 1.52}, "data": {"task": "cola"}}
+    known = {"published": {"model": "hub/m", "task": "cola", "test": 63.6, "deviation": 1.52}, "task": "cola"}
     make(folders(), 0.5, reported="matthews", experiment=known)
     make(folders(), 0.5, row="b", reported="matthews", experiment=known | {"model": "other"})
     seen = runs(tmp_path)
@@ -96,7 +98,7 @@ def test_the_papers_figure_only_beside_its_own_model_and_task(tmp_path, folders)
 def test_the_scores_of_a_language_model_are_columns(tmp_path, folders):
     scores = {"mmlu": 0.4, "arc_challenge": 0.5, "average": 0.45, "perplexity": 12.25, "likelihood": 0.3}
     known = {"model": "m", "task": "instructions", "test": 41.42, "scores": {"mmlu": 44.21}}
-    experiment = {"data": {"task": "instructions"}, "evaluate": {"tasks": ["mmlu", "arc_challenge"]}, "published": known}
+    experiment = {"task": "instructions", "evaluate": {"tasks": ["mmlu", "arc_challenge"]}, "published": known}
     make(folders(), 0.45, scores=scores, reported="average", metric="likelihood", experiment=experiment)
     made = table("m", runs(tmp_path))
     assert made.header == ["Method", "Trainable", "mmlu", "arc_challenge", "average", "perplexity"]
@@ -194,7 +196,7 @@ def test_the_command(tmp_path, folders):
 def test_samples_over_training_are_a_row_for_each_method(tmp_path, folders):
     """At the steps that all methods have; a run without snapshots has no row."""
     for row, steps, colour in (("A", (0, 200, 400), 10), ("B", (0, 400), 200), ("C", (), 0)):
-        folder = make(folders(), 0.5, row=row, experiment={"data": {"task": "subject"}})
+        folder = make(folders(), 0.5, row=row, experiment={"task": "subject"})
         for step in steps:
             file = folder / "subjects" / "dog" / "snapshots" / f"{step:05d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +216,7 @@ def test_the_column_norms_are_those_of_the_layers_that_are_adapted(tmp_path, fol
     page = overview.write([tmp_path / "runs"], tmp_path / "page", with_norms=True)
     assert "column norms" in page.read_text()
     (experiment,) = (run.experiment for run in runs(tmp_path))
-    base = recipes.of(experiment).base(experiment)
+    base = tasks.find(experiment.task).base(experiment)
     expected: dict[str, list[float]] = {}
     for name, p in base.named_parameters():
         if name.endswith(("query.weight", "value.weight")):

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import delora
 from delora import DeLoRA, LoRA
-from delora.files import AdapterError
+from delora.formats.files import AdapterError
 from tests.cases import Net, ids, shake
 
 

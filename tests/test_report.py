@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from delora import report
-from delora.plots import CURVES, draw
-from delora.training.experiments import Summary
+from delora.reports import experiment as report
+from delora.reports.curves import CURVES, draw
+from delora.tasks import find
+from delora.training.experiments import Outcome
 from delora.training.runs import Result, write_json
 
 EVIL = '<script>alert("x")</script> & $\\frac{1}{0}$'
@@ -42,8 +43,8 @@ def result(name: str, **changes: Any) -> Result:
     return replace(made, **changes)
 
 
-def summary(*results: Result) -> Summary:
-    return Summary("quick", list(results), 1600, results[0].name, {"adapter": 1600, "merged": 1599}, {"torch": "2"})
+def summary(*results: Result) -> Outcome:
+    return Outcome("quick", list(results), 1600, results[0].name, {"adapter": 1600, "merged": 1599}, {"torch": "2"})
 
 
 class Page(HTMLParser):
@@ -99,15 +100,15 @@ def folder(tmp_path) -> Path:
 
 
 def test_names_are_shown_as_they_are_and_never_as_markup(folder):
-    text = report.write(folder).read_text()
+    text = report.write(folder, find("sentiment")).read_text()
     page = Page(text)
     assert "script" not in page.tags
-    assert page.rows[0] == list(report.header(Summary.read(folder)))
+    assert page.rows[0] == list(report.header(Outcome.read(folder)))
     assert [row[0] for row in page.rows[1:]] == [EVIL, "_hidden", "gone"]
 
 
 def test_the_page_needs_nothing_else(folder):
-    text = report.write(folder).read_text()
+    text = report.write(folder, find("sentiment")).read_text()
     page = Page(text)
     assert page.tags.count("img") == len(CURVES) == len(page.addresses)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
@@ -122,7 +123,7 @@ def test_a_curve_that_no_run_has_is_not_drawn(folder, tmp_path):
 
 
 def test_the_reading_is_honest(folder):
-    text = " ".join(report.reading(Summary.read(folder)))
+    text = " ".join(report.reading(Outcome.read(folder), find("sentiment")))
     assert "one seed" in text
     assert "standard error" in text
     assert "merged 1,599" in text

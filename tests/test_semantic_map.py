@@ -25,13 +25,13 @@ from transformers import (
 
 import delora
 from delora.data import maps
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
 from delora.evaluation import generation
 from delora.evaluation.segmentation import UNLABELLED, Overlap, frechet
-from delora.recipes import semantic_map
-from delora.recipes.semantic_map import with_hint
+from delora.tasks import parse, read, semantic_map
+from delora.tasks.semantic_map import with_hint
 from delora.training import experiments
-from delora.training.config import ConfigError, parse, read
+from delora.training.config import ConfigError
 from tests import tiny_diffusion
 from tests.test_subject import stable_diffusion  # noqa: F401 (a fixture)
 
@@ -45,12 +45,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 # ---------------------------------------------------------------- the paper's recipes
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes" / "semantic_map").glob("*.toml")), ids=lambda recipe: recipe.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "paper" / "recipes" / "semantic_map").glob("*.toml")), ids=lambda recipe: recipe.stem
+)
 def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):  # noqa: F811
     """128 attention matrices and 16 gated layers, and the hint encoder of ControlNet: 1,086,480 parameters."""
     for _, run in read(recipe, [f"model={stable_diffusion}"]).runs():
         unet = with_hint(semantic_map.skeleton(stable_diffusion), None)
-        experiments.inject(unet, run)
+        experiments.adapt(unet, run)
         rows = {method: (layers, count) for method, layers, count in delora.summary(unet).rows}
         assert rows.pop("Full()") == (1, 1_086_480)
         ((layers, _),) = rows.values()
@@ -110,7 +112,8 @@ def recipe(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "out": str(out),
         "model": str(world / "pipe"),
-        "data": {"task": "semantic_map", "source": str(world / "data")},
+        "task": "semantic_map",
+        "data": {"source": str(world / "data")},
         "semantic_map": {"resolution": SIZE, "steps": 2, "guidance": 2.0, "maps": 3, **judges},
         "adapter": {
             "method": "delora",

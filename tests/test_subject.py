@@ -26,17 +26,17 @@ from transformers import (
 
 import delora
 from delora.data import dreambooth
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
 from delora.evaluation import generation, pictures
 from delora.evaluation.images import Encoder, Words, own_pairs, pairs
-from delora.recipes import subject
+from delora.tasks import parse, read, subject
 from delora.training import experiments
-from delora.training.config import ConfigError, parse, read
+from delora.training.config import ConfigError
 from delora.training.models import ModelError
 from tests import test_cli, tiny_diffusion
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes" / "subject").glob("*.toml"))
+RECIPES = sorted((ROOT / "paper" / "recipes" / "subject").glob("*.toml"))
 QUIET = Console(quiet=True)
 PROMPTS = """Classes
 
@@ -105,7 +105,7 @@ def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):
     for _, run in runs:
         if run.seed != runs[0][1].seed:
             continue
-        experiments.inject(unet, run)
+        experiments.adapt(unet, run)
         summary = delora.summary(unet)
         first = first or summary.trainable
         if recipe.stem != "full":
@@ -120,10 +120,10 @@ def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):
 
 def test_full_finetuning_trains_every_weight_of_a_unet():
     unet = tiny_diffusion.pipeline().unet
-    run = read(ROOT / "recipes/subject/full.toml", []).runs()[0][1]
+    run = read(ROOT / "paper/recipes/subject/full.toml", []).runs()[0][1]
     x, t, text = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 32)
     before, weights = unet(x, t, encoder_hidden_states=text).sample, sum(p.numel() for p in unet.parameters())
-    experiments.inject(unet, run)
+    experiments.adapt(unet, run)
     assert delora.summary(unet).trainable == weights
     after = unet(x, t, encoder_hidden_states=text).sample
     torch.testing.assert_close(after, before)
@@ -181,7 +181,8 @@ def recipe(world: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "name": "tiny",
         "out": str(out),
         "model": str(world / "pipe"),
-        "data": {"task": "subject", "source": str(world / "data")},
+        "task": "subject",
+        "data": {"source": str(world / "data")},
         "subject": asked | {"names": ["dog2", "backpack"]},
         "adapter": {"method": "delora", "r": 2, "lam": 4.0, "targets": r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)"},
         "train": {"steps": 2, "batch_size": 1, "lr": 1e-2, "schedule": "constant", "warmup": 0.0, "clip": 1.0, "save_steps": 1},
@@ -391,8 +392,8 @@ def test_the_prompts_of_objects_and_of_live_subjects(world):
         ({"model": "{tmp}"}, ModelError, "is not a folder that diffusers can read"),
         ({"train": {"steps": None}}, ConfigError, r"give train\.steps"),
         ({"adapter": {"targets": ["to_qq"]}}, ConfigError, "no module ends with 'to_qq'"),
-        ({"data": {"train": 3}}, ConfigError, r"data\.train is for the rated sentences; this task has pictures"),
-        ({"data": {"task": "sentiment"}}, ConfigError, "subject is for a text-to-image model"),
+        ({"data": {"train": 3}}, ConfigError, r"data\.train: unknown key; did you mean train"),
+        ({"task": "sentiment"}, ConfigError, "subject: unknown key"),
     ],
 )
 def test_what_is_wrong_is_told_before_anything_is_written(world, tmp_path, changes, error, words):

@@ -16,10 +16,10 @@ import pytest
 from rich.console import Console
 
 from delora import sweep as sweeps
-from delora.recipes import classification
 from delora.sweep import RESULTS, Sweep, perform, read, run, trials
-from delora.training.config import ConfigError, parse
-from delora.training.runs import FAILED, RESULT, Result, RunError
+from delora.tasks import classification, parse
+from delora.training.config import ConfigError
+from delora.training.runs import FAILED, RESULT, Result, RunContext, RunError
 from tests.tiny import make_model, make_sentences, recipe
 
 
@@ -166,9 +166,8 @@ def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
 
     values = written["values"] | {"seed": 1, "out": str(tmp_path / "alone"), "variants": []}
     experiment = parse(values)
-    alone = classification.run(
-        experiment, tmp_path / "alone", "row", "setting", classification.read_splits(experiment), screen()
-    )
+    context = RunContext(tmp_path / "alone", tmp_path, "row", "setting", screen())
+    alone = classification.run(experiment, context, classification.read_splits(experiment))
     assert numbers(Result.read(second.folder(out))) == numbers(alone)
 
     lines = list(csv.DictReader((out / RESULTS).read_text().splitlines()))

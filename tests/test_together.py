@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import delora
 from delora import DeLoRA, LoRA
-from delora.inject import adapters
+from delora.models import adapters
 from delora.together import _build, _current, built, unwatch
 from delora.updates import LowRank
 from tests.cases import NORMS, STARTS, shake

@@ -23,13 +23,13 @@ import delora
 from delora.data import sentences
 from delora.data.sentences import LABELS
 from delora.evaluation import text
-from delora.files import AdapterError
-from delora.recipes import classification
+from delora.formats.files import AdapterError
+from delora.tasks import classification, parse
 from delora.training import experiments
-from delora.training.config import ConfigError, Experiment, parse
-from delora.training.experiments import Summary
+from delora.training.config import ConfigError, Experiment
+from delora.training.experiments import Outcome
 from delora.training.models import ModelError, classifier
-from delora.training.runs import Result, RunError, claim, discard, exclusive, shown
+from delora.training.runs import Result, RunError, best_rows, claim, discard, exclusive
 from delora.training.trainer import last_checkpoint, metrics
 from tests import test_cli, tiny
 
@@ -42,7 +42,7 @@ def sources(tmp_path_factory) -> tuple[str, str]:
     return tiny.make_model(folder / "model"), tiny.make_sentences(folder / "data")
 
 
-def train(sources: tuple[str, str], out: Path, **changes: Any) -> Summary:
+def train(sources: tuple[str, str], out: Path, **changes: Any) -> Outcome:
     return experiments.train(classification, parse(tiny.recipe(*sources, out, **changes)), QUIET)
 
 
@@ -184,7 +184,7 @@ def test_when_all_diverge_nothing_is_delivered(sources, tmp_path):
 
 
 def test_what_is_delivered_predicts_as_what_was_trained(done):
-    summary = Summary.read(done)
+    summary = Outcome.read(done)
     assert summary.delivered == "DeLoRA"
     assert summary.agreement == {"adapter": 64, "peft": 64, "merged": 64}
 
@@ -226,10 +226,10 @@ def test_of_the_runs_that_share_a_row_the_best_by_validation_is_shown():
         )
 
     results = [result("a", "x", 0, 0.7), result("b", "x", 0, 0.8), result("c", "y", 0, 0.1), result("d", "x", 0, None)]
-    assert [row.setting for row in shown(results)] == ["b", "c"]
+    assert [row.setting for row in best_rows(results)] == ["b", "c"]
     # With two seeds the mean decides, and a setting that diverged with one of them is not the best.
     results += [result("a", "x", 1, 0.7), result("b", "x", 1, 0.2), result("e", "x", 0, 0.9), result("e", "x", 1, None)]
-    row, other = shown(results)
+    row, other = best_rows(results)
     assert (row.setting, [run.seed for run in row.runs], other.setting) == ("a", [0, 1], "c")
 
 
@@ -382,7 +382,7 @@ def test_a_model_that_is_none(sources, tmp_path):
 
 def test_evaluating(sources, done, tmp_path):
     whole = parse(json.loads((done / "config.json").read_text()))
-    expected = next(r for r in Summary.read(done).results if r.name == "DeLoRA").scores
+    expected = next(r for r in Outcome.read(done).results if r.name == "DeLoRA").scores
     for folder in ("adapter", "merged", "peft"):
         assert classification.evaluate(whole, done / folder) == (expected, 64)
     with pytest.raises(RunError, match=r"is no finetuned classifier: it has no classifier\.bias"):

@@ -19,7 +19,7 @@ from transformers import (
 
 import delora
 from delora import DeLoRA, LoRA
-from delora.inject import adapted_layers
+from delora.models import adapted_layers
 from tests.cases import shake
 
 TOKENS = dict(vocab_size=50, bos_token_id=0, eos_token_id=1, pad_token_id=2)

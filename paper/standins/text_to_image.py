@@ -1,6 +1,6 @@
 """A small text-to-image model of our own, pretrained on Fashion-MNIST, with what judges its pictures.
 
-    python -m delora.recipes.fashion models/fashion
+    python -m paper.standins.text_to_image paper/standins/weights/fashion
 
 In the folder, each made once and kept: ``classifier``, which tells what words are true of a picture; ``segmenter``, which tells
 its label map; and a diffusers pipeline with Stable Diffusion's parts and names: an autoencoder that makes 8 x 8 latents of
@@ -44,15 +44,15 @@ from transformers import (
     set_seed,
 )
 
-from delora.data import fashion
-from delora.data.fashion import CLASSES, PATTERNS, SIZE, WORDS, Clothes, Looks
 from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Words
 from delora.evaluation.pictures import grid, write
 from delora.evaluation.segmentation import Overlap, Segmenter
-from delora.files import write_atomically
-from delora.recipes.subject import Denoiser
+from delora.formats.files import write_atomically
+from delora.tasks.subject import Denoiser
 from delora.training.trainer import last_checkpoint
+from paper.standins import fashion
+from paper.standins.fashion import CLASSES, PATTERNS, SIZE, WORDS, Clothes, Looks
 
 LATENT, TOKENS = 8, 16  # channels of a latent; tokens of a prompt, at most
 UNCONDITIONAL = 0.1  # share of captions that are left out in training, for guidance

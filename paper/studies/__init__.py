@@ -1,1 +1,1 @@
-"""The studies behind docs/claims.md and docs/starts.md: what is run, by which rule it is judged, how it is drawn."""
+"""The studies behind the pages of claims and starts: what is run, by which rule it is judged, how it is drawn."""

@@ -1,6 +1,6 @@
 """Robustness to the rate of a chat model (SmolLM2-135M-Instruct) that learns from instructions, through the instruction recipe.
 
-    python -m studies.chat [STUDY ...]
+    python -m paper.studies.chat [STUDY ...]
 
 Instructions about 120 sentences of film reviews, in bfloat16 with adapters in float32. Base rates: of three, the one with the
 most likely held-out responses, at a seed that nothing else uses.
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from delora.recipes import instruction
-from delora.training.config import Experiment, parse, read
-from studies import engine
+from delora.tasks import instructions, parse, read
+from delora.training.config import Experiment
+from delora.training.runs import RunContext
+from paper.studies import engine
 
-RESULTS, RECIPE = Path("results/chat"), Path("recipes/standins/smollm2.toml")
+RESULTS, RECIPE = Path("paper/results/chat"), Path("paper/standins/recipes/smollm2.toml")
 TUNING_SEED, SEEDS = 8, (10, 11, 12)
 FACTORS = (1.0, 8.0)
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
@@ -88,8 +89,8 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         asked = experiment(job, Path(folder))
-        data = instruction.check(asked)
-        result = instruction.run(asked, Path(folder) / "run", "run", "run", data, Console(quiet=True))
+        context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
+        result = instructions.run(asked, context, instructions.check(asked))
     found = {"validation": result.validation, "distance": result.distance, "bound_used": result.bound_used}
     if job.scored and result.test is not None:
         found |= {"test": result.test} | {k.replace(" ", "_"): v for k, v in result.scores.items()}

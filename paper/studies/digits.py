@@ -1,9 +1,10 @@
 """All runs on turned digits: base rates, robustness, prolonged training, decoupling, the ladder, the starts.
 
-    python -m studies.digits [STUDY ...]
+    python -m paper.studies.digits [STUDY ...]
 
-Rows go to ``results/digits/<study>.jsonl``, one for each run; a study started again runs only what is missing. The base rate of
-a case, and its lam, are those with the best mean accuracy on the validation pictures over two seeds that nothing else uses.
+Rows go to ``paper/results/digits/<study>.jsonl``, one for each run; a study started again runs only what is missing. The base
+rate of a case, and its lam, are those with the best mean accuracy on the validation pictures over two seeds that nothing else
+uses.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import torch
 from rich.console import Console
 
 from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
-from delora.recipes.digits import Job, finetune, pretrained
-from studies import engine
+from paper.standins.digits import Job, finetune, pretrained
+from paper.studies import engine
 
-RESULTS = Path("results/digits")
+RESULTS = Path("paper/results/digits")
 TUNING_SEEDS, SEEDS = (8, 9), (10, 11, 12)
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 LAMS = (1.0, 2.0, 4.0, 8.0)

@@ -19,7 +19,7 @@ import transformers
 from rich.console import Console
 
 import delora
-from delora.files import write_atomically
+from delora.formats.files import write_atomically
 
 
 def read(study: str, results: Path) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def run(
                 console.print(f"{study}: {number} of {len(missing)}", highlight=False)
     seconds = sum(row["seconds"] for row in read(study, results))
     about = {
-        "command": f"python -m studies.{results.name} {study}",
+        "command": f"python -m paper.studies.{results.name} {study}",
         "cpu_minutes": round(seconds / 60, 1),
         "delora": delora.__version__,
         "torch": str(torch.__version__),

@@ -1,6 +1,6 @@
-"""Subjects and label maps with the small text-to-image model in models/fashion, through the recipes for images.
+"""Subjects and label maps with the small text-to-image model in paper/standins/weights/fashion, through the recipes for images.
 
-    python -m studies.fashion [STUDY ...]
+    python -m paper.studies.fashion [STUDY ...]
 
 Settings are chosen on two subjects; three other subjects are judged, and the maps, at the settings of the subjects. A subject's
 score is the mean of two shares: how far its pictures are from those of the untuned model (0) to the photographs among
@@ -23,16 +23,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from delora.data import dreambooth, fashion
+from delora.data import dreambooth
 from delora.evaluation.pictures import write
-from delora.files import read_json
-from delora.recipes import semantic_map, subject
-from delora.training.config import Experiment, parse, read, slug
-from delora.training.experiments import METRICS
-from studies import engine
+from delora.formats.files import read_json
+from delora.tasks import parse, read, semantic_map, subject
+from delora.training.config import Experiment, slug
+from delora.training.runs import METRICS, RunContext
+from paper.standins import fashion
+from paper.studies import engine
 
-RESULTS, SHARED = Path("results/fashion"), Path("runs/fashion-shared")
-RECIPES = {kind: Path(f"recipes/standins/fashion-{kind}.toml") for kind in ("subject", "maps")}
+RESULTS, SHARED = Path("paper/results/fashion"), Path("runs/fashion-shared")
+RECIPES = {kind: Path(f"paper/standins/recipes/fashion-{kind}.toml") for kind in ("subject", "maps")}
 SUBJECTS = tuple(name for name in fashion.SUBJECTS if name not in fashion.CHOOSING)
 TUNING_SEED, SEEDS, MAPS_SEEDS = 9, (10, 11, 12), (13, 14, 15)
 FACTORS = (1.0, 4.0, 8.0, 16.0)
@@ -201,18 +202,16 @@ def experiment(job: Job, out: Path) -> Experiment:
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "variants" / "run"
-        for name in ("prior", "untuned", "cache"):  # what all runs share
-            (SHARED / name).mkdir(parents=True, exist_ok=True)
-            (Path(folder) / name).symlink_to((SHARED / name).resolve())
-        asked = experiment(job, run)
-        found = on_maps(asked, run) if job.subject is None else on_subject(asked, job, run)
+        context = RunContext(Path(folder) / "run", SHARED, "run", "run", Console(quiet=True))
+        asked = experiment(job, context.folder)
+        found = on_maps(asked, context) if job.subject is None else on_subject(asked, job, context)
     return job.key() | found
 
 
-def on_subject(asked: Experiment, job: Job, run: Path) -> dict[str, Any]:
+def on_subject(asked: Any, job: Job, context: RunContext) -> dict[str, Any]:
+    run = context.folder
     own = next(s for s in dreambooth.read(asked.data.source) if s.name == job.subject)
-    subject.one(asked, run, own, run.parent.parent, Console(quiet=True))
+    subject.one(asked, context, own)
     done = read_json(run / subject.SCORES)
     found: dict[str, Any] = {"trainable": done["trainable"], "seconds": done["seconds"]}
     if done["diverged"] is None:
@@ -260,18 +259,21 @@ def sample_file(case: str, kind: str) -> Path:
     return RESULTS / "samples" / f"{kind}-{slug(case)}.png"
 
 
-def on_maps(asked: Experiment, run: Path) -> dict[str, Any]:
-    result = semantic_map.run(asked, run, "run", "run", semantic_map.check(asked), Console(quiet=True))
+def on_maps(asked: Any, context: RunContext) -> dict[str, Any]:
+    result = semantic_map.run(asked, context, semantic_map.check(asked))
     found: dict[str, Any] = {"trainable": result.trainable, "seconds": result.seconds}
     if result.test is not None:
         found |= {"test": result.test} | {key.replace(" ", "_"): value for key, value in result.scores.items()}
         found |= {k: v for k, v in {"distance": result.distance, "bound_used": result.bound_used}.items() if v is not None}
         if asked.seed == MAPS_SEEDS[0]:
-            strip(sorted((run / "pictures").glob("*.png"))[:SHOWN], sample_file(asked.name, "maps"))
+            strip(sorted((context.folder / "pictures").glob("*.png"))[:SHOWN], sample_file(asked.name, "maps"))
     return found
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:
+    from paper.standins import prepare  # loads the judges, which the pages do not need
+
+    prepare.main()
     engine.run(study, jobs, work, results, console, workers)
 
 

@@ -1,4 +1,4 @@
-"""Redraw every figure of the studies from the kept rows:  python -m studies.figures"""
+"""Redraw every figure of the studies from the kept rows:  python -m paper.studies.figures"""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from delora import figures
 from delora.data import dreambooth, maps
-from delora.data import fashion as clothes
 from delora.data.dreambooth import open_image
 from delora.evaluation.pictures import grid, write
+from delora.reports import figures
 from delora.training.models import classifier
-from studies import chat, fashion, sentences
-from studies.digits import STARTS, read
-from studies.page import means, start_tasks, subject_rows, whole
-from studies.verdicts import near_best, strength
+from paper.standins import fashion as clothes
+from paper.studies import chat, fashion, sentences
+from paper.studies.digits import STARTS, read
+from paper.studies.page import means, start_tasks, subject_rows, whole
+from paper.studies.verdicts import near_best, strength
 
-FIGURES = Path("docs/figures")
+FIGURES = Path("paper/docs/figures")
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
 METHOD = re.compile(r"DeLoRA\(r=(\d+), lam=([\d.]+), norm='columns', start='subtract', .*")
 WIDTH = 64  # of the digits model
@@ -121,14 +121,14 @@ def samples() -> None:
     """Figure 7: what the methods draw, of a subject for each of its prompts, and of the first maps."""
     if rows := whole("methods", fashion):
         cases = list(dict.fromkeys(r["case"] for r in rows))
-        for subject in dreambooth.read(clothes.SOURCE):
+        for subject in dreambooth.read(str(clothes.subjects())):
             if subject.name in fashion.SUBJECTS:
                 photographs = [open_image(file) for file in subject.images]
                 drawn = _rows([fashion.sample_file(case, subject.name) for case in cases])
                 write(grid([photographs, *drawn], ["the photographs", *cases]), FIGURES / f"figure7-{subject.name}.png")
     if rows := whole("maps", fashion):
         cases = list(dict.fromkeys(r["case"] for r in rows))
-        scenes = maps.read(clothes.SOURCE, "validation")[: fashion.SHOWN]
+        scenes = maps.read(str(clothes.scenes()), "validation")[: fashion.SHOWN]
         given = [[open_image(file) for file in own] for own in zip(*((s.control, s.image) for s in scenes), strict=True)]
         drawn = _rows([fashion.sample_file(case, "maps") for case in cases])
         write(grid([*given, *drawn], ["the maps", "the pictures they are of", *cases]), FIGURES / "figure7-maps.png")

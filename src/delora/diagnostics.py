@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delora.inject import adapters
 from delora.layer import Adapter, Copy
 from delora.methods.base import bound, reachable
+from delora.models import adapters
 from delora.updates import LowRank
 
 
@@ -130,7 +130,7 @@ def inspect(model: nn.Module, name: str | None = None) -> dict[str, LayerReport]
 def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     """The norm of every input column of the named layers' frozen weights (Figure 4 of the paper)."""
     from delora.hosts import host
-    from delora.inject import walk
+    from delora.models import walk
 
     modules = dict(walk(model))
     return {n: torch.linalg.vector_norm(host(getattr(modules[n], "base", modules[n])).weight(), dim=0) for n in names}

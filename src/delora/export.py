@@ -1,6 +1,8 @@
-"""Adapters for other programs."""
+"""Adapters for other programs: `delora.export.peft(model, folder)`, `delora.export.diffusers(pipe, folder)`."""
 
-from delora.export.diffusers import diffusers
-from delora.export.peft import peft
+from __future__ import annotations
+
+from delora.formats.diffusers import write as diffusers
+from delora.formats.peft import write as peft
 
 __all__ = ["diffusers", "peft"]

@@ -9,31 +9,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from delora.torch_private import transforms_active
+
 
 def traced() -> bool:
-    """Do a compiler or `torch.func` look on, who want the plain operations?"""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether torch.compile traces this call or a transform of torch.func runs: both need the plain operations."""
+    return torch.compiler.is_compiling() or transforms_active()
 
 
-def autocast(x: Tensor) -> bool:
-    """Is autocast on for a tensor's device? The meta device, which only infers shapes, knows none."""
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device. The meta device, which only infers shapes, has no autocast."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    return torch.autocast(x.device.type, enabled=False) if autocast(x) else nullcontext()
+    return torch.autocast(x.device.type, enabled=False) if under_autocast(x) else nullcontext()
 
 
-def suits(y: Tensor, x: Tensor) -> bool:
-    """Can `add_low_rank` take these? Autocast, too, has its own idea of every product's dtype."""
-    special = traced() or autocast(x)
+def can_add_in_place(y: Tensor, x: Tensor) -> bool:
+    """Whether `add_low_rank` can write into y. Not under autocast, which decides every product's dtype itself."""
+    special = traced() or under_autocast(x)
     return not special and y.dtype == x.dtype and y.dim() > 1 and y.is_contiguous() and not (y.is_leaf and y.requires_grad)
 
 
-def fits(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
-    """Can `linear` take these? W and b must be frozen and plain: a quantised or sharded tensor has products of its own."""
-    special = traced() or autocast(x)
+def can_fuse(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+    """Whether `linear` can take these: W and b are frozen plain tensors (a quantised or sharded one multiplies otherwise)."""
+    special = traced() or under_autocast(x)
     weights = (W,) if b is None else (W, b)
     plain = all(type(t) in (Tensor, torch.nn.Parameter) and not t.requires_grad and t.dtype == x.dtype for t in weights)
     return not special and plain and x.dim() > 1

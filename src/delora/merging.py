@@ -9,10 +9,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from delora.inject import active_adapter, adapted_layers, adapters, check_name, install, put_back, swap, unwrapped
+from delora.injection import check_name, install, put_back, swap
 from delora.layer import Adapted, Adapter, Copy
 from delora.methods import LoRA
 from delora.methods.base import is_number
+from delora.models import active_adapter, adapted_layers, adapters, unwrapped
 
 
 def _plain(model: nn.Module) -> dict[Adapted, nn.Module]:

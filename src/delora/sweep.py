@@ -19,10 +19,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from delora import recipes
-from delora.files import read_json, write_atomically
-from delora.training.config import Experiment, Strict, assign, load_file, parse, slug, validate
-from delora.training.runs import FAILED, RESULT, Result, RunError, as_csv, exclusive, write_json
+from delora import tasks
+from delora.formats.files import read_json, write_atomically
+from delora.recipes import find as find_recipe
+from delora.training import experiments
+from delora.training.config import About, Experiment, Strict, assign, load_file, slug, validate
+from delora.training.runs import FAILED, RESULT, Result, RunContext, RunError, as_csv, exclusive, write_json
+
+__all__ = ["Case", "Sweep", "Trial", "perform", "read", "rows", "run", "status", "table", "trials"]
 
 SWEEP, RESULTS, TRIALS = "sweep.json", "results.csv", "trials"
 
@@ -46,6 +50,7 @@ class Sweep(Strict):
     name: Annotated[str, Field(min_length=1)]
     out: Annotated[str, Field(min_length=1)]
     recipe: str
+    about: About = About()
     cases: list[Case] = Field(default=[])
     factors: list[Annotated[float, Field(gt=0)]] = Field(default=[])
     grid: dict[str, list[Any]] = Field(default={})
@@ -78,15 +83,18 @@ class Trial:
         return out / TRIALS / slug(self.name)
 
 
-def read(file: Path, changes: Sequence[str] = ()) -> Sweep:
-    """The sweep of a TOML or JSON file, with ``key=value`` changes. The file's ``recipe`` is relative to it.
+def read(sweep: Path | str, changes: Sequence[str] = ()) -> Sweep:
+    """The sweep of a TOML or JSON file, or of a shipped one's name, with ``key=value`` changes.
+
+    The ``recipe`` in it is a file, relative to it, or a shipped recipe's name.
 
     Raises:
         ConfigError: in words, with the key's dotted path.
     """
+    file = find_recipe(sweep)
     data = load_file(file)
     if isinstance(data.get("recipe"), str):
-        data["recipe"] = str(file.parent / data["recipe"])
+        data["recipe"] = str(file.parent / find_recipe(data["recipe"]))  # a shipped one's path is absolute
     for change in changes:
         assign(data, change)
     return validate(data, Sweep, str(file))
@@ -110,8 +118,8 @@ def trials(sweep: Sweep) -> list[Trial]:
             plain.append((told or sweep.name, case, setting or sweep.name, swept, case.set | swept))
     runs = _runs(recipe, [(told, changes) for told, *_, changes in plain], sweep.recipe)
     if not sweep.factors:
-        found = zip(runs, plain, strict=True)
-        return [Trial(run, case.name, setting, None, swept) for run, (_, case, setting, swept, _) in found]
+        both = zip(runs, plain, strict=True)
+        return [Trial(run, case.name, setting, None, swept) for run, (_, case, setting, swept, _) in both]
     scaled, about = [], []
     for (told, case, setting, swept, changes), run in zip(plain, runs, strict=True):
         base = {"train.lr": run.train.lr, "train.lam_lr": run.train.lam_lr}
@@ -138,7 +146,7 @@ def _runs(recipe: Mapping[str, Any], changes: Sequence[tuple[str, Mapping[str, A
                 table = table.setdefault(part, {})
             table[last] = value
         variants.append(variant)
-    return [run for _, run in parse({**recipe, "variants": variants}, where=where).runs()]
+    return [run for _, run in tasks.parse({**recipe, "variants": variants}, where=where).runs()]
 
 
 # ---------------------------------------------------------------- running
@@ -162,7 +170,8 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
             _reach(address)
         every = trials(sweep)
         for trial in every:
-            recipes.of(trial.experiment).check(trial.experiment)  # fetches model and data as well, once and not in every trial
+            # Fetches model and data as well, once and not in every trial.
+            experiments.check(tasks.find(trial.experiment.task), trial.experiment)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SWEEP, sweep.model_dump(mode="json"))
         missing = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
@@ -252,9 +261,9 @@ def perform(trial: Trial, out: Path) -> None:
     """One trial, as `delora train` would run it. What it raises is written down: the others go on."""
     folder = trial.folder(out)
     try:
-        recipe = recipes.of(trial.experiment)
-        data = recipe.check(trial.experiment)
-        recipe.run(trial.experiment, folder, trial.case, trial.setting, data, Console(quiet=True))
+        task = tasks.find(trial.experiment.task)
+        context = RunContext(folder, out, trial.case, trial.setting, Console(quiet=True))
+        task.run(trial.experiment, context, task.check(trial.experiment))
     except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}"})
@@ -278,19 +287,19 @@ def status(trial: Trial, out: Path) -> str:
 
 
 def table(every: Sequence[Trial], out: Path) -> Table:
-    shown = Table(box=None, pad_edge=False, header_style="bold")
+    lines = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("Trial", "Outcome"):
-        shown.add_column(name, overflow="fold")
+        lines.add_column(name, overflow="fold")
     for trial in every:
-        shown.add_row(Text(trial.name), Text(status(trial, out)))
-    return shown
+        lines.add_row(Text(trial.name), Text(status(trial, out)))
+    return lines
 
 
 def rows(every: Sequence[Trial], out: Path) -> Iterator[dict[str, Any]]:
     """One row for each trial: what it is, its rates, all numbers of its result."""
     for trial in every:
         result = Result.read(trial.folder(out))
-        found = {} if result is None else dataclasses.asdict(result)
+        figures = {} if result is None else dataclasses.asdict(result)
         train = trial.experiment.train
         yield {
             "trial": trial.name,
@@ -300,6 +309,6 @@ def rows(every: Sequence[Trial], out: Path) -> Iterator[dict[str, Any]]:
             "lr": train.lr,
             **trial.swept,
             "status": status(trial, out),
-            **{key: value for key, value in found.items() if key not in ("name", "row", "setting", "folder", "scores")},
-            **{f"test {key}": value for key, value in found.get("scores", {}).items()},
+            **{key: value for key, value in figures.items() if key not in ("name", "row", "setting", "folder", "scores")},
+            **{f"test {key}": value for key, value in figures.get("scores", {}).items()},
         }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.lowrank import traced, without_autocast
+from delora.torch_private import saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
 
@@ -28,7 +29,7 @@ class _Forward:
     outer: _Forward | None
     updates: dict[Any, tuple[list[int], LowRank]] = field(default_factory=dict)  # by adapter, with its tensors' versions
     # A checkpointed part has to keep the same tensors when it is computed again, and there it builds its own.
-    saving: object = field(default_factory=lambda: _saving())
+    saving: object = field(default_factory=saved_tensors_hooks)
     grad: bool = field(default_factory=torch.is_grad_enabled)
 
 
@@ -63,30 +64,16 @@ def watch(model: nn.Module, layers: Iterable[Any]) -> None:
 
 
 def unwatch(model: nn.Module) -> None:
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), Together):
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+    unhook(model, Together)
 
 
 def built(adapter: Any) -> LowRank | None:
     """What was built for an adapter in the forward under way; only once, and only if it can be used as it is."""
     forward = _current.get()
-    if forward is None or (torch.is_grad_enabled() and not forward.grad) or _saving() != forward.saving:
+    if forward is None or (torch.is_grad_enabled() and not forward.grad) or saved_tensors_hooks() != forward.saving:
         return None
     found = forward.updates.pop(adapter, None)
-    return found[1] if found and found[0] == _versions(adapter.tensors().values()) else None
-
-
-def _saving() -> object:
-    """Who asks to keep what backward needs elsewhere, or to compute it again."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
-
-
-def _versions(tensors: Iterable[Tensor]) -> list[int]:
-    """Changes when one of the tensors is written to or replaced."""
-    return [n for t in tensors for n in (t._version, t.data_ptr())]
+    return found[1] if found and found[0] == versions(adapter.tensors().values()) else None
 
 
 def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
@@ -103,7 +90,7 @@ def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
         if len(members) > 1:
             updates = _updates(method, [tensors for _, tensors in members])
             for (adapter, tensors), update in zip(members, updates, strict=True):
-                found[adapter] = _versions(tensors.values()), update
+                found[adapter] = versions(tensors.values()), update
     return found
 
 

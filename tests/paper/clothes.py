@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 
-from delora.data.fashion import PACKAGE
-from delora.data.packages import PACKAGES, cache
+from delora.data.packages import cache
+from paper.standins.packages import FASHION_MNIST
 
-_known = any(cache().glob(f"{PACKAGE}[-_]*"))  # unpacked, or put there by hand
+_known = any(cache().glob(f"{FASHION_MNIST.name}[-_]*"))  # unpacked, or put there by hand
 needed = pytest.mark.skipif(
     not _known and shutil.which("apt-get") is None,
-    reason=f"Fashion-MNIST comes in a package of Debian, {PACKAGES[PACKAGE].file}, and there is no apt-get here",
+    reason=f"Fashion-MNIST comes in a package of Debian, {FASHION_MNIST.file}, and there is no apt-get here",
 )

@@ -10,12 +10,12 @@ import torch
 from rich.console import Console
 
 from delora import DeLoRA, LoRA
-from delora.recipes.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
-from studies import chat as chat_study
-from studies import standins
-from studies.digits import best, read, run
-from studies.page import CLAIMS, STARTS, claims, starts
-from studies.verdicts import CHANCE, Gain, area, by_rank, chat, decade, gains, ladder, r1, r2, r3, r4, r5, start, widest
+from paper.standins.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
+from paper.studies import chat as chat_study
+from paper.studies import standins
+from paper.studies.digits import best, read, run
+from paper.studies.page import CLAIMS, STARTS, claims, starts
+from paper.studies.verdicts import CHANCE, Gain, area, by_rank, chat, decade, gains, ladder, r1, r2, r3, r4, r5, start, widest
 
 JOB = Job("study", "case", DeLoRA(r=2, lam=4.0), lr=1e-2, lam_lr=5e-3, seed=3, steps=4)
 
@@ -114,7 +114,7 @@ def test_the_base_rate_is_the_best_by_validation(tmp_path, monkeypatch):
         {"case": "LoRA", "method": str(method), "lr": lr, "seed": seed, "validation": score, "test": 1 - score}
         for (lr, seed), score in scores.items()
     ]
-    monkeypatch.setattr("studies.digits.read", lambda study: rows)
+    monkeypatch.setattr("paper.studies.digits.read", lambda study: rows)
     assert best("tuning", {"LoRA": ([method], (1e-3, 1e-2))}) == {"LoRA": (method, 1e-2)}
 
 
@@ -298,7 +298,7 @@ def spoken(**other):
 
 def test_every_run_of_the_chat_study_is_the_recipe(tmp_path, monkeypatch):
     """The recipe of the stand-in trains each method at the rate that the study chose."""
-    monkeypatch.chdir(CLAIMS.resolve().parents[1])
+    monkeypatch.chdir(CLAIMS.resolve().parents[2])
     asked = {}
     for job in chat_study.robustness():
         run = chat_study.experiment(job, tmp_path)

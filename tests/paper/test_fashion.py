@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from delora.data import dreambooth, fashion, maps
-from delora.data.fashion import ATTRIBUTES, CLASSES, SIZE, WORDS, Looks
-from delora.data.tasks import DataError
+from delora.data import dreambooth, maps
+from delora.data.examples import DataError
 from delora.evaluation import generation
 from delora.evaluation.images import Words
 from delora.evaluation.segmentation import Segmenter
-from delora.recipes import fashion as recipe
-from delora.recipes import semantic_map, subject
-from tests.clothes import needed
+from delora.tasks import semantic_map, subject
+from paper.standins import fashion
+from paper.standins import text_to_image as recipe
+from paper.standins.fashion import ATTRIBUTES, CLASSES, SIZE, WORDS, Looks
+from tests.paper.clothes import needed
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -152,7 +153,7 @@ def test_every_attribute_is_common_among_the_looks():
 
 @needed
 def test_subjects_are_in_dreambooths_form():
-    found = {s.name: s for s in dreambooth.read(fashion.SOURCE)}
+    found = {s.name: s for s in dreambooth.read(str(fashion.subjects()))}
     assert set(found) == set(fashion.SUBJECTS)
     assert set(fashion.CHOOSING) < set(found)
     for name, own in found.items():
@@ -164,10 +165,10 @@ def test_subjects_are_in_dreambooths_form():
 
 @needed
 def test_scenes_have_the_labels_of_their_pictures():
-    scenes = maps.read(fashion.SOURCE, "validation")
-    assert [len(maps.read(fashion.SOURCE, part)) for part in maps.PARTS] == list(fashion.SCENES.values())
+    scenes = maps.read(str(fashion.scenes()), "validation")
+    assert [len(maps.read(str(fashion.scenes()), part)) for part in maps.PARTS] == list(fashion.SCENES.values())
     for scene in scenes[:20]:
-        picture = subject.numbers(dreambooth.open_image(scene.image)).mean(0) / 255
+        picture = subject.rgb(dreambooth.open_image(scene.image)).mean(0) / 255
         labels = semantic_map.annotation(scene, SIZE, len(fashion.PARTS))
         assert (labels == fashion.parts(picture[None])[0]).float().mean() > 0.99  # but for rounding to 256 levels
         torch.testing.assert_close(

@@ -1,4 +1,4 @@
-"""The small text-to-image model in models/fashion: what its card says, what it draws, the recipes that stand on it."""
+"""The small text-to-image model: what its card says, what it draws, the recipes that stand on it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from delora.data.fashion import CLASSES
 from delora.evaluation import generation
 from delora.evaluation.images import Words
-from delora.recipes import fashion as recipe
-from delora.recipes import semantic_map, subject
+from delora.tasks import read, semantic_map, subject
 from delora.training import experiments
-from delora.training.config import read
+from paper.standins import prepare
+from paper.standins import text_to_image as recipe
+from paper.standins.fashion import CLASSES
 
 # a solver of diffusers calls numpy in an old way
 drawing = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-MODEL = Path(__file__).parents[1] / "models" / "fashion"
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "paper" / "standins" / "weights" / "fashion"
 
 
 def test_the_card_says_what_was_measured():
@@ -47,7 +48,8 @@ def test_the_shipped_model_draws_what_it_is_asked_for():
 @pytest.mark.parametrize("name", ["fashion-subject", "fashion-maps"])
 def test_the_stand_ins_recipes_run(name, tmp_path, monkeypatch):
     """Two steps with the real judges, on the shipped model."""
-    monkeypatch.chdir(MODEL.parents[1])
+    monkeypatch.chdir(ROOT)
+    prepare.main()
     few = {
         "fashion-subject": [
             "subject.class_images=2",
@@ -58,7 +60,7 @@ def test_the_stand_ins_recipes_run(name, tmp_path, monkeypatch):
         "fashion-maps": ["semantic_map.maps=3", "semantic_map.steps=2", "train.batch_size=2"],
     }[name]
     asked = [f"out={tmp_path / 'out'}", "seeds=[0]", "variants=[]", "train.steps=2", *few]
-    experiment = read(Path("recipes/standins") / f"{name}.toml", asked)
+    experiment = read(ROOT / "paper/standins/recipes" / f"{name}.toml", asked)
     engine = subject if name == "fashion-subject" else semantic_map
     summary = experiments.train(engine, experiment, Console(quiet=True))
     (result,) = summary.results

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from delora import recipes
-from delora.data import fashion as clothes
-from delora.training.config import read
-from studies import engine, fashion
-from studies.fashion import Job, best, experiment, trace
-from studies.verdicts import on_subjects
+from delora.tasks import read
+from paper.standins import fashion as clothes
+from paper.standins import prepare
+from paper.studies import engine, fashion
+from paper.studies.fashion import Job, best, experiment, trace
+from paper.studies.verdicts import on_subjects
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_every_setting_is_a_recipe(tmp_path):
             asked = experiment(job, tmp_path)
             assert (asked.train.lr, asked.train.lam_lr, asked.seed) == (job.lr, job.lam_lr, job.seed)
             assert asked.adapter.method == job.adapter["method"]
-            assert recipes.of(asked).__name__.endswith("semantic_map" if job.subject is None else "subject")
+            assert asked.task == ("semantic_map" if job.subject is None else "subject")
 
 
 def test_the_best_setting_is_that_of_both_subjects(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_the_best_setting_is_that_of_both_subjects(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["fashion-methods", "fashion-ladder", "fashion-maps"])
 def test_the_recipes_are_what_the_studies_chose(recipe):
-    asked = {v.name: run for v, run in read(ROOT / "recipes/standins" / f"{recipe}.toml", ["seeds=[10]"]).runs()}
+    asked = {v.name: run for v, run in read(ROOT / "paper/standins/recipes" / f"{recipe}.toml", ["seeds=[10]"]).runs()}
     chosen = best("methods-tuning", fashion.METHODS)
     if recipe != "fashion-methods":  # "DeLoRA: + weight norms (L2)"
         asked = {name.partition("(")[2].rstrip(")"): run for name, run in asked.items()}
@@ -66,7 +66,8 @@ def test_the_recipes_are_what_the_studies_chose(recipe):
         assert asked[case].adapter.targets == run.adapter.targets
         if "lam" in adapter:
             assert asked[case].train.lam_lr == run.train.lam_lr
-        assert (asked[case].subject, asked[case].semantic_map) == (run.subject, run.semantic_map)
+        kind = "semantic_map" if recipe == "fashion-maps" else "subject"
+        assert getattr(asked[case], kind) == getattr(run, kind)
 
 
 def test_the_trace_has_every_hundredth_step(tmp_path):
@@ -108,6 +109,7 @@ def test_factor_one_is_that_of_the_sweeps_own_seeds():
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path, monkeypatch):
     """Two steps with the shipped model and the real judges; the row has the score's parts, and it is not run again."""
+    prepare.main()
     monkeypatch.setattr(fashion, "SHARED", tmp_path / "shared")
     monkeypatch.setattr(fashion, "RESULTS", tmp_path / "results")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
 
 # The archive that the published runs were trained on, of the repository tloen/alpaca-lora: 51,759 instructions.
 FILE = "alpaca_data_cleaned_archive.json"

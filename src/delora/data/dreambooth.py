@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delora.data import fashion
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
+
+__all__ = ["FILE", "Subject", "open_image", "read"]
 
 FILE = "prompts_and_classes.txt"
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -35,12 +36,12 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
 
     Args:
         source: the folder ``dataset`` of google/dreambooth, which holds `FILE` and a folder for each subject; or, with
-            ``word`` and ``prompts``, a folder of photographs of one subject; or "fashion-mnist", for `fashion.subjects`.
+            ``word`` and ``prompts``, a folder of photographs of one subject.
 
     Raises:
         DataError: in words, with what to fetch.
     """
-    folder = fashion.subjects() if source == fashion.SOURCE else Path(source)
+    folder = Path(source)
     for prompt in prompts:
         if prompt.count("{}") != 1:
             raise DataError(f"the prompt {prompt!r} must have {{}} once, where the subject is put")

@@ -1,14 +1,18 @@
-"""What a task of language understanding is: examples of one or two texts, labels, metrics."""
+"""Examples of one or two texts, the labels and metrics of a task on texts, and its parts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from delora.errors import UserError
+
+__all__ = ["DataError", "Example", "Splits", "TextTask"]
+
 T = TypeVar("T")
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data are not there, not what they should be, or too few."""
 
 
@@ -22,7 +26,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Task:
+class TextTask:
     """``labels`` are the classes; a single one names the target of a regression.
 
     ``metrics`` are keys of `delora.evaluation.text.METRICS`: the first one selects the epoch, ``reported`` is the paper's.

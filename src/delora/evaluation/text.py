@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef
 
-from delora.data.tasks import Example, Task
+from delora.data.examples import Example, TextTask
 
 
 @torch.no_grad()
-def predict(model: nn.Module, tokenizer: Any, part: Sequence[Example], task: Task, max_tokens: int, batch: int = 64) -> Tensor:
+def predict(
+    model: nn.Module, tokenizer: Any, part: Sequence[Example], task: TextTask, max_tokens: int, batch: int = 64
+) -> Tensor:
     """`decided` of the model for each example [examples], on the CPU; the model is left in evaluation mode."""
     model.eval()
     device = next(model.parameters()).device
@@ -34,12 +36,12 @@ def encode(tokenizer: Any, part: Sequence[Example], max_tokens: int) -> Any:
     return tokenizer([example.text for example in part], second, truncation=True, max_length=max_tokens)
 
 
-def decided(logits: Tensor, task: Task) -> Tensor:
+def decided(logits: Tensor, task: TextTask) -> Tensor:
     """The class of each row, or the value of a regression, from logits [examples, labels]."""
     return logits.squeeze(-1) if task.regression else logits.argmax(dim=-1)
 
 
-def scores(predicted: Tensor, part: Sequence[Example], task: Task) -> dict[str, float]:
+def scores(predicted: Tensor, part: Sequence[Example], task: TextTask) -> dict[str, float]:
     """Every metric of the task. A correlation with something constant is undefined, and given as 0."""
     kind = torch.float64 if task.regression else torch.int64
     labels = torch.tensor([example.label for example in part], dtype=kind)

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from delora.export.peft import as_lora
-from delora.files import write_atomically
-from delora.inject import adapted_layers, adapters
+from delora.formats.files import write_atomically
+from delora.formats.peft import as_lora
 from delora.layer import Adapter, Copy
+from delora.models import adapted_layers, adapters
 
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2", "transformer": "lora_transformer"}
 
 
 @torch.no_grad()
-def diffusers(model: Any, folder: str | os.PathLike[str], name: str | None = None, kohya: bool = False) -> Path:
+def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, kohya: bool = False) -> Path:
     """Write the adapters of an image model, at their present strength, as one exact LoRA file.
 
     ``pipe.load_lora_weights(folder)`` reads it. With ``kohya`` the names are those of kohya's scripts

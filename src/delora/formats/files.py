@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from delora.errors import UserError
 from delora.methods import Full
 from delora.methods.base import Method
+
+__all__ = [
+    "AdapterError",
+    "Saved",
+    "SavedLayer",
+    "TensorFile",
+    "get",
+    "read_json",
+    "whole_folder",
+    "write_atomically",
+]
 
 MAX_JSON = 64 * 2**20  # far above any real adapter, far below what hurts
 
 
-class AdapterError(ValueError):
+class AdapterError(UserError, ValueError):
     """An adapter's files cannot be read, or do not fit the model. Nothing in the model was changed."""
 
 
@@ -40,6 +55,31 @@ def write_atomically(file: Path, data: bytes) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+PARTIAL = ".partial-"  # how a folder that is being written begins
+
+
+@contextmanager
+def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
+    """Within the context a new folder to fill. When the context ends well, it takes its place as ``target`` by a rename.
+
+    So what lies at ``target`` is always whole. If another process was faster, its folder stays, unless ``replace``.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        yield new
+        if replace and target.exists():
+            target.rename(old)
+        try:
+            new.rename(target)
+        except OSError:
+            if not target.is_dir():
+                if old.exists():
+                    old.rename(target)
+                raise
 
 
 def read_json(file: Path) -> dict[str, Any]:

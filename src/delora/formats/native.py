@@ -22,12 +22,16 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from delora.diagnostics import report
-from delora.export.peft import read as read_peft
-from delora.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
-from delora.inject import active_adapter, adapter_names, adapters, check_name, install, unwrapped, walk
+from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
+from delora.formats.peft import read as read_peft
+from delora.injection import check_name, install
 from delora.layer import Adapted, Adapter, Copy, attach
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, name_of
+from delora.models import active_adapter, adapter_names, adapters, unwrapped, walk
+from delora.version import __version__
+
+__all__ = ["fingerprint", "is_adapter", "load", "require_adapter", "save"]
 
 SCHEMA = 1
 JSON = "adapter.json"
@@ -86,7 +90,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
             "also_train": {layer: {"strength": a.strength} for layer, a in chosen.items() if isinstance(a, Copy)},
             "base_model": getattr(config, "_name_or_path", None) or None,
             "tensors": {"file": f"adapter-{digest[:16]}.safetensors", "bytes": len(data), "sha256": digest},
-            "versions": {"delora": _version(), "torch": str(torch.__version__)},
+            "versions": {"delora": __version__, "torch": str(torch.__version__)},
         },
         indent=1,
         allow_nan=False,
@@ -125,12 +129,6 @@ def _layer_entry(adapter: Adapter, first: Any) -> dict[str, Any]:
         if (value := getattr(r, key)) is not None and math.isfinite(value)
     }
     return entry
-
-
-def _version() -> str:
-    from delora import __version__
-
-    return __version__
 
 
 # ---------------------------------------------------------------- loading

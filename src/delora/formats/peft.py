@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from delora.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
-from delora.hosts import Conv1D, Embedding, _Conv
-from delora.inject import active_adapter, adapted_layers, adapters, unwrapped, walk
+from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
+from delora.hosts import Conv1D, Convolution, Embedding
 from delora.layer import Adapter, Copy
 from delora.methods import DeLoRA, Full, LoRA
+from delora.models import active_adapter, adapted_layers, adapters, unwrapped, walk
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,7 +30,7 @@ PREFIX = "base_model.model."
 
 
 @torch.no_grad()
-def peft(
+def write(
     model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, kind: Literal["lora", "delora"] = "lora"
 ) -> Path:
     """Write an adapter (the active one, at its present strength) in PEFT's format.
@@ -86,7 +86,7 @@ def as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tenso
         if isinstance(host, Embedding):
             tensors |= {f"{layer}.lora_embedding_A": down, f"{layer}.lora_embedding_B": up}
             continue
-        if isinstance(host, _Conv):
+        if isinstance(host, Convolution):
             down = down.reshape(-1, *host.layer.weight.shape[1:])
             up = up.reshape(*up.shape, *(1,) * host.dims)
         tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}

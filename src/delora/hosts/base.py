@@ -1,8 +1,4 @@
-"""Hosts: how one kind of layer shows its weight as a matrix ``[out, in]`` and applies another matrix in its place.
-
-``host(layer)`` finds the host by the layer's type. A layer of your own takes one line:
-``delora.host.register(MyConv, delora.hosts.Conv2d)``.
-"""
+"""What a host is: how one kind of layer shows its weight as a matrix ``[out, in]`` and applies another matrix in its place."""
 
 from __future__ import annotations
 
@@ -12,10 +8,9 @@ from functools import singledispatch
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.lowrank import add_low_rank, fits, linear, suits
+from delora.torch_private import is_view
 from delora.updates import Update, wide
 
 
@@ -119,7 +114,7 @@ def shallow(module: nn.Module) -> nn.Module:
 
 def _put(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
     """Set a new parameter in the dtype, and the memory layout where the shape is the same, of an old one."""
-    fresh = not value.requires_grad and value._base is None  # nobody else's
+    fresh = not value.requires_grad and not is_view(value)  # nobody else's
     if not (fresh and value.dtype == like.dtype and value.shape == like.shape and value.stride() == like.stride()):
         value = (torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)).copy_(value)
     setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
@@ -184,130 +179,8 @@ class MatrixHost(Host):
         return torch.func.functional_call(self.layer, {self.weight_name: weight}, (x,))
 
 
-class Linear(MatrixHost):
-    """``nn.Linear``: weight [out, in]."""
-
-    linear = True
-
-    def matrix(self) -> Tensor:
-        return self.layer.weight
-
-    def as_weight(self, W: Tensor) -> Tensor:
-        return W
-
-    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
-        if not suits(y, x):
-            return super().branch(y, x, down, up, dropout)
-        # A hook may have kept the layer's own output.
-        return add_low_rank(y if is_bare(self.layer) else y.clone(), x, down, up, dropout)
-
-    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
-        layer = self.layer
-        if type(self) is Linear and is_bare(layer) and fits(x, layer.weight, layer.bias):
-            return linear(x, layer.weight, layer.bias, down, up, dropout)
-        return super().with_branch(x, down, up, dropout)
-
-    def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
-        return F.linear(F.dropout(x, dropout) if dropout else x, down)
-
-    def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
-        if y.dim() == 1 or y.dtype != h.dtype:  # under autocast, a layer may put out another dtype than a product
-            return y + F.linear(h, up).to(y.dtype)
-        # One fused kernel and no [tokens, out] temporary for up h.
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
-
-
-class Conv1D(Linear):
-    """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored as [in, out]."""
-
-    def matrix(self) -> Tensor:
-        return self.layer.weight.T
-
-    def as_weight(self, W: Tensor) -> Tensor:
-        return W.T
-
-
-class Embedding(MatrixHost):
-    """``nn.Embedding``: the map from one-hot ids to vectors; weight [ids, out], matrix [out, ids].
-
-    Dropout of a one-hot input drops the whole change of a token.
-    """
-
-    def __init__(self, layer: nn.Embedding) -> None:
-        super().__init__(layer)
-        if layer.max_norm is not None:
-            raise ValueError("cannot adapt an Embedding with max_norm: it rewrites its own weight at every look-up")
-
-    def matrix(self) -> Tensor:
-        return self.layer.weight.T
-
-    def as_weight(self, W: Tensor) -> Tensor:
-        return W.T
-
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, None]:
-        return (W if b is None else W + b[:, None]), None
-
-    def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
-        h = F.embedding(x, down.T)
-        return h * F.dropout(h.new_ones(*x.shape, 1), dropout) if dropout else h
-
-    def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
-        return y + F.linear(h, up).to(y.dtype)
-
-
-class _Conv(MatrixHost):
-    """A convolution: weight [out, in, *kernel], matrix [out, in * kernel]. ``project`` convolves, ``add`` mixes channels."""
-
-    dims: ClassVar[int]
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
-        if layer.groups != 1:
-            raise ValueError(
-                f"cannot adapt a {type(layer).__name__} with groups = {layer.groups}: "
-                "its weight is not one matrix but one for each group"
-            )
-
-    def matrix(self) -> Tensor:
-        return self.layer.weight.flatten(1)
-
-    def as_weight(self, W: Tensor) -> Tensor:
-        return W.reshape(self.layer.weight.shape)
-
-    def channels_last(self, y: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        channels = -1 - self.dims
-        return fn(y.movedim(channels, -1)).movedim(-1, channels)
-
-    def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
-        kernel = down.reshape(-1, *self.layer.weight.shape[1:])  # [k, in, *kernel]
-        # The layer's own method, for its stride, padding and padding mode.
-        return self.layer._conv_forward(F.dropout(x, dropout) if dropout else x, kernel, None)
-
-    def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
-        conv = (F.conv1d, F.conv2d, F.conv3d)[self.dims - 1]
-        return y + conv(h, up.reshape(*up.shape, *(1,) * self.dims))
-
-
-class Conv1d(_Conv):
-    """``nn.Conv1d``."""
-
-    dims = 1
-
-
-class Conv2d(_Conv):
-    """``nn.Conv2d``."""
-
-    dims = 2
-
-
-class Conv3d(_Conv):
-    """``nn.Conv3d``."""
-
-    dims = 3
-
-
 # Layers of libraries that may not be loaded, by their full name; registered when the first one is met.
-_BY_NAME: dict[str, type[MatrixHost]] = {"transformers.pytorch_utils.Conv1D": Conv1D}
+BY_NAME: dict[str, type[MatrixHost]] = {}
 
 
 @singledispatch
@@ -316,7 +189,7 @@ def host(layer: nn.Module) -> MatrixHost:
     found = host_type(type(layer))
     if found is not None:
         return found(layer)
-    names = {kind.__name__ for kind in host.registry if kind is not object} | {n.rpartition(".")[2] for n in _BY_NAME}
+    names = {kind.__name__ for kind in host.registry if kind is not object} | {n.rpartition(".")[2] for n in BY_NAME}
     raise TypeError(f"cannot adapt a {type(layer).__name__}: known layers are {', '.join(sorted(names))}")
 
 
@@ -333,15 +206,8 @@ def any_host(layer: nn.Module) -> Host:
 def host_type(kind: type) -> Callable[[Any], MatrixHost] | None:
     """What `host` calls for layers of this type, or None if they are unknown."""
     for base in kind.__mro__:
-        known = _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
+        known = BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if known is not None and base not in host.registry:
             host.register(base, known)
     found = host.dispatch(kind)
     return None if found is host.registry[object] else found
-
-
-host.register(nn.Linear, Linear)
-host.register(nn.Embedding, Embedding)
-host.register(nn.Conv1d, Conv1d)
-host.register(nn.Conv2d, Conv2d)
-host.register(nn.Conv3d, Conv3d)

@@ -1,24 +1,37 @@
-"""The methods, `METHODS`, the one table of them, and `RUNGS`, the ladder of the paper's Tables 1 and 2."""
+"""The methods, one file each. A method is in `METHODS` by its line in this file, and everything else follows from the table.
 
-from delora.methods.base import Method, name_of
-from delora.methods.bitfit import BitFit
-from delora.methods.bottleneck import Bottleneck
-from delora.methods.delora import DeLoRA
-from delora.methods.dora import DoRA
-from delora.methods.ether import ETHER, EtherPlus
-from delora.methods.full import Full
-from delora.methods.ia3 import IA3
-from delora.methods.lora import LoRA
-from delora.methods.loreft import LoReFT
-from delora.methods.oft import OFT
-from delora.methods.red import RED
-from delora.methods.reflections import Reflections
+``base`` says what a method is.
+"""
 
-_ALL = (DeLoRA, Full, LoRA, DoRA, ETHER, EtherPlus, OFT, Reflections, BitFit, IA3, RED, LoReFT, Bottleneck)
-METHODS: dict[str, type] = {name_of(method): method for method in _ALL}
+# ruff: noqa: I001 (the order of these lines is that of the table)
 
-# From LoRA (L0) and from ETHER+ (E0), one idea at a time, to DeLoRA, which is the last rung of both. The strengths, and a
-# rate for them (`param_groups`), are to be tuned: the paper gives none for the rungs.
+from __future__ import annotations
+
+from dataclasses import is_dataclass as _is_dataclass
+from typing import TYPE_CHECKING
+
+from delora.methods.base import Method as Method, name_of as _name_of
+
+from delora.methods.delora import DeLoRA as DeLoRA
+from delora.methods.full import Full as Full
+from delora.methods.lora import LoRA as LoRA
+from delora.methods.dora import DoRA as DoRA
+from delora.methods.ether import ETHER as ETHER, EtherPlus as EtherPlus
+from delora.methods.oft import OFT as OFT
+from delora.methods.reflections import Reflections as Reflections
+from delora.methods.bitfit import BitFit as BitFit
+from delora.methods.ia3 import IA3 as IA3
+from delora.methods.red import RED as RED
+from delora.methods.loreft import LoReFT as LoReFT
+from delora.methods.bottleneck import Bottleneck as Bottleneck
+
+# Every dataclass above, by its name in files and recipes.
+METHODS: dict[str, type] = {
+    _name_of(value): value for value in list(globals().values()) if isinstance(value, type) and _is_dataclass(value)
+}
+
+# The paper's Tables 1 and 2: from LoRA (L0) and from ETHER+ (E0), one idea at a time, to DeLoRA, the last rung of both. The
+# strengths, and a rate for them (`param_groups`), are to be tuned: the paper gives none for the rungs.
 RUNGS: dict[str, Method] = {
     "L0": LoRA(r=16, alpha=32),
     "L1": DeLoRA(r=16, norm="none", start="copy"),  # + normalised, with a controllable boundary
@@ -30,21 +43,5 @@ RUNGS: dict[str, Method] = {
     "E4": DeLoRA(r=16, start="copy"),  # + additive: DeLoRA
 }
 
-__all__ = [
-    "ETHER",
-    "IA3",
-    "METHODS",
-    "OFT",
-    "RED",
-    "RUNGS",
-    "BitFit",
-    "Bottleneck",
-    "DeLoRA",
-    "DoRA",
-    "EtherPlus",
-    "Full",
-    "LoRA",
-    "LoReFT",
-    "Method",
-    "Reflections",
-]
+if not TYPE_CHECKING:  # type checkers read the names from the lines above
+    __all__ = ["METHODS", "RUNGS", "Method", *(method.__name__ for method in METHODS.values())]

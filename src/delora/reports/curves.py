@@ -13,6 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+__all__ = ["COLOURS", "CURVES", "DASHES", "STYLE", "Curve", "draw"]
+
 # Okabe & Ito 2008: eight colours that people with any kind of colour blindness can tell apart. Black comes first and
 # yellow, weak on white, is left out.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -22,6 +24,8 @@ STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid":
 
 @dataclass(frozen=True)
 class Curve:
+    """One quantity of a run's metrics, over its steps."""
+
     file: str
     key: str
     label: str

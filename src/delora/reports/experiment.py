@@ -10,18 +10,17 @@ from html import escape
 from pathlib import Path
 
 from delora.evaluation.text import standard_error
-from delora.files import write_atomically
-from delora.plots import draw
-from delora.training.experiments import Summary
-from delora.training.runs import CONFIG, METRICS, Result, Row, shown
+from delora.formats.files import write_atomically
+from delora.reports.curves import draw
+from delora.training.experiments import Outcome
+from delora.training.runs import CONFIG, METRICS, Result, Row, best_rows
+from delora.training.task import Task
+
+__all__ = ["header", "page", "reading", "score", "table", "write"]
 
 REPORT = "report.html"
 NOTHING = "–"
-CHOSEN = {
-    "subject": "There is no part to validate on: settings are compared by the test score itself, as in the paper.",
-    "instructions": "The best setting of a row was chosen by the probability of the tokens of held-out instructions.",
-    "others": "The best epoch, and the best setting of a row, were chosen on the validation part alone.",
-}
+
 
 STYLE = """
 :root { color-scheme: light; }
@@ -44,15 +43,15 @@ ul { padding-left: 1.2rem; }
 """
 
 
-def header(summary: Summary) -> tuple[str, ...]:
-    metrics = {result.reported for result in summary.results}
+def header(outcome: Outcome) -> tuple[str, ...]:
+    metrics = {result.reported for result in outcome.results}
     metric = metrics.pop() if len(metrics) == 1 else "score"
     return "Run", f"Test {metric} [%]", "Validation [%]", "Trainable", "Adapter [kB]", "Seconds", "|dW|/|W|"
 
 
-def table(summary: Summary) -> list[tuple[str, ...]]:
+def table(outcome: Outcome) -> list[tuple[str, ...]]:
     """The rows under `header`; of the settings that share a row, the best by validation."""
-    return [_row(row, summary.test) for row in shown(summary.results)]
+    return [_row(row, outcome.test) for row in best_rows(outcome.results)]
 
 
 def _row(row: Row, examples: int) -> tuple[str, ...]:
@@ -86,66 +85,66 @@ def score(row: Row, examples: int | None) -> str:
     return text + (f" ({len(row.diverged)} of {len(row.runs)} seeds diverged)" if row.diverged else "")
 
 
-def reading(summary: Summary) -> list[str]:
+def reading(outcome: Outcome, task: Task) -> list[str]:
     """What the table says, and what it does not."""
-    seeds = len({result.seed for result in summary.results})
-    if any(len(row.runs) > 1 for row in shown(summary.results)):
+    seeds = len({result.seed for result in outcome.results})
+    if any(len(row.runs) > 1 for row in best_rows(outcome.results)):
         spread = f"± is the standard deviation over {seeds} seeds, which also decide who is in which part of the data."
     else:
         spread = (
-            f"± is one standard error of an accuracy over {summary.test:,} test examples. Every figure is of one seed: "
+            f"± is one standard error of an accuracy over {outcome.test:,} test examples. Every figure is of one seed: "
             "differences of less than about two standard errors say nothing about which method is better."
-            if any(result.reported == "accuracy" for result in summary.results)
+            if any(result.reported == "accuracy" for result in outcome.results)
             else "Every figure is of one seed: small differences say nothing about which method is better."
         )
     lines = [
         spread,
-        CHOSEN.get(summary.results[0].task, CHOSEN["others"]),
+        task.SELECTION,
         "|dW|/|W| is the mean over the adapted layers in the kept state; modules that are trained whole are not in it. "
         "Seconds are of training and validation.",
     ]
-    same = ", ".join(f"{kind} {count:,}" for kind, count in summary.agreement.items())
+    same = ", ".join(f"{kind} {count:,}" for kind, count in outcome.agreement.items())
     return [
         *lines,
-        f"“{summary.delivered}” was saved, merged and exported. Read back into a fresh model, of {summary.test:,} test "
+        f"“{outcome.delivered}” was saved, merged and exported. Read back into a fresh model, of {outcome.test:,} test "
         f"predictions these are those of the trained model: {same}.",
     ]
 
 
-def write(out: Path) -> Path:
+def write(out: Path, task: Task) -> Path:
     """``report.html`` and its plots, from what is in a finished experiment's folder."""
-    summary = Summary.read(out)
-    plots = draw(out / METRICS, [row.runs[0].name for row in shown(summary.results)], out)
+    outcome = Outcome.read(out)
+    plots = draw(out / METRICS, [row.runs[0].name for row in best_rows(outcome.results)], out)
     config = json.loads((out / CONFIG).read_text())
-    write_atomically(out / REPORT, page(summary, config, plots).encode())
+    write_atomically(out / REPORT, page(outcome, task, config, plots).encode())
     return out / REPORT
 
 
-def page(summary: Summary, config: dict[str, object], plots: Sequence[Path]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header(summary))
+def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Sequence[Path]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header(outcome))
     body = "".join(
-        f"<tr{' class=delivered' if summary.delivered in [run.name for run in shown_.runs] else ''}>"
+        f"<tr{' class=delivered' if outcome.delivered in [run.name for run in best.runs] else ''}>"
         + "".join(f"<td>{escape(cell)}</td>" for cell in row)
         + "</tr>\n"
-        for shown_, row in zip(shown(summary.results), table(summary), strict=True)
+        for best, row in zip(best_rows(outcome.results), table(outcome), strict=True)
     )
     figures = "".join(
         f'<figure><img alt="{escape(plot.stem)} per optimizer step" '
         f'src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"></figure>\n'
         for plot in plots
     )
-    notes = "".join(f"<li>{escape(line)}</li>\n" for line in reading(summary))
-    versions = ", ".join(f"{key} {value}" for key, value in summary.environment.items())
+    notes = "".join(f"<li>{escape(line)}</li>\n" for line in reading(outcome, task))
+    versions = ", ".join(f"{key} {value}" for key, value in outcome.environment.items())
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(summary.name)}</title>
+<title>{escape(outcome.name)}</title>
 <style>{STYLE}</style>
 </head>
 <body>
-<h1>{escape(summary.name)}</h1>
+<h1>{escape(outcome.name)}</h1>
 <p class="what">{escape(str(config.get("model", "")))}; {escape(versions)}</p>
 <table>
 <thead><tr>{head}</tr></thead>

@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from delora.diagnostics import column_norms
-from delora.plots import COLOURS, DASHES, STYLE
+from delora.reports.curves import COLOURS, DASHES, STYLE
+
+__all__ = ["column_norm_profile", "grids", "kind", "over_rates", "over_steps", "save", "styles"]
 
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
 Rows = Iterable[Mapping[str, Any]]
@@ -41,7 +43,7 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance:
     """
     rows = list(rows)
     figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
-    for case, number in numbers(cases).items():
+    for case, number in styles(cases).items():
         own = [r for r in rows if r["case"] == case]
         _line(left, own, "score", number, case, scale=100)
         _line(right, own, "distance", number, case)
@@ -77,7 +79,7 @@ def over_steps(
     scored = any("score" in r for r in rows)
     figure, panels = _canvas(1, 1 + scored, (9.6 if scored else 5.8, 3.4))
     left = panels[0]
-    for case, number in numbers(cases).items():
+    for case, number in styles(cases).items():
         own = [r for r in rows if r["case"] == case]
         _line(left, own, "distance", number, case, x="step")
         if scored:
@@ -170,7 +172,7 @@ def _canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
         return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
-def numbers(cases: Sequence[str]) -> dict[str, int]:
+def styles(cases: Sequence[str]) -> dict[str, int]:
     """Each case's colour and dash, by number: a method of the paper's figures has the same in all figures."""
     taken = [METHODS.index(case) for case in cases if case in METHODS]
     free = iter(n for n in range(len(METHODS) + len(cases)) if n not in taken)

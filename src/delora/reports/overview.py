@@ -12,16 +12,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from delora import figures, recipes
-from delora.files import read_json, write_atomically
-from delora.inject import resolve
-from delora.report import NOTHING, REPORT, STYLE
-from delora.training.config import Experiment, slug, validate
-from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, shown
+from delora import tasks
+from delora.formats.files import read_json, write_atomically
+from delora.reports import figures
+from delora.reports.experiment import NOTHING, REPORT, STYLE
+from delora.targets import resolve
+from delora.training.config import Experiment, slug
+from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, best_rows
+
+__all__ = ["Drawn", "Run", "Table", "collect", "draw", "lines", "norms", "page", "robustness", "safe", "table", "write"]
 
 CSV = "runs.csv"
-OTHERS = {"subject": ["clip_i", "clip_t", "prompt"], "semantic_map": ["accuracy"]}  # scores beside the one that is reported
-PLAIN = ("perplexity", "fid")  # no shares
 COLUMNS = 8  # of a grid of samples, at the most
 POINTS = 300  # of a curve, at the most
 OVER_RATES = (
@@ -57,26 +58,41 @@ class Drawn:
 # ---------------------------------------------------------------- reading
 
 
-def collect(folders: Sequence[Path]) -> tuple[list[Run], dict[str, str]]:
+def collect(folders: Sequence[Path], modules: Sequence[str] = ()) -> tuple[list[Run], dict[str, str]]:
     """Every finished run below the folders, and why others failed, by the name of their folder.
 
+    Args:
+        modules: those of methods and tasks of your own that the runs may name. Nothing else is imported because a file says so.
+
     Raises:
-        RunError: there is none; a file is of another version.
+        RunError: there is none; a file is of another version, or names a module that is not in ``modules``.
     """
     runs: list[Run] = []
     failed: dict[str, str] = {}
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"there is no folder {folder}")
-        for file in sorted(folder.rglob(RESULT)):
-            experiment = validate(read_json(file.parent / CONFIG), Experiment, str(file.parent / CONFIG))
-            runs.append(Run(file.parent, experiment, Result.of(read_json(file), file.parent)))
+        runs += [
+            Run(file.parent, _experiment(file.parent / CONFIG, modules), Result.of(read_json(file), file.parent))
+            for file in sorted(folder.rglob(RESULT))
+        ]
         failed |= {file.parent.name: str(read_json(file)["error"]) for file in sorted(folder.rglob(FAILED))}
     if not runs:
         raise RunError(
             f"there is no finished run in {', '.join(map(str, folders))}: no {RESULT} of delora train or delora sweep"
         )
     return runs, failed
+
+
+def _experiment(file: Path, modules: Sequence[str]) -> Experiment:
+    data = read_json(file)
+    for name in tasks.own_names(data):
+        if name.partition(":")[0] not in modules:
+            raise RunError(
+                f"{file} names {name!r}, and nothing is imported because a file says so: if that module is yours, add "
+                f"--module {name.partition(':')[0]}"
+            )
+    return tasks.parse(data, where=str(file))
 
 
 def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -87,7 +103,7 @@ def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
         found.append(
             {
                 "model": e.model,
-                "task": e.data.task,
+                "task": e.task,
                 "row": r.row,
                 "setting": r.setting,
                 "seed": r.seed,
@@ -121,20 +137,19 @@ def table(model: str, runs: Sequence[Run]) -> Table:
     """
     columns: dict[tuple[str, str], None] = {}
     for run in runs:
-        task = run.experiment.data.task
-        wanted = OTHERS.get(task, run.experiment.evaluate.tasks)
-        several = [name for name in run.result.scores if name in wanted]
-        columns |= dict.fromkeys([(task, name) for name in several] if len(several) > 1 or task in OTHERS else [])
-        columns[task, run.result.reported] = None
-        columns |= dict.fromkeys((task, name) for name in run.result.scores if name.startswith(PLAIN))
+        name, task = run.experiment.task, tasks.find(run.experiment.task)
+        beside = task.columns(run.experiment)
+        columns |= dict.fromkeys((name, score) for score in run.result.scores if score in beside)
+        columns[name, run.result.reported] = None
+        columns |= dict.fromkeys((name, score) for score in run.result.scores if score.startswith(task.NOT_SHARES))
     experiments = {id(run.result): run.experiment for run in runs}
     rows: dict[str, dict[tuple[str, str], Row]] = {}
-    for row in shown([run.result for run in runs]):
+    for row in best_rows([run.result for run in runs]):
         for column in columns:
             if column[0] == row.runs[0].task and (column[1] == row.runs[0].reported or column[1] in row.runs[0].scores):
                 rows.setdefault(row.name, {})[column] = row
-    tasks = {task for task, _ in columns}
-    mean = len(tasks) > 1 and len(columns) == len(tasks)
+    names = {task for task, _ in columns}
+    mean = len(names) > 1 and len(columns) == len(names)
     body = []
     for name, cells in rows.items():
         first = next(iter(cells.values())).runs[0]
@@ -144,7 +159,7 @@ def table(model: str, runs: Sequence[Run]) -> Table:
             values = [_mean(cells[column], column[1]) for column in columns if column in cells]
             line.append(f"{statistics.fmean(values):.1f}" if len(values) == len(columns) else NOTHING)
         body.append(line)
-    head = [f"{task} {name}" if len(tasks) > 1 else name for task, name in columns]
+    head = [f"{task} {name}" if len(names) > 1 else name for task, name in columns]
     seeds = sorted({run.result.seed for run in runs})
     notes = [
         f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); no ± means one seed. Scores are in percent, "
@@ -167,7 +182,7 @@ def _mean(row: Row, name: str) -> float:
 def _cell(row: Row | None, name: str, experiments: dict[int, Experiment]) -> str:
     if row is None:
         return NOTHING
-    unit = 1 if name.startswith(PLAIN) else 100
+    unit = 1 if name.startswith(tasks.find(row.runs[0].task).NOT_SHARES) else 100
     values = [unit * value for value in row.values(lambda r: _value(r, name))]
     text = "diverged"
     if values:
@@ -259,7 +274,7 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
         png, _ = figures.save(figure, out / f"{stem}-rates")
         note = OVER_RATES
         drawn.append(Drawn(f"{title}: over learning rates", png, note))
-    best = shown([run.result for run in runs])
+    best = best_rows([run.result for run in runs])
     kept = {id(result) for row in best for result in row.runs}
     points = [point for run in runs if id(run.result) in kept for point in _points(run)]
     if any("distance" in point for point in points):
@@ -277,27 +292,24 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
 
 def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | None:
     """As Figures 3 and 8: a row for each method, of its first seed and subject, at the steps that all of them have."""
-    found = {}
-    for row in best:
-        folders = sorted((runs[id(row.runs[0])].folder / "subjects").glob("*/snapshots"))
-        if folders:
-            found[row.name] = {int(p.stem): p for p in sorted(folders[0].glob("*.png"))}
-    steps = sorted(set.intersection(*(set(pictures) for pictures in found.values()))) if found else []
+    drawn = {row.name: tasks.find(row.runs[0].task).snapshots(runs[id(row.runs[0])].folder) for row in best}
+    drawn = {name: pictures for name, pictures in drawn.items() if pictures}
+    steps = sorted(set.intersection(*(set(pictures) for pictures in drawn.values()))) if drawn else []
     if not steps:
         return None
     from delora.data.dreambooth import open_image
     from delora.evaluation.pictures import grid, write
 
     steps = steps[:: -(-len(steps) // COLUMNS)]
-    rows = [[open_image(pictures[step]) for step in steps] for pictures in found.values()]
-    write(grid(rows, [f"{name}: {', '.join(map(str, steps))}" for name in found]), file)
+    rows = [[open_image(pictures[step]) for step in steps] for pictures in drawn.values()]
+    write(grid(rows, [f"{name}: {', '.join(map(str, steps))}" for name in drawn]), file)
     return file
 
 
 def norms(experiment: Experiment, out: Path) -> Drawn:
     """Figure 4: the mean column norms of an experiment's frozen targets, by kind and depth. Its model is loaded for it."""
-    model, asked = recipes.of(experiment).base(experiment), experiment.adapter
-    names = resolve(model, asked.build(), asked.targets, exclude=asked.exclude)
+    model, adapter = tasks.find(experiment.task).base(experiment), experiment.adapter
+    names = resolve(model, adapter.build(), adapter.targets, exclude=adapter.exclude)
     png, _ = figures.save(figures.column_norm_profile(model, list(names)), out / f"{slug(experiment.model)}-norms")
     note = "The mean norm of the frozen weights' columns, which DeLoRA scales its directions with, by kind of layer and depth."
     return Drawn(f"{experiment.model}: column norms", png, note)
@@ -332,15 +344,15 @@ def _points(run: Run) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- the page
 
 
-def write(folders: Sequence[Path], out: Path, with_norms: bool = False) -> Path:
+def write(folders: Sequence[Path], out: Path, with_norms: bool = False, modules: Sequence[str] = ()) -> Path:
     """``report.html``, ``runs.csv`` and the figures of all runs below the folders, into ``out``.
 
-    ``with_norms``: also Figure 4 of each model.
+    ``with_norms``: also Figure 4 of each model; ``modules``: as of `collect`.
 
     Raises:
         RunError: there is no run; ``out`` holds other things. Nothing is written then.
     """
-    runs, failed = collect(folders)
+    runs, failed = collect(folders, modules)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file())):
         raise RunError(f"{out} is not empty and holds no report: choose another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -348,8 +360,8 @@ def write(folders: Sequence[Path], out: Path, with_norms: bool = False) -> Path:
     for model in dict.fromkeys(run.experiment.model for run in runs):
         own = [run for run in runs if run.experiment.model == model]
         tables.append(table(model, own))
-        for task in dict.fromkeys(run.experiment.data.task for run in own):
-            part = [run for run in own if run.experiment.data.task == task]
+        for task in dict.fromkeys(run.experiment.task for run in own):
+            part = [run for run in own if run.experiment.task == task]
             if len({run.experiment.factor for run in part if run.experiment.factor is not None}) > 1:
                 tables.append(robustness([run for run in part if run.experiment.factor is not None]))
             drawn += draw(f"{model}, {task}", part, out)

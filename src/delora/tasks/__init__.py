@@ -1,16 +1,87 @@
-"""One file for each kind of experiment; each reads top to bottom: model, inject, data, train, evaluate."""
+"""Tasks: a module for each kind of experiment, which reads top to bottom: settings, model, inject, data, train, evaluate.
+
+====================  ===============================================================================
+``classification``    GLUE's tasks, and sentences with human ratings, as classes or as a regression
+``instructions``      instruction tuning of a causal language model
+``subject``           a text-to-image model learns a subject from photographs (DreamBooth)
+``semantic_map``      a text-to-image model learns to follow label maps
+====================  ===============================================================================
+
+A task of your own is a module too: ``task = "mytasks.tickets"``. `delora.training.task.Task` says what is in it.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from delora.training.config import Experiment
-from delora.training.experiments import Recipe
+from delora import outside
+from delora.recipes import find as find_recipe
+from delora.training.config import ConfigError, Experiment, load_file, nearest
+from delora.training.config import parse as parse_as
+from delora.training.task import Task
+
+__all__ = ["NAMES", "find", "own_names", "parse", "read"]
+
+# The module of each task that a recipe can name.
+NAMES = {
+    **dict.fromkeys(("sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"), "classification"),
+    "instructions": "instructions",
+    "subject": "subject",
+    "semantic_map": "semantic_map",
+}
 
 
-def of(experiment: Experiment) -> Recipe:
-    """The recipe for an experiment's task."""
-    own = {"instructions": "instruction", "subject": "subject", "semantic_map": "semantic_map"}
-    name = own.get(experiment.data.task, "classification")
-    return cast(Recipe, importlib.import_module(f"delora.recipes.{name}"))
+@cache
+def find(name: str) -> Task:
+    """The task of a recipe's ``task``: a name in `NAMES`, or the dotted name of a module of your own.
+
+    Raises:
+        ConfigError, OutsideError: there is none of this name, or it is no task.
+    """
+    if name in NAMES:
+        return Task.of(importlib.import_module(f"delora.tasks.{NAMES[name]}"))
+    try:
+        return Task.of(outside.module(name))
+    except outside.OutsideError as error:
+        if "." in name or not str(error).startswith("there is no module"):
+            raise
+        raise ConfigError(f"task = {name!r}: {nearest(name, list(NAMES))}; one of your own is a module, and {error}") from error
+
+
+def read(recipe: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a TOML or JSON file, or of a shipped recipe's name, with ``key=value`` changes.
+
+    Keys are dotted; a value is one of TOML, else a string.
+
+    Raises:
+        ConfigError: in words, with the key's dotted path.
+    """
+    file = find_recipe(recipe)
+    return parse(load_file(file), overrides, str(file))
+
+
+def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:
+    """The same of the tables of a recipe."""
+
+    def settings(task: Any) -> type[Experiment]:
+        if not isinstance(task, str) or not task:
+            said = "is missing" if task is None else f"= {task!r}: must be a name"
+            raise ConfigError(f"{where}: task {said}; known are {', '.join(NAMES)}, or a module of your own")
+        return find(task).Settings
+
+    return parse_as(data, settings, overrides, where)
+
+
+def own_names(data: Any) -> list[str]:
+    """The modules of a user's own that a recipe's tables name, of methods and tasks: what reading it would import."""
+    if not isinstance(data, dict):
+        return []
+    tables = [data, *(variant for variant in data.get("variants") or [] if isinstance(variant, dict))]
+    tasks = [str(table["task"]) for table in tables if "task" in table and table["task"] not in NAMES]
+    adapters = [table["adapter"] for table in tables if isinstance(table.get("adapter"), dict)]
+    methods = [str(adapter["method"]) for adapter in adapters if ":" in str(adapter.get("method"))]
+    return [*tasks, *methods]

@@ -9,57 +9,109 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, Self, cast
 
 import torch
-from rich.console import Console
+from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import delora
-from delora.checkpoint import is_adapter
 from delora.data import glue, sentences
-from delora.data.tasks import Example, Splits, Task
+from delora.data.examples import Example, Splits, TextTask
 from delora.evaluation import text
-from delora.inject import adapters
-from delora.layer import Adapter, Copy
-from delora.training.config import ConfigError, Experiment
-from delora.training.experiments import begin, cost, finish, fit, inject, reached, read_peft
-from delora.training.models import classifier, drawn, loading, save_merged, skeleton
-from delora.training.runs import Result, RunError, write_json
+from delora.formats.native import is_adapter
+from delora.layer import Copy
+from delora.models import adapters
+from delora.training import delivery
+from delora.training.config import ConfigError, Count, Experiment, Strict
+from delora.training.experiments import adapt, begin, conclude, fit
+from delora.training.models import classifier, drawn, loading, skeleton
+from delora.training.runs import Result, RunContext, RunError, write_json
+
+__all__ = ["Data", "Settings", "base", "check", "deliver", "evaluate", "read_splits", "run", "text_task"]
 
 PREDICTIONS = "predictions.json"
+RATED = ("sentiment", "rating")  # over the rated sentences; the others are GLUE's
 
 
-def run(experiment: Experiment, folder: Path, row: str, setting: str, splits: Splits[Example], console: Console) -> Result:
+class Data(Strict):
+    """The examples. ``source``: a packaged data set, a folder, or a name on the Hugging Face Hub.
+
+    "sentiment" and "rating" are over the rated sentences of a ``domain``, as many as are asked for; the parts of GLUE's tasks
+    follow from `delora.data.glue.divide`. Texts of more than ``max_tokens`` are cut.
+    """
+
+    source: str
+    domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
+    train: Count | None = None
+    validation: Count | None = None
+    test: Count | None = None
+    max_tokens: int = Field(ge=3)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Of the rated sentences: how many train, validate and test."""
+        return cast(tuple[int, int, int], (self.train, self.validation, self.test))
+
+
+RATED_DATA = {"source": "vaderSentiment", "domain": "movie", "train": 2000, "validation": 1000, "test": 1500, "max_tokens": 32}
+GLUE_DATA = {"source": glue.HUB, "max_tokens": 256}
+
+
+class Settings(Experiment):
+    """An experiment of this kind; ``task`` is "sentiment" or "rating", or one of GLUE's."""
+
+    task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
+    data: Data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """What the task decides where the recipe is silent."""
+        if not isinstance(values, dict) or not isinstance(values.get("data", {}), dict):
+            return values
+        silent = RATED_DATA if values.get("task") in RATED else GLUE_DATA
+        return values | {"data": silent | values.get("data", {})}
+
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        for key in () if self.task in RATED else ("domain", "train", "validation", "test"):
+            if getattr(self.data, key) is not None:
+                raise ValueError(f"data.{key} is for the rated sentences; the parts of {self.task} are GLUE's own")
+        return self
+
+    def other_data(self) -> bool:
+        return self.task in RATED
+
+
+def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> Result:
     """Model, inject, data, train, evaluate. A run that was stopped goes on from its last checkpoint to the same numbers."""
-    task, max_tokens = task_of(experiment), experiment.data.max_tokens
-    begin(experiment, folder)
+    task, max_tokens = text_task(experiment), experiment.data.max_tokens
+    begin(experiment, context)
     model, tokenizer = classifier(experiment.model, task.labels)
-    inject(model, experiment)
+    adapt(model, experiment)
     trainer = fit(
         experiment,
-        folder,
+        context,
         model,
-        console,
         metric=task.metrics[0],
         train_dataset=Encoded(splits.train, tokenizer, max_tokens, task),
         eval_dataset=Encoded(splits.validation, tokenizer, max_tokens, task),
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda seen: text.scores(
-            text.decided(torch.from_numpy(seen.predictions), task), splits.validation, task
+        compute_metrics=lambda output: text.scores(
+            text.decided(torch.from_numpy(output.predictions), task), splits.validation, task
         ),
     )
-    scores: dict[str, Any] = {"diverged": trainer.diverged}
-    if trainer.diverged is None:
-        delora.save(model, folder / "adapter")
+
+    def score() -> dict[str, Any]:
         predicted = text.predict(model, tokenizer, splits.test, task, max_tokens)
-        write_json(folder / PREDICTIONS, predicted.tolist())
-        found = text.scores(predicted, splits.test, task)
-        scores |= {"validation": trainer.state.best_metric, "test": found[task.reported], "scores": found}
-        scores |= {"best_epoch": trainer.best_epoch()} | reached(model, folder / "adapter")
-    return finish(experiment, folder, row, setting, task.metrics[0], task.reported, **cost(model, trainer), **scores)
+        write_json(context.folder / PREDICTIONS, predicted.tolist())
+        scores = text.scores(predicted, splits.test, task)
+        best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
+        return best | {"test": scores[task.reported], "scores": scores}
+
+    return conclude(experiment, context, model, trainer, task.metrics[0], task.reported, score)
 
 
 @dataclass(frozen=True)
@@ -69,7 +121,7 @@ class Encoded(Dataset[Any]):
     part: Sequence[Example]
     tokenizer: Any
     max_tokens: int
-    task: Task
+    task: TextTask
 
     def __len__(self) -> int:
         return len(self.part)
@@ -81,29 +133,30 @@ class Encoded(Dataset[Any]):
         return {key: values[0] for key, values in encoded.items()} | {"labels": label}
 
 
-def task_of(experiment: Experiment) -> Task:
-    data = experiment.data
-    return sentences.TASKS[data.task] if data.rated else glue.TASKS[data.task]
+def text_task(experiment: Settings) -> TextTask:
+    """The labels and metrics of the experiment's task."""
+    return sentences.TASKS[experiment.task] if experiment.task in RATED else glue.TASKS[experiment.task]
 
 
-def read_splits(experiment: Experiment) -> Splits[Example]:
+def read_splits(experiment: Settings) -> Splits[Example]:
+    """The examples of the experiment's seed."""
     data, seed = experiment.data, experiment.seed
-    if not data.rated:
-        return glue.splits(data.task, data.source, seed)
-    return sentences.splits(data.task, cast(str, data.domain), data.source, seed, data.sizes())
+    if experiment.task not in RATED:
+        return glue.splits(experiment.task, data.source, seed)
+    return sentences.splits(experiment.task, cast(str, data.domain), data.source, seed, data.sizes())
 
 
 # ---------------------------------------------------------------- before all runs, and after
 
 
-def check(experiment: Experiment) -> Splits[Example]:
+def check(experiment: Settings) -> Splits[Example]:
     """Everything that can be wrong with a run, found in seconds; its data."""
-    labels = task_of(experiment).labels
+    labels = text_task(experiment).labels
     model = skeleton(experiment.model, labels)
-    inject(model, experiment)
-    whole = [name for name, adapter in adapters(model).items() if isinstance(adapter, Copy)]
+    adapt(model, experiment)
+    trained_whole = [name for name, adapter in adapters(model).items() if isinstance(adapter, Copy)]
     for key in drawn(experiment.model, labels):
-        if not any(key.startswith(name + ".") for name in whole):
+        if not any(key.startswith(name + ".") for name in trained_whole):
             head = key.rpartition(".")[0]
             raise ConfigError(
                 f"{experiment.name}: the checkpoint of {experiment.model} has no {key}, which would stay at random values: "
@@ -112,50 +165,38 @@ def check(experiment: Experiment) -> Splits[Example]:
     return read_splits(experiment)
 
 
-def base(experiment: Experiment) -> nn.Module:
-    return classifier(experiment.model, task_of(experiment).labels)[0]
+def base(experiment: Settings) -> nn.Module:
+    """The frozen classifier."""
+    return classifier(experiment.model, text_task(experiment).labels)[0]
 
 
-def deliver(experiment: Experiment, run: Path, splits: Splits[Example], out: Path) -> tuple[dict[str, int], int]:
+def deliver(experiment: Settings, run: Path, splits: Splits[Example], out: Path) -> tuple[dict[str, int], int]:
     """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal predictions.
 
     Equal is the class; of a regression, half of float32's digits.
     """
-    task, test = task_of(experiment), splits.test
+    task, test = text_task(experiment), splits.test
     trained = torch.tensor(json.loads((run / PREDICTIONS).read_text()))
     close = torch.finfo(torch.float32).eps ** 0.5 if task.regression else 0.0
+    tokenizer = loading(AutoTokenizer, experiment.model)
 
-    def equal(model: torch.nn.Module) -> int:
+    def same(kind: str, model: nn.Module) -> int:
         predicted = text.predict(model, tokenizer, test, task, experiment.data.max_tokens)
-        return int(torch.isclose(predicted, trained, rtol=close, atol=close).sum())
+        equal = int(torch.isclose(predicted, trained, rtol=close, atol=close).sum())
+        if equal != len(test):
+            raise RunError(f"{out / kind} gives {len(test) - equal} of {len(test)} other predictions than the trained model")
+        return equal
 
-    # Another seed than the run's: what the head starts from must not matter.
-    set_seed(experiment.seed + 1)
-    model, tokenizer = classifier(experiment.model, task.labels)
-    delora.load(model, run / "adapter")
-    delora.save(model, out / "adapter")
-    model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
-    model.config.save_pretrained(out / "adapter")
-    agreement = {"adapter": equal(model)}
-    parts = [a for a in adapters(model).values() if isinstance(a, Adapter)]
-    if parts and all(a.low_rank() is not None for a in parts):
-        delora.export.peft(model, out / "peft")
-        agreement["peft"] = equal(read_peft(classifier(experiment.model, task.labels)[0], out / "peft"))
-    if all(a.mergeable() for a in parts):
-        save_merged(model, out / "merged")
-        agreement["merged"] = equal(loading(AutoModelForSequenceClassification, str(out / "merged")))
-    for kind, same in agreement.items():
-        if same != len(test):
-            raise RunError(f"{out / kind} gives {len(test) - same} of {len(test)} other predictions than the trained model")
-    return agreement, len(test)
+    auto = AutoModelForSequenceClassification
+    return delivery.deliver(experiment, run, out, lambda: base(experiment), auto, same), len(test)
 
 
-def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
+def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model, on the experiment's test examples, and their number."""
-    task = task_of(experiment)
+    task = text_task(experiment)
     if is_adapter(folder):
         model, tokenizer = classifier(experiment.model, task.labels)
-        delora.load(model, folder)
+        delora.load(model, folder, methods=experiment.adapter.classes())
     elif folder.is_dir():
         model, tokenizer = classifier(str(folder), task.labels)
         if untrained := drawn(str(folder), task.labels):

@@ -12,34 +12,114 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import torch
-from rich.console import Console
+from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, set_seed
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
 import delora
-from delora.checkpoint import is_adapter
 from delora.data import alpaca, sentences
 from delora.data.alpaca import Instruction
+from delora.data.examples import DataError
 from delora.data.sentences import QUESTIONS, Question
-from delora.data.tasks import DataError
 from delora.evaluation import harness
 from delora.evaluation.language import perplexity
-from delora.files import read_json
-from delora.inject import adapters
-from delora.layer import Adapter
-from delora.training.config import ConfigError, Experiment
-from delora.training.experiments import begin, cost, finish, fit, inject, reached, read_peft
-from delora.training.models import language_model, language_skeleton, loading, save_merged
-from delora.training.runs import Result, RunError, write_json
+from delora.formats.files import read_json
+from delora.formats.native import is_adapter
+from delora.training import delivery
+from delora.training.config import ConfigError, Count, Experiment, Strict
+from delora.training.experiments import adapt, begin, conclude, fit
+from delora.training.models import language_model, language_skeleton, language_tokenizer
+from delora.training.runs import Result, RunContext, RunError, write_json
+
+__all__ = [
+    "Data",
+    "Evaluate",
+    "Material",
+    "Settings",
+    "base",
+    "check",
+    "columns",
+    "deliver",
+    "evaluate",
+    "material",
+    "run",
+]
 
 NEXT = "next.json"
 METRIC = "likelihood"
 OTHER = 200  # sentences of a domain for the perplexity
 COMPARED = 64  # held-out instructions on which what is delivered is compared with what was trained
+SELECTION = "The best setting of a row was chosen by the probability of the tokens of held-out instructions."
+NOT_SHARES = ("perplexity",)
+
+
+class Data(Strict):
+    """The instructions: Alpaca's, ``test`` of them held out; or, if a ``domain`` is given, made of the rated sentences.
+
+    ``source``: a packaged data set, a file or a folder, or a name on the Hugging Face Hub. The loss is on all tokens, or with
+    ``response_only`` on the response. Texts of more than ``max_tokens`` are cut.
+    """
+
+    source: str
+    domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
+    train: Count | None = None
+    validation: Count | None = None
+    test: Count | None = None
+    max_tokens: int = Field(ge=3)
+    response_only: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        alpacas = {"source": alpaca.FILE, "test": 2000, "max_tokens": 256}
+        rated = {"source": "vaderSentiment", "train": 2000, "validation": 1000, "test": 1500, "max_tokens": 256}
+        return (alpacas if values.get("domain") is None else rated) | values
+
+    @model_validator(mode="after")
+    def _parts(self) -> Self:
+        for key in ("train", "validation") if self.domain is None else ():
+            if getattr(self, key) is not None:
+                raise ValueError(f"data.{key} is for the rated sentences; Alpaca's are all that test leaves")
+        return self
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Of the rated sentences: how many train, validate and test."""
+        return cast(tuple[int, int, int], (self.train, self.validation, self.test))
+
+
+class Evaluate(Strict):
+    """How the model is scored: ``tasks`` of lm-evaluation-harness ("sentiment" and "rating": of the test sentences) with
+    ``shots`` examples before each question, and the perplexity on a ``text``, a file or 200 sentences of a domain. ``before``:
+    the same of the model as it was.
+    """
+
+    tasks: list[str] = Field(default=[])
+    shots: Annotated[int, Field(ge=0)] = 0
+    batch_size: Count = 8
+    text: str | None = None
+    before: bool = True
+
+
+class Settings(Experiment):
+    """An experiment of this kind."""
+
+    task: Literal["instructions"]
+    data: Data = Data.model_validate({})
+    evaluate: Evaluate = Evaluate()
+
+    def other_data(self) -> bool:
+        return self.data.domain is not None
+
+
+def columns(experiment: Settings) -> list[str]:
+    """Each benchmark, where there are several."""
+    return experiment.evaluate.tasks if len(experiment.evaluate.tasks) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -52,33 +132,31 @@ class Material:
     other: str | None
 
 
-def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Material, console: Console) -> Result:
+def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     """Model, inject, data, train, evaluate. A run that was stopped goes on from its last checkpoint to the same numbers."""
     before = scores_before(experiment, data)
-    begin(experiment, folder)
+    begin(experiment, context)
     model, tokenizer = language_model(experiment.model, experiment.train.weights)
-    inject(model, experiment)
+    adapt(model, experiment)
     trainer = fit(
         experiment,
-        folder,
+        context,
         model,
-        console,
         metric=None,
         train_dataset=Encoded(data.train, tokenizer, experiment),
         eval_dataset=Encoded(data.held_out, tokenizer, experiment),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
-    found: dict[str, Any] = {"diverged": trainer.diverged}
-    if trainer.diverged is None:
-        delora.save(model, folder / "adapter")
-        write_json(folder / NEXT, predicted(model, tokenizer, data.held_out[:COMPARED], experiment))
+
+    def score() -> dict[str, Any]:
+        write_json(context.folder / NEXT, predicted(model, tokenizer, data.held_out[:COMPARED], experiment))
         loss = next(line["eval_loss"] for line in reversed(trainer.state.log_history) if "eval_loss" in line)
         likelihood = math.exp(-loss)
         scores = {METRIC: likelihood} | scored(model, tokenizer, experiment, data)
-        found |= {"validation": likelihood, "test": scores[reported(experiment)]}
-        found |= {"scores": scores | {f"{name} before": value for name, value in before.items()}}
-        found |= {"best_epoch": experiment.train.epochs} | reached(model, folder / "adapter")
-    return finish(experiment, folder, row, setting, METRIC, reported(experiment), **cost(model, trainer), **found)
+        figures = {"validation": likelihood, "test": scores[reported(experiment)], "best_epoch": experiment.train.epochs}
+        return figures | {"scores": scores | {f"{name} before": value for name, value in before.items()}}
+
+    return conclude(experiment, context, model, trainer, METRIC, reported(experiment), score)
 
 
 @dataclass(frozen=True)
@@ -87,7 +165,7 @@ class Encoded(Dataset[Any]):
 
     part: Sequence[Instruction]
     tokenizer: Any
-    experiment: Experiment
+    experiment: Settings
 
     def __len__(self) -> int:
         return len(self.part)
@@ -97,7 +175,8 @@ class Encoded(Dataset[Any]):
         return alpaca.encode(self.part[index], self.tokenizer, data.max_tokens, data.response_only)
 
 
-def material(experiment: Experiment) -> Material:
+def material(experiment: Settings) -> Material:
+    """The experiment's instructions, questions and text."""
     data, text = experiment.data, experiment.evaluate.text
     other = None
     if text in sentences.DOMAINS:
@@ -108,52 +187,52 @@ def material(experiment: Experiment) -> Material:
                 f"evaluate.text = {text!r}: there is no such file, and no such domain ({', '.join(sentences.DOMAINS)})"
             )
         other = Path(text).read_text("utf-8")
-    if not data.rated:
+    if data.domain is None:
         train, held_out = alpaca.split(alpaca.read(data.source), 42, cast(int, data.test))
         return Material(train, held_out, {}, other)
-    parts = sentences.split(sentences.read(cast(str, data.domain), data.source, neutral=True), experiment.seed, *data.sizes())
+    parts = sentences.split(sentences.read(data.domain, data.source, neutral=True), experiment.seed, *data.sizes())
 
     def every(part: list[sentences.Sentence]) -> list[Instruction]:
         return [question for kind in QUESTIONS for question in sentences.questions(kind, part)]
 
-    asked = {kind: sentences.questions(kind, parts.test) for kind in QUESTIONS if kind in experiment.evaluate.tasks}
-    return Material(every(parts.train), every(parts.validation), asked, other)
+    questions = {kind: sentences.questions(kind, parts.test) for kind in QUESTIONS if kind in experiment.evaluate.tasks}
+    return Material(every(parts.train), every(parts.validation), questions, other)
 
 
 # ---------------------------------------------------------------- scores
 
 
-def reported(experiment: Experiment) -> str:
+def reported(experiment: Settings) -> str:
     """What the table shows: the mean over the tasks; with none, the probability of a held-out token."""
     return "average" if experiment.evaluate.tasks else METRIC
 
 
-def scored(model: Any, tokenizer: Any, experiment: Experiment, data: Material) -> dict[str, float]:
+def scored(model: Any, tokenizer: Any, experiment: Settings, data: Material) -> dict[str, float]:
     """The tasks' scores as shares, their mean, and the perplexity on the other text."""
-    asked, found = experiment.evaluate, {}
-    if asked.tasks:
+    settings, scores = experiment.evaluate, {}
+    if settings.tasks:
         model.eval()
         with tempfile.TemporaryDirectory() as folder:
             tasks = [
-                harness.own(name, data.questions[name], Path(folder)) if name in data.questions else name
-                for name in asked.tasks
+                harness.as_task(name, data.questions[name], Path(folder)) if name in data.questions else name
+                for name in settings.tasks
             ]
-            seen = harness.score(model, tokenizer, tasks, asked.batch_size, asked.shots)
+            results = harness.score(model, tokenizer, tasks, settings.batch_size, settings.shots)
         # The paper's MMLU is the mean over subjects.
-        found = {name: seen[name].get("acc_macro", seen[name]["acc"]) for name in asked.tasks}
-        found["average"] = fmean(found.values())
+        scores = {name: results[name].get("acc_macro", results[name]["acc"]) for name in settings.tasks}
+        scores["average"] = fmean(scores.values())
     if data.other is not None:
-        found["perplexity"] = perplexity(model, tokenizer, data.other)
-    return found
+        scores["perplexity"] = perplexity(model, tokenizer, data.other)
+    return scores
 
 
 _BEFORE: dict[str, dict[str, float]] = {}
 
 
-def scores_before(experiment: Experiment, data: Material) -> dict[str, float]:
+def scores_before(experiment: Settings, data: Material) -> dict[str, float]:
     """`scored` of the model as it was, once for all runs for which it is the same."""
-    same = experiment.model_dump_json(include={"model", "data", "evaluate", "seed"})
-    key = f"{same} {experiment.train.weights}"
+    settings = experiment.model_dump_json(include={"model", "data", "evaluate", "seed"})
+    key = f"{settings} {experiment.train.weights}"
     if key not in _BEFORE:
         _BEFORE[key] = {}
         if experiment.evaluate.before and (experiment.evaluate.tasks or data.other is not None):
@@ -162,7 +241,7 @@ def scores_before(experiment: Experiment, data: Material) -> dict[str, float]:
 
 
 @torch.no_grad()
-def predicted(model: Any, tokenizer: Any, part: Sequence[Instruction], experiment: Experiment) -> dict[str, Any]:
+def predicted(model: Any, tokenizer: Any, part: Sequence[Instruction], experiment: Settings) -> dict[str, Any]:
     """The most probable next token at every position of the instructions, and the mean loss."""
     model.eval()
     device = next(model.parameters()).device
@@ -170,19 +249,18 @@ def predicted(model: Any, tokenizer: Any, part: Sequence[Instruction], experimen
     losses = []
     for encoded in map(Encoded(part, tokenizer, experiment).__getitem__, range(len(part))):
         ids, labels = (torch.tensor([encoded[key]], device=device) for key in ("input_ids", "labels"))
-        seen = model(input_ids=ids, labels=labels)
-        tokens += seen.logits[0].argmax(-1).tolist()
-        losses.append(seen.loss.item())
+        output = model(input_ids=ids, labels=labels)
+        tokens += output.logits[0].argmax(-1).tolist()
+        losses.append(output.loss.item())
     return {"tokens": tokens, "loss": fmean(losses)}
 
 
 # ---------------------------------------------------------------- before all runs, and after
 
 
-def check(experiment: Experiment) -> Material:
+def check(experiment: Settings) -> Material:
     """Everything that can be wrong with a run, found before any is started; its data, the benchmarks' as well."""
-    model = language_skeleton(experiment.model)
-    inject(model, experiment)
+    adapt(language_skeleton(experiment.model), experiment)
     _tasks(experiment)
     data = material(experiment)
     harness_tasks = [name for name in experiment.evaluate.tasks if name not in data.questions]
@@ -191,58 +269,46 @@ def check(experiment: Experiment) -> Material:
     return data
 
 
-def _tasks(experiment: Experiment) -> None:
+def _tasks(experiment: Settings) -> None:
     for name in experiment.evaluate.tasks:
-        if name in QUESTIONS and not experiment.data.rated:
+        if name in QUESTIONS and experiment.data.domain is None:
             raise ConfigError(f"{experiment.name}: evaluate.tasks: {name} is about the rated sentences: give data.domain")
 
 
-def base(experiment: Experiment) -> nn.Module:
+def base(experiment: Settings) -> nn.Module:
+    """The frozen language model."""
     return language_model(experiment.model, experiment.train.weights)[0]
 
 
-def deliver(experiment: Experiment, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
+def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
     """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal next tokens.
 
     In float32 all must be equal. In bfloat16, where merging rounds the weights, the mean loss must be, to one unit of it.
     """
     trained, part = read_json(run / NEXT), data.held_out[:COMPARED]
-    weights = experiment.train.weights
-    agreement: dict[str, int] = {}
+    weights, count = experiment.train.weights, len(trained["tokens"])
+    tokenizer = language_tokenizer(experiment.model)
 
-    def compare(kind: str, model: Any) -> None:
-        seen = predicted(model, tokenizer, part, experiment)
-        agreement[kind] = sum(a == b for a, b in zip(seen["tokens"], trained["tokens"], strict=True))
-        off = abs(seen["loss"] / trained["loss"] - 1)
-        if off > torch.finfo(torch.bfloat16).eps or (weights == "fp32" and agreement[kind] < len(trained["tokens"])):
+    def same(kind: str, model: Any) -> int:
+        again = predicted(model, tokenizer, part, experiment)
+        equal = sum(a == b for a, b in zip(again["tokens"], trained["tokens"], strict=True))
+        off = abs(again["loss"] / trained["loss"] - 1)
+        if off > torch.finfo(torch.bfloat16).eps or (weights == "fp32" and equal < count):
             raise RunError(
                 f"{out / kind} is not what was trained: its loss is off by {100 * off:.1f} %, "
-                f"{len(trained['tokens']) - agreement[kind]} of {len(trained['tokens'])} tokens are predicted otherwise"
+                f"{count - equal} of {count} tokens are predicted otherwise"
             )
+        return equal
 
-    set_seed(experiment.seed + 1)  # another than the run's
-    model, tokenizer = language_model(experiment.model, weights)
-    delora.load(model, run / "adapter")
-    delora.save(model, out / "adapter")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(out / "adapter")
-    compare("adapter", model)
-    parts = [a for a in adapters(model).values() if isinstance(a, Adapter)]
-    if parts and all(a.low_rank() is not None for a in parts):
-        delora.export.peft(model, out / "peft")
-        compare("peft", read_peft(language_model(experiment.model, weights)[0], out / "peft"))
-    if all(a.mergeable() for a in parts):
-        save_merged(model, out / "merged")
-        compare("merged", loading(AutoModelForCausalLM, str(out / "merged"), dtype="auto"))
-    return agreement, len(trained["tokens"])
+    return delivery.deliver(experiment, run, out, lambda: base(experiment), AutoModelForCausalLM, same), count
 
 
-def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
+def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model, and the number of held-out instructions."""
     data, weights = check(experiment), experiment.train.weights
     if is_adapter(folder):
         model, tokenizer = language_model(experiment.model, weights)
-        delora.load(model, folder)
+        delora.load(model, folder, methods=experiment.adapter.classes())
     elif folder.is_dir():
         model, tokenizer = language_model(str(folder), weights)
     else:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from diffusers import ControlNetModel, DDPMScheduler
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from PIL import Image
+from pydantic import Field
 from rich.console import Console
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
@@ -25,21 +26,75 @@ from torch.utils.data import Dataset
 import delora
 from delora.data import maps
 from delora.data.dreambooth import open_image
+from delora.data.examples import DataError
 from delora.data.maps import Scene
-from delora.data.tasks import DataError
 from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Encoder
 from delora.evaluation.pictures import write
 from delora.evaluation.segmentation import UNLABELLED, Inception, Overlap, Segmenter, frechet
-from delora.files import write_atomically
-from delora.recipes.subject import Denoiser, embedded, numbers, skeleton
-from delora.training.config import ConfigError, Experiment
-from delora.training.experiments import begin, cost, finish, fit, inject, reached
+from delora.formats.files import write_atomically
+from delora.tasks.subject import Denoiser, embedded, rgb, skeleton
+from delora.training.config import ConfigError, Count, Experiment, Rate, Strict
+from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import loading
-from delora.training.runs import Result, RunError
+from delora.training.runs import Result, RunContext, RunError
+
+__all__ = [
+    "Data",
+    "Hinted",
+    "MapSettings",
+    "Material",
+    "Settings",
+    "base",
+    "check",
+    "columns",
+    "deliver",
+    "evaluate",
+    "run",
+    "with_hint",
+]
 
 CHECKED = 2  # pictures that are made again with what is delivered
 AT_ONCE = 16  # pictures that are made together
+SELECTION = "There is no part to validate on beside the test maps: settings are compared by the test score itself."
+NOT_SHARES = ("fid",)
+
+
+class Data(Strict):
+    """The folder of pictures, label maps and captions, of the form that `delora.data.maps` reads."""
+
+    source: str = "ade20k"
+
+
+class MapSettings(Strict):
+    """How a text-to-image model learns to follow label maps, and how that is judged.
+
+    ``hint``: a ControlNet whose hint encoder is taken (a fresh one if not given); it trains if ``adapter.also_train`` has
+    "conv_in.encoder". ``maps``: how many of the validation maps are drawn (all if not given), each in ``steps`` of DDIM with
+    ``guidance``. ``segmenter`` of transformers with ``classes``; ``fid``: "inception", or a vision model for the features.
+    """
+
+    hint: str | None = None
+    resolution: Annotated[int, Field(ge=8)] = 512
+    maps: Annotated[int, Field(ge=2)] | None = None
+    steps: Count = 50
+    guidance: Rate = 9.0
+    segmenter: str = "openmmlab/upernet-convnext-small"
+    classes: Count = 150
+    fid: str = "inception"
+
+
+class Settings(Experiment):
+    """An experiment of this kind."""
+
+    task: Literal["semantic_map"]
+    data: Data = Data()
+    semantic_map: MapSettings = MapSettings()
+
+
+def columns(experiment: Settings) -> tuple[str, ...]:
+    """The share of right pixels beside the mIoU."""
+    return ("accuracy",)
 
 
 @dataclass(frozen=True)
@@ -111,27 +166,27 @@ def with_hint(unet: nn.Module, source: str | None, factor: int = CONTROLNET) -> 
     return unet
 
 
-def run(experiment: Experiment, folder: Path, row: str, setting: str, data: Material, console: Console) -> Result:
+def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     """Pipeline, hint, inject, data, train, pictures, scores. A run that was stopped goes on; pictures made are kept."""
-    asked = experiment.semantic_map
-    begin(experiment, folder)
+    settings = experiment.semantic_map
+    begin(experiment, context)
     pipe = adaptable(experiment)
-    scenes = Cached(data.train, folder.parent.parent / "cache", asked.resolution)
-    scenes.fill(pipe, console)
-    inject(pipe.unet, experiment)
+    scenes = Cached(data.train, context.shared / "cache", settings.resolution)
+    scenes.fill(pipe, context.console)
+    adapt(pipe.unet, experiment)
     denoiser = Denoiser(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, 0.0)
-    trainer = fit(experiment, folder, Mapped(denoiser), console, metric=None, train_dataset=scenes)
-    found: dict[str, Any] = {"diverged": trainer.diverged}
-    if trainer.diverged is None:
-        delora.save(pipe.unet, folder / "adapter")
-        scores = scored(experiment, pipe, data.test, folder / "pictures")
+    trainer = fit(experiment, context, Mapped(denoiser), metric=None, train_dataset=scenes)
+
+    def score() -> dict[str, Any]:
+        scores = scored(experiment, pipe, data.test, context.folder / "pictures")
         # There is no part to validate on beside the test maps: settings are compared by the score itself.
-        found |= {"validation": scores["miou"], "test": scores["miou"], "scores": scores}
-        found |= reached(pipe.unet, folder / "adapter")
-    return finish(experiment, folder, row, setting, "miou", "miou", **cost(pipe.unet, trainer), **found)
+        return {"validation": scores["miou"], "test": scores["miou"], "scores": scores}
+
+    return conclude(experiment, context, pipe.unet, trainer, "miou", "miou", score)
 
 
-def adaptable(experiment: Experiment) -> Any:
+def adaptable(experiment: Settings) -> Any:
+    """The frozen pipeline, its U-Net with a hint encoder."""
     pipe = pipeline(experiment.model, experiment.train.weights)
     with_hint(pipe.unet, experiment.semantic_map.hint, pipe.vae_scale_factor)
     return pipe
@@ -179,9 +234,9 @@ class Cached(Dataset[Any]):
         if missing:
             console.print(f"Encoding {len(missing):,} pictures and captions, once", markup=False)
         for scene in missing:
-            pixels = numbers(squared(open_image(scene.image), self.resolution)) / 127.5 - 1
-            seen = pipe.vae.encode(pixels[None].to(pipe.vae.device, pipe.vae.dtype)).latent_dist
-            kept = {"mean": seen.mean[0], "std": seen.std[0], "text": embedded(pipe, [scene.caption])[0]}
+            pixels = rgb(squared(open_image(scene.image), self.resolution)) / 127.5 - 1
+            latent = pipe.vae.encode(pixels[None].to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+            kept = {"mean": latent.mean[0], "std": latent.std[0], "text": embedded(pipe, [scene.caption])[0]}
             write_atomically(self.file(scene), to_bytes({key: t.half().cpu().contiguous() for key, t in kept.items()}))
 
 
@@ -191,7 +246,7 @@ def squared(picture: Any, size: int, nearest: bool = False) -> Any:
 
 def control(scene: Scene, resolution: int) -> Tensor:
     """The coloured map [3, resolution, resolution] in [0, 1]; its colours are never mixed."""
-    return numbers(squared(open_image(scene.control), resolution, nearest=True)) / 255
+    return rgb(squared(open_image(scene.control), resolution, nearest=True)) / 255
 
 
 def annotation(scene: Scene, size: int, classes: int) -> Tensor:
@@ -208,24 +263,24 @@ def annotation(scene: Scene, size: int, classes: int) -> Tensor:
 # ---------------------------------------------------------------- scores
 
 
-def made(experiment: Experiment, pipe: Any, scenes: Sequence[Scene], first: int = 0) -> list[Any]:
+def made(experiment: Settings, pipe: Any, scenes: Sequence[Scene], first: int = 0) -> list[Any]:
     """A picture for each scene's map and caption, by DDIM; the noise is that of the seed and of the scene's number, the first
     of which is given, however many are made at once."""
-    asked = experiment.semantic_map
-    pipe.unet.conv_in.control = torch.stack([control(scene, asked.resolution) for scene in scenes]).to(pipe.device)
+    settings = experiment.semantic_map
+    pipe.unet.conv_in.control = torch.stack([control(scene, settings.resolution) for scene in scenes]).to(pipe.device)
     captions, seeds = [s.caption for s in scenes], [10_000 * experiment.seed + first + i for i in range(len(scenes))]
     try:
-        return sample(pipe, captions, seeds, 1, asked.steps, asked.guidance, asked.resolution, solver="ddim")
+        return sample(pipe, captions, seeds, 1, settings.steps, settings.guidance, settings.resolution, solver="ddim")
     finally:
         pipe.unet.conv_in.control = None
 
 
-def scored(experiment: Experiment, pipe: Any, scenes: Sequence[Scene], folder: Path) -> dict[str, float]:
+def scored(experiment: Settings, pipe: Any, scenes: Sequence[Scene], folder: Path) -> dict[str, float]:
     """mIoU and accuracy on the pictures made, and on the real ones (what the segmenter can reach); FID between both."""
-    asked = experiment.semantic_map
-    segmenter = Segmenter(asked.segmenter, pipe.device)
-    eyes: Any = Inception(pipe.device) if asked.fid == "inception" else Encoder(asked.fid, pipe.device)
-    overlaps = {"": Overlap(asked.classes), " real": Overlap(asked.classes)}
+    settings = experiment.semantic_map
+    segmenter = Segmenter(settings.segmenter, pipe.device)
+    eyes: Any = Inception(pipe.device) if settings.fid == "inception" else Encoder(settings.fid, pipe.device)
+    overlaps = {"": Overlap(settings.classes), " real": Overlap(settings.classes)}
     features: dict[str, list[Tensor]] = {"": [], " real": []}
     for first in range(0, len(scenes), AT_ONCE):
         some = scenes[first : first + AT_ONCE]
@@ -235,52 +290,53 @@ def scored(experiment: Experiment, pipe: Any, scenes: Sequence[Scene], folder: P
                 write(picture, file)
     for scene in scenes:
         file = folder / f"{scene.name}.png"
-        labels = annotation(scene, asked.resolution, asked.classes)
-        for kind, picture in (("", open_image(file)), (" real", squared(open_image(scene.image), asked.resolution))):
-            overlaps[kind].add(segmenter.labels(picture, (asked.resolution, asked.resolution)), labels)
+        labels = annotation(scene, settings.resolution, settings.classes)
+        for kind, picture in (("", open_image(file)), (" real", squared(open_image(scene.image), settings.resolution))):
+            overlaps[kind].add(segmenter.labels(picture, (settings.resolution, settings.resolution)), labels)
             features[kind].append(eyes.images([picture]))
-    found = {f"{name}{kind}": value for kind, overlap in overlaps.items() for name, value in overlap.scores().items()}
-    return found | {"fid": frechet(torch.cat(features[" real"]), torch.cat(features[""]))}
+    scores = {f"{name}{kind}": value for kind, overlap in overlaps.items() for name, value in overlap.scores().items()}
+    return scores | {"fid": frechet(torch.cat(features[" real"]), torch.cat(features[""]))}
 
 
 # ---------------------------------------------------------------- before all runs, and after
 
 
-def check(experiment: Experiment) -> Material:
+def check(experiment: Settings) -> Material:
     """Everything that can be wrong with a run, found before any is started; its scenes."""
     unet = with_hint(skeleton(experiment.model), None)
-    inject(unet, experiment)
-    asked, source = experiment.semantic_map, experiment.data.source
+    adapt(unet, experiment)
+    settings, source = experiment.semantic_map, experiment.data.source
     train, test = (maps.read(source, part) for part in maps.PARTS)
-    if asked.maps is not None:
-        test = test[: asked.maps]
+    if settings.maps is not None:
+        test = test[: settings.maps]
     for scene in (train[0], *test):
-        annotation(scene, asked.resolution, asked.classes)
+        annotation(scene, settings.resolution, settings.classes)
     if len(test) < 2:
         raise DataError(f"{source}: {len(test)} validation map; a Frechet distance needs two or more")
     return Material(train, test)
 
 
-def base(experiment: Experiment) -> nn.Module:
+def base(experiment: Settings) -> nn.Module:
+    """The frozen U-Net with its hint encoder."""
     return adaptable(experiment).unet
 
 
-def deliver(experiment: Experiment, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
+def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
     """The adapter with its hint encoder, read back: how many of the first pictures come out as the run's."""
     pipe = adaptable(experiment)
-    delora.load(pipe.unet, run / "adapter")
+    delora.load(pipe.unet, run / "adapter", methods=experiment.adapter.classes())
     delora.save(pipe.unet, out / "adapter")
     some = data.test[:CHECKED]
     same = 0
     for scene, again in zip(some, made(experiment, pipe, some), strict=True):
-        same += (numbers(again) - numbers(open_image(run / "pictures" / f"{scene.name}.png"))).abs().mean().item() < 1
+        same += (rgb(again) - rgb(open_image(run / "pictures" / f"{scene.name}.png"))).abs().mean().item() < 1
     if same < len(some):
         raise RunError(f"{out / 'adapter'} makes {len(some) - same} of {len(some)} other pictures than the trained model")
     return {"adapter": same}, len(some)
 
 
-def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
+def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter on the test maps; its pictures are written beside it."""
     data, pipe = check(experiment), adaptable(experiment)
-    delora.load(pipe.unet, folder)
+    delora.load(pipe.unet, folder, methods=experiment.adapter.classes())
     return scored(experiment, pipe, data.test, folder.with_name(f"{folder.name}-pictures")), len(data.test)

@@ -7,21 +7,22 @@ the model as it was makes of the prompts, are the ends of their scale.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from rich.console import Console
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import AutoConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 import delora
 from delora.data import dreambooth
@@ -29,28 +30,95 @@ from delora.data.dreambooth import Subject, open_image
 from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Encoder, Words, own_pairs, pairs
 from delora.evaluation.pictures import write
-from delora.files import read_json
-from delora.inject import adapters
+from delora.formats.files import read_json
 from delora.layer import Adapter
-from delora.training.config import ConfigError, Experiment, slug
-from delora.training.experiments import begin, finish, fit, inject, reached
-from delora.training.models import refused
-from delora.training.runs import METRICS, Result, RunError, write_json
+from delora.models import adapters
+from delora.training.config import ConfigError, Count, Experiment, Rate, Strict, slug
+from delora.training.experiments import adapt, begin, finish, fit, reached
+from delora.training.models import loading, refused
+from delora.training.runs import METRICS, Result, RunContext, RunError, write_json
+
+__all__ = [
+    "Data",
+    "Denoiser",
+    "Settings",
+    "SubjectSettings",
+    "base",
+    "check",
+    "columns",
+    "deliver",
+    "embedded",
+    "one",
+    "rgb",
+    "run",
+    "skeleton",
+    "snapshots",
+]
 
 SCORES = "scores.json"
 CROPS = 8  # random crops of each photograph, drawn once
+SELECTION = "There is no part to validate on: settings are compared by the test score itself, as in the paper."
 
 
-def run(experiment: Experiment, folder: Path, row: str, setting: str, subjects: list[Subject], console: Console) -> Result:
+class Data(Strict):
+    """The photographs: the folder ``dataset`` of google/dreambooth, or a folder of your own."""
+
+    source: str = "dreambooth/dataset"
+
+
+class SubjectSettings(Strict):
+    """How a text-to-image model learns a subject, and how that is judged.
+
+    ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word``, the class, and
+    ``prompts`` with ``{}`` in the subject's place. ``class_images`` preserve the prior, with ``prior_weight`` in the loss.
+    ``images`` are made for each prompt in ``steps`` of the solver with ``guidance``; ``snapshots``: the steps of training
+    from one sample picture to the next (0: none). ``dino`` and ``clip`` judge, the first CLIP for the table; ``classifier``
+    is a model whose labels are words, for the share of the prompts' words that it sees in the pictures.
+    """
+
+    names: list[str] = Field(default=[])
+    word: str | None = None
+    prompts: list[str] = Field(default=[])
+    token: Annotated[str, Field(min_length=1)] = "qwe"
+    resolution: Annotated[int, Field(ge=8)] = 512
+    class_images: Annotated[int, Field(ge=0)] = 200
+    prior_weight: Rate = 1.0
+    images: Count = 4
+    steps: Count = 25
+    guidance: Rate = 7.5
+    snapshots: Annotated[int, Field(ge=0)] = 200
+    dino: str = "facebook/dino-vits16"
+    clip: list[str] = Field(default=["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"])
+    classifier: str | None = None
+
+
+class Settings(Experiment):
+    """An experiment of this kind."""
+
+    task: Literal["subject"]
+    data: Data = Data()
+    subject: SubjectSettings = SubjectSettings()
+
+    def other_data(self) -> bool:
+        return self.subject.word is not None
+
+
+def columns(experiment: Settings) -> tuple[str, ...]:
+    """The likeness to the photographs by CLIP, and what is seen of the prompts."""
+    return "clip_i", "clip_t", "prompt"
+
+
+def run(experiment: Settings, context: RunContext, subjects: list[Subject]) -> Result:
     """For each subject: pipeline, inject, photographs, train, pictures, scores. What a stopped run has done is kept."""
-    begin(experiment, folder)
+    begin(experiment, context)
+    folder = context.folder
     scores, last, trainable, seconds = [], {}, 0, 0.0
     diverged = None
     for subject in subjects:
         place = folder / "subjects" / slug(subject.name)
         place.mkdir(parents=True, exist_ok=True)
         if not (place / SCORES).is_file():
-            one(experiment, place, subject, folder.parent.parent, console)
+            one(experiment, dataclasses.replace(context, folder=place), subject)
         done = read_json(place / SCORES)
         trainable, seconds = done["trainable"], seconds + done["seconds"]
         if done["diverged"] is not None:
@@ -58,47 +126,42 @@ def run(experiment: Experiment, folder: Path, row: str, setting: str, subjects: 
             break
         scores.append(done["scores"])
         last = done["reached"]
-    found: dict[str, Any] = {"diverged": diverged}
+    figures: dict[str, Any] = {"diverged": diverged}
     if diverged is None:
         pooled = {name: fmean(v for s in scores for v in s[name]) for name in scores[0]}
         by_subject = [name for name in ("dino", "clip_i") if name in pooled]
         macro = {f"{name} by subject": fmean(fmean(s[name]) for s in scores) for name in by_subject}
         # There is no part to validate on: as in the paper, settings are compared by the score itself.
-        found |= {"validation": pooled["dino"], "test": pooled["dino"], "scores": pooled | macro, **last}
+        figures |= {"validation": pooled["dino"], "test": pooled["dino"], "scores": pooled | macro, **last}
     (folder / METRICS).write_text(_metrics(folder, subjects), "utf-8")
-    return finish(experiment, folder, row, setting, "dino", "dino", trainable=trainable, seconds=seconds, **found)
+    return finish(experiment, context, "dino", "dino", trainable=trainable, seconds=seconds, **figures)
 
 
-def one(experiment: Experiment, place: Path, subject: Subject, shared: Path, console: Console) -> None:
-    """One subject's run, to its ``scores.json``: every score as the list of its pairs, so that they can be pooled.
-
-    ``shared``: the folder of what the model as it was has drawn, the same for all runs of an experiment.
-    """
-    asked = experiment.subject
+def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
+    """One subject's run in the context's folder, to its ``scores.json``: every score as the list of its pairs, to be pooled."""
+    settings, place = experiment.subject, context.folder
     pipe = pipeline(experiment.model, experiment.train.weights)
     judge = Judge(experiment, subject, pipe.device)  # the anchors, first
-    kept = class_pictures(experiment, pipe, subject.word, shared / "prior")
-    untuned = before(experiment, pipe, subject, judge, shared / "untuned")
+    class_images = class_pictures(experiment, pipe, subject.word, context.shared / "prior")
+    untuned = before(experiment, pipe, subject, judge, context.shared / "untuned")
 
-    class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {asked.token} {subject.word}"
+    class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {settings.token} {subject.word}"
     set_seed(experiment.seed)
     material = Pairs(
-        moments(pipe, judge.photographs, asked.resolution, CROPS),
-        moments(pipe, kept, asked.resolution, 1) if kept else None,
+        moments(pipe, judge.photographs, settings.resolution, CROPS),
+        moments(pipe, class_images, settings.resolution, 1) if class_images else None,
         embedded(pipe, [instance_prompt, class_prompt]),
     )
-    inject(pipe.unet, experiment)
+    adapt(pipe.unet, experiment)
     denoiser = Denoiser(
-        pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, asked.prior_weight
+        pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, settings.prior_weight
     )
-    watch = Snapshots(
-        pipe, place / "snapshots", asked.snapshots, subject.prompts[0].format(f"{asked.token} {subject.word}"), experiment
-    )
+    prompt = subject.prompts[0].format(f"{settings.token} {subject.word}")
+    watch = Snapshots(pipe, place / "snapshots", settings.snapshots, prompt, experiment)
     trainer = fit(
         experiment.model_copy(update={"name": f"{experiment.name}: {subject.name}"}),
-        place,
+        context,
         denoiser,
-        console,
         metric=None,
         train_dataset=material,
         watch=[watch],
@@ -108,20 +171,26 @@ def one(experiment: Experiment, place: Path, subject: Subject, shared: Path, con
     if trainer.diverged is None:
         delora.save(pipe.unet, place / "adapter")
         pictures = generate(experiment, pipe, subject, place / "pictures")
-        own = {name: values.tolist() for name, values in (judge.scores(pictures) | judge.real).items()}
-        done["scores"] = own | untuned
+        scores = judge.scores(pictures) | judge.real
+        done["scores"] = {name: values.tolist() for name, values in scores.items()} | untuned
         done["reached"] = reached(pipe.unet, place / "adapter")
     write_json(place / SCORES, done)
 
 
-def before(experiment: Experiment, pipe: Any, subject: Subject, judge: Judge, folder: Path) -> dict[str, list[float]]:
+def snapshots(run: Path) -> dict[int, Path]:
+    """The sample pictures of a run's first subject, by the step of training."""
+    folders = sorted((run / "subjects").glob("*/snapshots"))
+    return {int(file.stem): file for file in sorted(folders[0].glob("*.png"))} if folders else {}
+
+
+def before(experiment: Settings, pipe: Any, subject: Subject, judge: Judge, folder: Path) -> dict[str, list[float]]:
     """The scores of what the model as it was makes of the prompts, drawn and judged once for all runs of an experiment."""
     file = folder / f"{slug(subject.name)}.json"
     if not file.is_file():
         pictures = generate(experiment.model_copy(update={"seed": 0}), pipe, subject, folder / slug(subject.name))
         write_json(file, {f"{name} untuned": values.tolist() for name, values in judge.scores(pictures).items()})
-    found: dict[str, list[float]] = read_json(file)
-    return found
+    scores: dict[str, list[float]] = read_json(file)
+    return scores
 
 
 class Judge:
@@ -129,31 +198,31 @@ class Judge:
     the classifier. Each score is a row of values, to be pooled. ``real``: how alike the photographs are among themselves.
     """
 
-    def __init__(self, experiment: Experiment, subject: Subject, device: torch.device) -> None:
-        asked = self.asked = experiment.subject
+    def __init__(self, experiment: Settings, subject: Subject, device: torch.device) -> None:
+        settings = self.settings = experiment.subject
         self.photographs = [open_image(file) for file in subject.images]
-        self.encoders = {"dino": Encoder(asked.dino, device)} | {name: Encoder(name, device) for name in asked.clip}
-        self.words = None if asked.classifier is None else Words(asked.classifier, device)
+        self.encoders = {"dino": Encoder(settings.dino, device)} | {name: Encoder(name, device) for name in settings.clip}
+        self.words = None if settings.classifier is None else Words(settings.classifier, device)
         self.references = {key: encoder.images(self.photographs) for key, encoder in self.encoders.items()}
-        self.prompts = [prompt.format(subject.word) for prompt in subject.prompts for _ in range(asked.images)]
-        self.real = {f"{self._named(key, 'i')} real": own_pairs(seen) for key, seen in self.references.items()}
+        self.prompts = [prompt.format(subject.word) for prompt in subject.prompts for _ in range(settings.images)]
+        self.real = {f"{self._named(key, 'i')} real": own_pairs(features) for key, features in self.references.items()}
 
     def _named(self, key: str, kind: str) -> str:
         """The first CLIP's scores are the table's; those of others have its name beside them."""
         if key == "dino":
             return key
-        return f"clip_{kind}" if key == self.asked.clip[0] else f"clip_{kind} {key.rpartition('/')[2]}"
+        return f"clip_{kind}" if key == self.settings.clip[0] else f"clip_{kind} {key.rpartition('/')[2]}"
 
     def scores(self, pictures: Sequence[Any]) -> dict[str, Tensor]:
-        found = {}
+        scores = {}
         for key, encoder in self.encoders.items():
             made = encoder.images(pictures)
-            found[self._named(key, "i")] = pairs(self.references[key], made)
+            scores[self._named(key, "i")] = pairs(self.references[key], made)
             if key != "dino":
-                found[self._named(key, "t")] = (encoder.texts(self.prompts) * made).sum(-1)
+                scores[self._named(key, "t")] = (encoder.texts(self.prompts) * made).sum(-1)
         if self.words is not None:
-            found["prompt"] = self.words.shown(pictures, self.prompts)
-        return found
+            scores["prompt"] = self.words.shown(pictures, self.prompts)
+        return scores
 
 
 # ---------------------------------------------------------------- the model and its material
@@ -188,14 +257,13 @@ class Denoiser(nn.Module):
 @torch.no_grad()
 def moments(pipe: Any, pictures: Sequence[Any], resolution: int, crops: int) -> tuple[Tensor, Tensor]:
     """Mean and deviation of the latents of ``crops`` random crops of each picture, on the CPU: encoded once, not each step."""
-    found = []
+    latents = []
     for picture in pictures:
         for _ in range(crops):
-            seen = pipe.vae.encode(
-                cropped(picture, resolution, crops > 1)[None].to(pipe.vae.device, pipe.vae.dtype)
-            ).latent_dist
-            found.append((seen.mean[0].float().cpu(), seen.std[0].float().cpu()))
-    means, deviations = zip(*found, strict=True)
+            pixels = cropped(picture, resolution, crops > 1)[None].to(pipe.vae.device, pipe.vae.dtype)
+            latent = pipe.vae.encode(pixels).latent_dist
+            latents.append((latent.mean[0].float().cpu(), latent.std[0].float().cpu()))
+    means, deviations = zip(*latents, strict=True)
     return torch.stack(means), torch.stack(deviations)
 
 
@@ -203,13 +271,13 @@ def cropped(picture: Any, resolution: int, at_random: bool) -> Tensor:
     """The picture with its shorter side resized and a square cut out, in the middle or anywhere, [3, size, size] in [-1, 1]."""
     scale = resolution / min(picture.size)
     width, height = (max(resolution, round(scale * side)) for side in picture.size)
-    pixels = numbers(picture.resize((width, height), Image.Resampling.BILINEAR)) / 127.5 - 1
+    pixels = rgb(picture.resize((width, height), Image.Resampling.BILINEAR)) / 127.5 - 1
     spare = [height - resolution, width - resolution]
     top, left = (int(torch.randint(n + 1, ())) if at_random else n // 2 for n in spare)
     return pixels[:, top : top + resolution, left : left + resolution]
 
 
-def numbers(picture: Any) -> Tensor:
+def rgb(picture: Any) -> Tensor:
     """[3, height, width], from 0 to 255."""
     return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
 
@@ -239,46 +307,46 @@ class Pairs(Dataset[Any]):
 
 
 @torch.no_grad()
-def class_pictures(experiment: Experiment, pipe: Any, word: str, folder: Path) -> list[Any]:
+def class_pictures(experiment: Settings, pipe: Any, word: str, folder: Path) -> list[Any]:
     """What the pretrained model makes of the class, once for all runs of an experiment: the prior that is preserved."""
-    asked, folder = experiment.subject, folder / slug(word)
+    settings, folder = experiment.subject, folder / slug(word)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(asked.class_images):
+    for number in range(settings.class_images):
         file = folder / f"{number:04d}.png"
         if not file.is_file():
             write(sampled(experiment, pipe, f"a photo of {word}", number, 1)[0], file)
-    return [open_image(folder / f"{number:04d}.png") for number in range(asked.class_images)]
+    return [open_image(folder / f"{number:04d}.png") for number in range(settings.class_images)]
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def sampled(experiment: Experiment, pipe: Any, prompt: str, seed: int, count: int) -> list[Any]:
+def sampled(experiment: Settings, pipe: Any, prompt: str, seed: int, count: int) -> list[Any]:
     """`sample` as the experiment asks for it."""
-    asked = experiment.subject
-    return sample(pipe, prompt, seed, count, asked.steps, asked.guidance, asked.resolution)
+    settings = experiment.subject
+    return sample(pipe, prompt, seed, count, settings.steps, settings.guidance, settings.resolution)
 
 
-def generate(experiment: Experiment, pipe: Any, subject: Subject, folder: Path) -> list[Any]:
+def generate(experiment: Settings, pipe: Any, subject: Subject, folder: Path) -> list[Any]:
     """Some pictures for each prompt, always from the same noise, in a folder; those that are there are not made again."""
-    asked = experiment.subject
+    settings = experiment.subject
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
+    pictures = []
     for number, prompt in enumerate(subject.prompts):
-        files = [folder / f"{number:02d}-{i}.png" for i in range(asked.images)]
+        files = [folder / f"{number:02d}-{i}.png" for i in range(settings.images)]
         if not all(file.is_file() for file in files):
-            text = prompt.format(f"{asked.token} {subject.word}")
-            made = sampled(experiment, pipe, text, 1000 * experiment.seed + number, asked.images)
+            text = prompt.format(f"{settings.token} {subject.word}")
+            made = sampled(experiment, pipe, text, 1000 * experiment.seed + number, settings.images)
             for picture, file in zip(made, files, strict=True):
                 write(picture, file)
-        found += [open_image(file) for file in files]
-    return found
+        pictures += [open_image(file) for file in files]
+    return pictures
 
 
 class Snapshots(TrainerCallback):
     """Every so many steps one picture of a prompt, from the same noise: what Figures 3 and 8 show. 0: none."""
 
-    def __init__(self, pipe: Any, folder: Path, every: int, prompt: str, experiment: Experiment) -> None:
+    def __init__(self, pipe: Any, folder: Path, every: int, prompt: str, experiment: Settings) -> None:
         self.pipe, self.folder, self.every, self.prompt, self.experiment = pipe, folder, every, prompt, experiment
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -304,16 +372,18 @@ def _metrics(folder: Path, subjects: Sequence[Subject]) -> str:
 # ---------------------------------------------------------------- before all runs, and after
 
 
-def check(experiment: Experiment) -> list[Subject]:
+def check(experiment: Settings) -> list[Subject]:
     """Everything that can be wrong with a run, found before any is started; its subjects."""
     if experiment.train.steps is None:
         raise ConfigError(f"{experiment.name}: give train.steps: a subject's photographs have no epochs")
-    inject(skeleton(experiment.model), experiment)
-    asked = experiment.subject
-    subjects = dreambooth.read(experiment.data.source, asked.names, asked.word, asked.prompts)
+    adapt(skeleton(experiment.model), experiment)
+    settings = experiment.subject
+    subjects = dreambooth.read(experiment.data.source, settings.names, settings.word, settings.prompts)
     for subject in subjects:
         for file in subject.images:
             open_image(file)
+    for judge in filter(None, (settings.dino, *settings.clip, settings.classifier)):
+        loading(AutoConfig, judge)
     return subjects
 
 
@@ -327,21 +397,22 @@ def skeleton(model: str) -> nn.Module:
         return UNet2DConditionModel.from_config(config)
 
 
-def base(experiment: Experiment) -> nn.Module:
+def base(experiment: Settings) -> nn.Module:
+    """The frozen U-Net."""
     return pipeline(experiment.model, experiment.train.weights).unet
 
 
-def deliver(experiment: Experiment, run: Path, subjects: list[Subject], out: Path) -> tuple[dict[str, int], int]:
+def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path) -> tuple[dict[str, int], int]:
     """Each subject's adapter and, where the change is low-rank, its LoRA for diffusers; the first subject's are read back.
 
     Compared are the pictures of its first prompt with those of the run: equal is a mean difference below one level of 256.
     """
     agreement: dict[str, int] = {}
-    asked, first = experiment.subject, subjects[0]
-    made = [open_image(run / "subjects" / slug(first.name) / "pictures" / f"00-{i}.png") for i in range(asked.images)]
+    settings, first = experiment.subject, subjects[0]
+    made = [open_image(run / "subjects" / slug(first.name) / "pictures" / f"00-{i}.png") for i in range(settings.images)]
     for subject in subjects:
         pipe = pipeline(experiment.model, experiment.train.weights)
-        delora.load(pipe.unet, run / "subjects" / slug(subject.name) / "adapter")
+        delora.load(pipe.unet, run / "subjects" / slug(subject.name) / "adapter", methods=experiment.adapter.classes())
         delora.save(pipe.unet, out / "adapter" / slug(subject.name))
         if subject is first:
             agreement["adapter"] = _alike(experiment, pipe, subject, made)
@@ -358,14 +429,7 @@ def deliver(experiment: Experiment, run: Path, subjects: list[Subject], out: Pat
     return agreement, len(made)
 
 
-def _alike(experiment: Experiment, pipe: Any, subject: Subject, expected: Sequence[Any]) -> int:
+def _alike(experiment: Settings, pipe: Any, subject: Subject, expected: Sequence[Any]) -> int:
     text = subject.prompts[0].format(f"{experiment.subject.token} {subject.word}")
-    seen = sampled(experiment, pipe, text, 1000 * experiment.seed, len(expected))
-    return sum((numbers(a) - numbers(b)).abs().mean().item() < 1 for a, b in zip(seen, expected, strict=True))
-
-
-def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
-    """Not offered: the scores of a run are in its folder, and pictures are what one looks at."""
-    raise ConfigError(
-        "delora evaluate is for text; the pictures and scores of a subject's run are in its folder, under subjects/"
-    )
+    again = sampled(experiment, pipe, text, 1000 * experiment.seed, len(expected))
+    return sum((rgb(a) - rgb(b)).abs().mean().item() < 1 for a, b in zip(again, expected, strict=True))

@@ -1,6 +1,7 @@
 """An experiment as a value, read from TOML or JSON: strict, and every error says where and what to do.
 
-The adapter's method is looked up in `delora.METHODS`, and its fields are checked by the method's own dataclass.
+The adapter's method is looked up in `delora.METHODS`, or is one of the user's own (``module:Class``); its fields are checked by
+the method's own dataclass. What is particular to a task is in the subclass of `Experiment` that the task's module has.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, cast, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,13 +26,40 @@ from pydantic import (
     model_validator,
 )
 
+from delora import outside
+from delora.errors import UserError
 from delora.methods import METHODS
+
+__all__ = [
+    "About",
+    "AdapterSettings",
+    "ConfigError",
+    "Count",
+    "Experiment",
+    "Published",
+    "Rate",
+    "Share",
+    "Strict",
+    "Targets",
+    "Train",
+    "Variant",
+    "assign",
+    "differences",
+    "load_file",
+    "method_class",
+    "nearest",
+    "parse",
+    "slug",
+    "validate",
+]
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A recipe, or a change made to it on the command line, is not valid."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class Strict(BaseModel):
@@ -58,90 +86,11 @@ Rate = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
-class Data(Strict):
-    """Which task, and its examples. ``source``: a packaged data set, a folder, or a name on the Hugging Face Hub.
+class AdapterSettings(Strict):
+    """What is trained: the arguments of `delora.inject`. The method's own fields stand beside them (``r``, ``lam`` ...).
 
-    ``task`` is "sentiment" or "rating", over the rated sentences of a ``domain`` and as many as are asked for, or one of
-    GLUE's, whose parts follow from `delora.data.glue.divide`. "instructions" are Alpaca's, ``test`` of them held out, or are
-    made of the rated sentences if a ``domain`` is given; the loss is on all tokens, or with ``response_only`` on the
-    response. Texts of more than ``max_tokens`` are cut.
+    ``method`` is a name in `delora.METHODS`, or ``module:Class`` for one of your own.
     """
-
-    task: Literal[
-        "sentiment",
-        "rating",
-        "mnli",
-        "sst2",
-        "mrpc",
-        "cola",
-        "qnli",
-        "qqp",
-        "rte",
-        "stsb",
-        "instructions",
-        "subject",
-        "semantic_map",
-    ] = "sentiment"
-    source: str
-    domain: Literal["movie", "product", "newspaper", "tweet"] | None = None
-    train: Count | None = None
-    validation: Count | None = None
-    test: Count | None = None
-    max_tokens: Annotated[int, Field(ge=3)]
-    response_only: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_task(cls, data: Any) -> Any:
-        """What the task decides where the recipe is silent."""
-        if not isinstance(data, dict):
-            return data
-        sizes = {"train": 2000, "validation": 1000, "test": 1500}
-        silent: dict[str, Any]
-        match data.get("task", "sentiment"), data.get("domain"):
-            case (("sentiment" | "rating"), _):
-                silent = {"source": "vaderSentiment", "domain": "movie", **sizes, "max_tokens": 32}
-            case "subject", _:
-                silent = {"source": "dreambooth/dataset", "max_tokens": 77}
-            case "semantic_map", _:
-                silent = {"source": "ade20k", "max_tokens": 77}
-            case "instructions", None:
-                silent = {"source": "alpaca_data_cleaned_archive.json", "test": 2000, "max_tokens": 256}
-            case "instructions", _:
-                silent = {"source": "vaderSentiment", **sizes, "max_tokens": 256}
-            case _:
-                silent = {"source": "nyu-mll/glue", "max_tokens": 256}
-        return silent | data
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        unused: tuple[str, ...] = ("domain", "train", "validation", "test")
-        why = f"the parts of {self.task} are GLUE's own"
-        if self.rated:
-            unused = ()
-        elif self.task in ("subject", "semantic_map"):
-            why = "this task has pictures"
-        elif self.task == "instructions":
-            unused, why = ("train", "validation"), "Alpaca's are all that test leaves"
-        for key in unused:
-            if getattr(self, key) is not None:
-                raise ValueError(f"data.{key} is for the rated sentences; {why}")
-        if self.response_only and self.task != "instructions":
-            raise ValueError("data.response_only is for instructions")
-        return self
-
-    @property
-    def rated(self) -> bool:
-        """Whether the examples are the rated sentences."""
-        return self.task in ("sentiment", "rating") or self.domain is not None
-
-    def sizes(self) -> tuple[int, int, int]:
-        """Of the rated sentences: how many train, validate and test."""
-        return cast(tuple[int, int, int], (self.train, self.validation, self.test))
-
-
-class Adapter(Strict):
-    """What is trained: the arguments of `delora.inject`. The method's own fields stand beside them (``r``, ``lam`` ...)."""
 
     method: str = "delora"
     targets: Targets
@@ -157,17 +106,21 @@ class Adapter(Strict):
         """All keys that are not ours are the method's."""
         if not isinstance(data, dict):
             return data
-        own = {key: data[key] for key in data if key in cls.model_fields and key != "fields"}
-        return own | {"fields": {key: data[key] for key in data if key not in own}}
+        ours = {key: data[key] for key in data if key in cls.model_fields and key != "fields"}
+        return ours | {"fields": {key: data[key] for key in data if key not in ours}}
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        if self.method not in METHODS:
-            raise ValueError(f"method = {self.method!r}: {_nearest(self.method, sorted(METHODS))}")
-        known = self.method_fields(self.method)
+        if self.method not in METHODS and ":" not in self.method:
+            hint = nearest(self.method, sorted(METHODS))
+            raise ValueError(f"method = {self.method!r}: {hint}; one of your own is module:Class")
+        try:
+            known = [f.name for f in dataclasses.fields(method_class(self.method))]
+        except outside.OutsideError as error:
+            raise ValueError(f"method = {self.method!r}: {error}") from error
         for key in self.fields:
             if key not in known:
-                raise ValueError(f"{key}: unknown key; {_nearest(key, [*known, *_keys(Adapter)])}")
+                raise ValueError(f"{key}: unknown key; {nearest(key, [*known, *_keys(AdapterSettings)])}")
         self.build()
         return self
 
@@ -177,15 +130,28 @@ class Adapter(Strict):
 
     @staticmethod
     def method_fields(method: str) -> list[str]:
-        return [f.name for f in dataclasses.fields(METHODS[method])] if method in METHODS else []
+        """The names of the fields of a method; none if there is no such method."""
+        try:
+            return [f.name for f in dataclasses.fields(method_class(method))]
+        except (KeyError, outside.OutsideError):
+            return []
 
     def build(self) -> Any:
         """The method, as a value such as ``DeLoRA(r=8, lam=12.0)``."""
-        return METHODS[self.method](**self.fields)
+        return method_class(self.method)(**self.fields)
+
+    def classes(self) -> tuple[type, ...]:
+        """The method's class, for what `delora.load` is to know beside its own."""
+        return (method_class(self.method),)
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of `delora.inject`."""
         return {key: getattr(self, key) for key in ("targets", "dropout", "also_train", "exclude", "overrides")}
+
+
+def method_class(name: str) -> type:
+    """The class of a method in `delora.METHODS`, or of one of the user's own."""
+    return outside.method(name) if ":" in name else METHODS[name]
 
 
 class Train(Strict):
@@ -218,61 +184,13 @@ class Train(Strict):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
 
-class Evaluate(Strict):
-    """How a language model is scored: ``tasks`` of lm-evaluation-harness ("sentiment" and "rating": of the test sentences)
-    with ``shots`` examples before each question, and the perplexity on a ``text``, a file or 200 sentences of a domain.
-    ``before``: the same of the model as it was.
-    """
+class About(Strict):
+    """What ``delora recipes`` tells of a recipe; ``prepare`` is a command that makes what it needs. No number depends on it."""
 
-    tasks: list[str] = []
-    shots: Annotated[int, Field(ge=0)] = 0
-    batch_size: Count = 8
-    text: str | None = None
-    before: bool = True
-
-
-class Subject(Strict):
-    """How a text-to-image model learns a subject, and how that is judged.
-
-    ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word``, the class, and
-    ``prompts`` with ``{}`` in the subject's place. ``class_images`` preserve the prior, with ``prior_weight`` in the loss.
-    ``images`` are made for each prompt in ``steps`` of the solver with ``guidance``; ``snapshots``: the steps of training
-    from one sample picture to the next (0: none). ``dino`` and ``clip`` judge, the first CLIP for the table; ``classifier``
-    is a model whose labels are words, for the share of the prompts' words that it sees in the pictures.
-    """
-
-    names: list[str] = []
-    word: str | None = None
-    prompts: list[str] = []
-    token: Annotated[str, Field(min_length=1)] = "qwe"
-    resolution: Annotated[int, Field(ge=8)] = 512
-    class_images: Annotated[int, Field(ge=0)] = 200
-    prior_weight: Rate = 1.0
-    images: Count = 4
-    steps: Count = 25
-    guidance: Rate = 7.5
-    snapshots: Annotated[int, Field(ge=0)] = 200
-    dino: str = "facebook/dino-vits16"
-    clip: list[str] = ["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"]
-    classifier: str | None = None
-
-
-class SemanticMap(Strict):
-    """How a text-to-image model learns to follow label maps, and how that is judged.
-
-    ``hint``: a ControlNet whose hint encoder is taken (a fresh one if not given); it trains if ``adapter.also_train`` has
-    "conv_in.encoder". ``maps``: how many of the validation maps are drawn (all if not given), each in ``steps`` of DDIM with
-    ``guidance``. ``segmenter`` of transformers with ``classes``; ``fid``: "inception", or a vision model for the features.
-    """
-
-    hint: str | None = None
-    resolution: Annotated[int, Field(ge=8)] = 512
-    maps: Annotated[int, Field(ge=2)] | None = None
-    steps: Count = 50
-    guidance: Rate = 9.0
-    segmenter: str = "openmmlab/upernet-convnext-small"
-    classes: Count = 150
-    fid: str = "inception"
+    does: str = ""
+    needs: str = ""
+    takes: str = ""
+    prepare: str | None = None
 
 
 class Published(Strict):
@@ -287,61 +205,47 @@ class Published(Strict):
     def of(self, experiment: Experiment) -> bool:
         """Whether an experiment is on this model (by its own name, wherever it lies) and task, and not on other data."""
         same = experiment.model.rstrip("/").rpartition("/")[2] == self.model.rpartition("/")[2]
-        other = experiment.data.domain is not None or experiment.subject.word is not None
-        return same and not other and experiment.data.task == self.task
+        return same and not experiment.other_data() and experiment.task == self.task
 
 
 class Variant(Strict):
-    """Some keys of the experiment with other values. Of the variants with one ``row``, a table shows the best by validation."""
+    """Keys of the experiment with other values. Of the variants with one ``row``, a table shows the best by validation."""
+
+    model_config = ConfigDict(extra="allow")
 
     name: Annotated[str, Field(min_length=1)]
     row: str | None = None
-    seed: int | None = None
-    model: str | None = None
-    data: dict[str, Any] = {}
-    adapter: dict[str, Any] = {}
-    train: dict[str, Any] = {}
-    evaluate: dict[str, Any] = {}
-    subject: dict[str, Any] = {}
-    semantic_map: dict[str, Any] = {}
-    published: dict[str, Any] = {}
 
     def changes(self) -> dict[str, Any]:
-        return {key: value for key, value in self if key not in ("name", "row") and value not in (None, {})}
+        """The keys of the experiment that it sets."""
+        return {key: value for key, value in (self.model_extra or {}).items() if value not in (None, {})}
 
 
 class Experiment(Strict):
-    """Everything that decides a run's numbers. ``model``: a packaged model, a folder, or a name on the Hugging Face Hub.
+    """What every experiment has; a task's own settings are a subclass, with a table for what is particular to it.
 
-    With ``seeds`` every variant is run once for each of them, in place of ``seed``. ``row`` is the line of a table to which
-    variants without one belong. ``factor`` is what a sweep multiplied the rates by, for its report.
+    ``task`` names a module of `delora.tasks`, or one of your own; ``model`` a packaged model, a folder, or a model on the
+    Hugging Face Hub. With ``seeds`` every variant is run once for each of them, in place of ``seed``. ``row`` is the line of a
+    table to which variants without one belong. ``factor`` is what a sweep multiplied the rates by, for its report.
     """
 
+    task: str
     name: Annotated[str, Field(min_length=1)]
-    seed: Annotated[int, Field(ge=0)] = 0
-    seeds: list[Annotated[int, Field(ge=0)]] = []
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = []
     row: str | None = None
     factor: Annotated[float, Field(gt=0)] | None = None
     out: Annotated[str, Field(min_length=1)]
     model: str
-    data: Data = Data.model_validate({})
-    adapter: Adapter
+    about: About = About()
+    adapter: AdapterSettings
     train: Train = Train()
-    evaluate: Evaluate = Evaluate()
-    subject: Subject = Subject()
-    semantic_map: SemanticMap = SemanticMap()
     published: Published | None = None
     variants: list[Variant] = []
 
-    @model_validator(mode="after")
-    def _has_what_it_names(self) -> Self:
-        if self.data.task != "instructions" and self.evaluate != Evaluate():
-            raise ValueError("evaluate is for a language model, with data.task = 'instructions'")
-        if self.data.task != "subject" and self.subject != Subject():
-            raise ValueError("subject is for a text-to-image model, with data.task = 'subject'")
-        if self.data.task != "semantic_map" and self.semantic_map != SemanticMap():
-            raise ValueError("semantic_map is for a text-to-image model, with data.task = 'semantic_map'")
-        return self
+    def other_data(self) -> bool:
+        """Whether the examples are others than those that the task's name stands for. Then no published figure is shown."""
+        return False
 
     def runs(self) -> list[tuple[Variant, Experiment]]:
         """Each variant, and for each seed, with the experiment it stands for, which has neither variants nor seeds.
@@ -356,24 +260,24 @@ class Experiment(Strict):
         return [self.model_copy(update=one | run) for run in runs]
 
     def _varied(self) -> list[tuple[Variant, Experiment]]:
-        own = self.model_dump(exclude={"variants"})
+        plain = self.model_dump(exclude={"variants"})
         if not self.variants:
             return [(Variant(name=self.name), self)]
         runs = []
         for number, variant in enumerate(self.variants):
-            if self.seeds and variant.seed is not None:
+            changes, base = variant.changes(), plain
+            if self.seeds and "seed" in changes:
                 raise ConfigError(
                     f"variants[{number}] ({variant.name}): has a seed, but seeds = {self.seeds} is for all variants"
                 )
-            changes = variant.changes()
-            base = own
-            method = changes.get("adapter", {}).get("method")
-            if method is not None:
+            adapter = changes.get("adapter")
+            method = adapter.get("method") if isinstance(adapter, dict) else None
+            if isinstance(method, str):
                 # Fields that another method does not have (lam, for LoRA) end here; those it shares (r) go over.
-                kept = [*Adapter.model_fields, *Adapter.method_fields(method)]
-                base = own | {"adapter": {k: v for k, v in own["adapter"].items() if k in kept}}
+                kept = [*AdapterSettings.model_fields, *AdapterSettings.method_fields(method)]
+                base = plain | {"adapter": {k: v for k, v in plain["adapter"].items() if k in kept}}
             merged = _merge(base, {"name": variant.name, "row": variant.row or self.row, **changes})
-            runs.append((variant, validate(merged, Experiment, f"variants[{number}] ({variant.name})")))
+            runs.append((variant, validate(merged, type(self), f"variants[{number}] ({variant.name})")))
         return runs
 
 
@@ -385,18 +289,22 @@ def slug(name: str) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def read(recipe: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a TOML or JSON file, with ``key=value`` changes (dotted keys; a TOML value, else a string).
+def parse(
+    data: dict[str, Any], kind: Callable[[Any], type[Experiment]], overrides: Sequence[str] = (), where: str = "recipe"
+) -> Experiment:
+    """An experiment from the tables of a recipe, with ``key=value`` changes; ``kind`` gives the settings' class of a task's
+    name.
 
     Raises:
         ConfigError: in words, with the key's dotted path.
     """
-    return parse(load_file(recipe), overrides, str(recipe))
-
-
-def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:
     changed = [assign(data, override) for override in overrides]
-    experiment = validate(data, Experiment, where)
+    experiment = validate(data, kind(data.get("task")), where)
+    settable = [key for key in _keys(type(experiment)) if key not in FIXED]
+    for number, variant in enumerate(experiment.variants):
+        for key in variant.model_extra or {}:
+            if key not in settable:
+                raise ConfigError(f"{where}: variants.{number}.{key}: unknown key; {nearest(key, settable)}")
     for key in changed:
         _refuse_hidden(experiment, key)
     folders: dict[str, str] = {}
@@ -405,6 +313,10 @@ def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "rec
             raise ConfigError(f"{where}: variants: {folders[folder]!r} and {run.name!r} would have the same folder; rename one")
         folders[folder] = run.name
     return experiment
+
+
+# What is of an experiment as a whole, so that no variant can set it.
+FIXED = ("name", "row", "seeds", "factor", "out", "about", "variants")
 
 
 def load_file(recipe: Path) -> dict[str, Any]:
@@ -490,7 +402,7 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     match error["type"]:
         case "extra_forbidden":
             elsewhere = [key for key in _known(kind) if key.rpartition(".")[2] == last]
-            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else _nearest(str(last), _keys(_at(kind, outer)))
+            hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(str(last), _keys(_at(kind, outer)))
             return f"{path}: unknown key; {hint}"
         case "missing":
             return f"{path}: is missing"
@@ -505,7 +417,7 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
 
 
 def _keys(kind: type[BaseModel]) -> list[str]:
-    return [key for key in kind.model_fields if not (kind is Adapter and key == "fields")]
+    return [key for key in kind.model_fields if not (kind is AdapterSettings and key == "fields")]
 
 
 def _at(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
@@ -528,6 +440,7 @@ def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
     return known
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
+def nearest(key: str, known: Sequence[str]) -> str:
+    """A hint: the known key that is most like this one, else all of them."""
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

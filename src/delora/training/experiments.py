@@ -1,16 +1,14 @@
-"""What every recipe shares: an experiment's runs one after the other, their Trainer, and the delivery of the best one."""
+"""What all tasks share: an experiment's runs one after the other, their Trainer and end, and the delivery of the best one."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import platform
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import transformers
@@ -20,40 +18,36 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import delora
 from delora.diagnostics import Recorder
-from delora.files import read_json, write_atomically
+from delora.errors import UserError
+from delora.formats.files import read_json, write_atomically
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import Bar
-from delora.training.runs import METRICS, Result, RunError, claim, discard, exclusive, write_json
+from delora.training.runs import METRICS, Result, RunContext, RunError, claim, discard, exclusive, write_json
+from delora.training.task import Task
 from delora.training.trainer import AdapterTrainer, Diverged, Metrics, last_checkpoint
 
-SUMMARY = "summary.json"
+__all__ = [
+    "Outcome",
+    "adapt",
+    "arguments",
+    "begin",
+    "check",
+    "choose",
+    "conclude",
+    "cost",
+    "environment",
+    "finish",
+    "fit",
+    "gather",
+    "reached",
+    "train",
+]
 
-
-class Recipe(Protocol):
-    """A kind of experiment: a module with these functions. ``data`` is what its own `check` gave."""
-
-    def check(self, experiment: Experiment) -> Any:
-        """Everything that can be wrong with a run, found before any is started; its data.
-
-        Raises:
-            ConfigError, DataError, ModelError: in words.
-        """
-
-    def base(self, experiment: Experiment) -> nn.Module:
-        """The frozen model in which the adapter's targets are."""
-
-    def run(self, experiment: Experiment, folder: Path, row: str, setting: str, data: Any, console: Console) -> Result:
-        """One run, from the model to its scores; one that was stopped goes on, one that is finished is only read."""
-
-    def deliver(self, experiment: Experiment, run: Path, data: Any, out: Path) -> tuple[dict[str, int], int]:
-        """The run's adapter, merged model and PEFT folder; how many of the test's predictions each shares with the run."""
-
-    def evaluate(self, experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
-        """The scores of an adapter's or a whole model's folder, and the number of test examples."""
+SUMMARY, ADAPTER = "summary.json", "adapter"
 
 
 @dataclass(frozen=True)
-class Summary:
+class Outcome:
     """What an experiment gave. ``delivered`` is the run whose adapter was saved, merged and exported; ``agreement`` says
     how many of the ``test`` predictions each of these three shares with the model that was trained."""
 
@@ -65,7 +59,7 @@ class Summary:
     environment: dict[str, str]
 
     @classmethod
-    def read(cls, folder: Path) -> Summary:
+    def read(cls, folder: Path) -> Outcome:
         data = read_json(folder / SUMMARY)
         return cls(**data | {"results": [Result.of(result, folder) for result in data["results"]]})
 
@@ -73,24 +67,28 @@ class Summary:
 # ---------------------------------------------------------------- one run
 
 
-def inject(model: nn.Module, experiment: Experiment) -> None:
+def adapt(model: nn.Module, experiment: Experiment) -> None:
+    """Inject the experiment's adapter.
+
+    Raises:
+        ConfigError: in words, before anything is changed.
+    """
     try:
         delora.inject(model, experiment.adapter.build(), **experiment.adapter.arguments())
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{experiment.name}: adapter: {error}") from error
 
 
-def begin(experiment: Experiment, folder: Path) -> None:
-    """The folder is the run's, and every generator is seeded."""
-    claim(folder, experiment)
+def begin(experiment: Experiment, context: RunContext) -> None:
+    """Claim the run's folder, seed every generator."""
+    claim(context.folder, experiment)
     set_seed(experiment.seed)
 
 
 def fit(
     experiment: Experiment,
-    folder: Path,
+    context: RunContext,
     model: Any,
-    console: Console,
     metric: str | None,
     watch: Sequence[TrainerCallback] = (),
     **data: Any,
@@ -100,7 +98,7 @@ def fit(
     With a ``metric`` every epoch is validated and the best one kept; else the last state stays. The Trainer's ``diverged``
     is the step at which the loss was seen to be no number.
     """
-    train, bar = experiment.train, Bar(experiment.name, console)
+    train, folder, bar = experiment.train, context.folder, Bar(experiment.name, context.console)
     trainer = AdapterTrainer(
         model,
         arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data),
@@ -165,22 +163,42 @@ def reached(model: nn.Module, adapter: Path) -> dict[str, Any]:
     return {"adapter_bytes": size, "distance": last.get("distance"), "bound_used": last.get("bound_used")}
 
 
-def finish(experiment: Experiment, folder: Path, row: str, setting: str, metric: str, reported: str, **found: Any) -> Result:
+def finish(experiment: Experiment, context: RunContext, metric: str, reported: str, **figures: Any) -> Result:
     """The run's result, written into its folder: from here on the run is finished."""
     result = Result(
         name=experiment.name,
-        row=row,
-        setting=setting,
-        folder=folder.name,
+        row=context.row,
+        setting=context.setting,
+        folder=context.folder.name,
         seed=experiment.seed,
-        task=experiment.data.task,
+        task=experiment.task,
         method=str(experiment.adapter.build()),
         metric=metric,
         reported=reported,
-        **found,
+        **figures,
     )
-    result.write(folder)
+    result.write(context.folder)
     return result
+
+
+def conclude(
+    experiment: Experiment,
+    context: RunContext,
+    model: nn.Module,
+    trainer: AdapterTrainer,
+    metric: str,
+    reported: str,
+    score: Callable[[], dict[str, Any]],
+) -> Result:
+    """The end of a run: save the adapter, score it, write the result. One whose loss ceased to be a number has no scores.
+
+    ``score()`` gives ``validation``, ``test`` and ``scores`` of a `Result`, and ``best_epoch`` if there is one.
+    """
+    figures: dict[str, Any] = {"diverged": trainer.diverged}
+    if trainer.diverged is None:
+        delora.save(model, context.folder / ADAPTER)
+        figures |= score() | reached(model, context.folder / ADAPTER)
+    return finish(experiment, context, metric, reported, **cost(model, trainer), **figures)
 
 
 def cost(model: nn.Module, trainer: AdapterTrainer) -> dict[str, Any]:
@@ -191,33 +209,44 @@ def cost(model: nn.Module, trainer: AdapterTrainer) -> dict[str, Any]:
 # ---------------------------------------------------------------- all runs, and what is delivered
 
 
-def train(recipe: Recipe, experiment: Experiment, console: Console, fresh: bool = False) -> Summary:
+def train(task: Task, experiment: Experiment, console: Console, fresh: bool = False) -> Outcome:
     """Every run of the experiment, then the best one as files. What is finished is not done again.
 
     Raises:
-        ConfigError: a run cannot be made, found before any is started.
-        RunError: the folder is another experiment's, or what was delivered does not predict as what was trained.
+        UserError: a run cannot be made, found before any is started; the folder is another experiment's; or what was delivered
+            does not predict as what was trained.
     """
     out = Path(experiment.out)
     runs = experiment.runs()
     with exclusive(out):
-        data = [recipe.check(each) for _, each in runs]
+        data = [check(task, each) for _, each in runs]
         if fresh:
             discard(out)
         claim(out, experiment)
         results = []
-        for (variant, each), own in zip(runs, data, strict=True):
+        for (variant, each), material in zip(runs, data, strict=True):
             folder = out / "variants" / slug(each.name)
-            done = Result.read(folder)
-            results.append(done or recipe.run(each, folder, each.row or variant.name, variant.name, own, console))
+            context = RunContext(folder, out, each.row or variant.name, variant.name, console)
+            results.append(Result.read(folder) or task.run(each, context, material))
             gather(out, results)
         if not (out / SUMMARY).is_file():
             best = choose(experiment, [each for _, each in runs], results)
             console.print(f"Saving, merging and exporting {results[best].name}", markup=False)
-            agreement, test = recipe.deliver(runs[best][1], out / "variants" / results[best].folder, data[best], out)
-            summary = Summary(experiment.name, results, test, results[best].name, agreement, environment())
-            write_json(out / SUMMARY, dataclasses.asdict(summary))
-    return Summary.read(out)
+            agreement, test = task.deliver(runs[best][1], out / "variants" / results[best].folder, data[best], out)
+            outcome = Outcome(experiment.name, results, test, results[best].name, agreement, environment())
+            write_json(out / SUMMARY, dataclasses.asdict(outcome))
+    return Outcome.read(out)
+
+
+def check(task: Task, experiment: Experiment) -> Any:
+    """The task's own check; what is missing is told with the command that makes it, if the recipe names one."""
+    try:
+        return task.check(experiment)
+    except (UserError, ImportError) as error:
+        command = experiment.about.prepare
+        if command is None or isinstance(error, (ConfigError, ImportError)):
+            raise
+        raise RunError(f"{error}\nWhat this recipe needs is made by:\n    {command}") from error
 
 
 def gather(out: Path, results: Sequence[Result]) -> None:
@@ -232,22 +261,11 @@ def gather(out: Path, results: Sequence[Result]) -> None:
 
 def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence[Result]) -> int:
     """The best run by validation of the experiment's own method; of all, if it has no such run."""
-    alive = [i for i, result in enumerate(results) if result.validation is not None]
-    own = [i for i in alive if runs[i].adapter.method == experiment.adapter.method]
-    if not alive:
+    finite = [i for i, result in enumerate(results) if result.validation is not None]
+    of_the_method = [i for i in finite if runs[i].adapter.method == experiment.adapter.method]
+    if not finite:
         raise RunError("every run diverged: there is nothing to deliver; lower train.lr")
-    return max(own or alive, key=lambda i: cast(float, results[i].validation))
-
-
-def read_peft(model: Any, folder: Path) -> nn.Module:
-    """Through PEFT itself where it is installed, else through our own reader."""
-    if importlib.util.find_spec("peft") is None:
-        return delora.load(model, folder)
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
-        return PeftModel.from_pretrained(model, folder)
+    return max(of_the_method or finite, key=lambda i: cast(float, results[i].validation))
 
 
 def environment() -> dict[str, str]:

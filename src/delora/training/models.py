@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,11 +20,27 @@ from transformers import (
     PreTrainedModel,
 )
 
-from delora.checkpoint import load, require_adapter
 from delora.data.packages import PACKAGES, Package, fetch
-from delora.export.peft import CONFIG as PEFT_CONFIG
-from delora.files import read_json
-from delora.merge import merge
+from delora.errors import UserError
+from delora.formats.files import read_json, whole_folder
+from delora.formats.native import load, require_adapter
+from delora.formats.peft import CONFIG as PEFT_CONFIG
+from delora.merging import merge
+
+__all__ = [
+    "ModelError",
+    "adapted",
+    "classifier",
+    "drawn",
+    "language_model",
+    "language_skeleton",
+    "language_tokenizer",
+    "loading",
+    "path_of",
+    "refused",
+    "save_merged",
+    "skeleton",
+]
 
 # PEFT's names of what a model is for. A folder of ours holds the model's own config.json.
 TASKS = {
@@ -38,7 +50,7 @@ TASKS = {
 }
 
 
-class ModelError(RuntimeError):
+class ModelError(UserError, RuntimeError):
     """A model cannot be loaded."""
 
 
@@ -49,7 +61,7 @@ def path_of(name: str) -> str:
         return name
     if package.gguf is not None:
         return str(_from_gguf(package, package.gguf))
-    return str(fetch(package) if package.onnx is None else _from_onnx(package, package.onnx))
+    return str(fetch(package))
 
 
 def _from_gguf(package: Package, file: str) -> Path:
@@ -62,26 +74,9 @@ def _from_gguf(package: Package, file: str) -> Path:
         config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
         model = type(read)(config)
         model.load_state_dict(read.state_dict())
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=source.parent) as folder:
-            model.save_pretrained(f"{folder}/model")
-            AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(f"{folder}/model")
-            with contextlib.suppress(OSError):  # another process was faster
-                Path(folder, "model").rename(target)
-    return target
-
-
-def _from_onnx(package: Package, file: str) -> Path:
-    """The DINOv2 of an ONNX file as a folder of transformers, made once beside the package."""
-    source = fetch(package)
-    target = source.with_name(f"{source.name}-transformers")
-    if not target.is_dir():
-        from delora.training import dinov2
-
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=source.parent) as folder:
-            dinov2.rebuilt(source / file).save_pretrained(f"{folder}/model")
-            dinov2.processor().save_pretrained(f"{folder}/model")
-            with contextlib.suppress(OSError):  # another process was faster
-                Path(folder, "model").rename(target)
+        with whole_folder(target) as folder:
+            model.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(folder)
     return target
 
 
@@ -149,12 +144,18 @@ def skeleton(name: str, labels: Sequence[str]) -> nn.Module:
 def language_model(name: str, weights: str = "fp32") -> tuple[PreTrainedModel, Any]:
     """A causal language model, with weights in "fp32" or "bf16", and its tokenizer, which pads on the right."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
-    model, tokenizer = loading(AutoModelForCausalLM, name, dtype=dtype), loading(AutoTokenizer, name)
+    model = loading(AutoModelForCausalLM, name, dtype=dtype)
     model.config.use_cache = False
+    return model, language_tokenizer(name)
+
+
+def language_tokenizer(name: str) -> Any:
+    """The tokenizer of a causal language model, which pads on the right."""
+    tokenizer = loading(AutoTokenizer, name)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    return tokenizer
 
 
 def language_skeleton(name: str) -> nn.Module:
@@ -168,10 +169,11 @@ def _labels(labels: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
-def adapted(folder: Path, base: str) -> PreTrainedModel:
+def adapted(folder: Path, base: str, methods: Iterable[type] = ()) -> PreTrainedModel:
     """The base model with an adapter, of the class that the adapter was made for.
 
     That is said by a ``config.json`` beside the adapter, or by PEFT's task type; else it is the base checkpoint's own.
+    ``methods``: classes of your own that the adapter may use.
     """
     require_adapter(folder)
     if (folder / "config.json").is_file():
@@ -184,7 +186,7 @@ def adapted(folder: Path, base: str) -> PreTrainedModel:
         task = read_json(folder / PEFT_CONFIG).get("task_type") if (folder / PEFT_CONFIG).is_file() else None
         own = (loading(AutoConfig, base).architectures or [""])[0]
         model = loading(TASKS.get(str(task)) or getattr(transformers, own, transformers.AutoModel), base)
-    load(model, folder)
+    load(model, folder, methods=methods)
     return model
 
 
@@ -192,10 +194,6 @@ def save_merged(model: PreTrainedModel, folder: Path) -> None:
     """Merge for good, write a plain transformers model with its tokenizer; the folder is there only when it is whole."""
     base = model.config._name_or_path
     merge(model)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    model.save_pretrained(partial)
-    loading(AutoTokenizer, base).save_pretrained(partial)
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    with whole_folder(folder, replace=True) as new:
+        model.save_pretrained(new)
+        loading(AutoTokenizer, base).save_pretrained(new)

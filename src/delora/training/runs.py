@@ -15,14 +15,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delora.files import read_json, write_atomically
+from rich.console import Console
+
+from delora.errors import UserError
+from delora.formats.files import read_json, write_atomically
 from delora.training.config import Experiment, differences
+
+__all__ = ["Result", "Row", "RunContext", "RunError", "as_csv", "best_rows", "claim", "discard", "exclusive", "write_json"]
 
 CONFIG, RESULT, METRICS, FAILED = "config.json", "result.json", "metrics.jsonl", "failed.json"
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """A run cannot be made, or did not come out as it must."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where one run goes and what it is called.
+
+    ``folder`` is the run's own; ``shared`` is for what is the same in all runs of an experiment, such as encoded pictures.
+    ``row`` and ``setting`` are those of its `Result`; ``console`` tells how it goes.
+    """
+
+    folder: Path
+    shared: Path
+    row: str
+    setting: str
+    console: Console
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ class Row:
         return -math.inf if self.diverged else statistics.fmean(self.values(lambda run: run.validation))
 
 
-def shown(results: Sequence[Result]) -> list[Row]:
+def best_rows(results: Sequence[Result]) -> list[Row]:
     """The rows of a table: of the settings that share one, and its task, the best by the mean validation."""
     settings: dict[tuple[str, str, str], Row] = {}
     for result in results:
@@ -117,6 +137,7 @@ def shown(results: Sequence[Result]) -> list[Row]:
 
 
 def write_json(file: Path, value: Any) -> None:
+    """A JSON file, whole or not there."""
     write_atomically(file, (json.dumps(value, indent=1 if isinstance(value, dict) else None, allow_nan=False) + "\n").encode())
 
 
@@ -135,9 +156,10 @@ def claim(folder: Path, experiment: Experiment) -> None:
     Raises:
         RunError: it is another experiment's, or holds other things; nothing is changed.
     """
-    asked, file = experiment.model_dump(mode="json"), folder / CONFIG
+    settings, file = experiment.model_dump(mode="json"), folder / CONFIG
     if file.is_file():
-        changes = [(key, was, now) for key, was, now in differences(read_json(file), asked) if key != "out"]
+        free = ("out", "about")  # they decide no number
+        changes = [c for c in differences(read_json(file), settings) if c[0].partition(".")[0] not in free]
         if changes:
             key, was, now = changes[0]
             more = f" (and {len(changes) - 1} more)" if len(changes) > 1 else ""
@@ -149,7 +171,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
         raise RunError(f"{folder} is not empty and holds no run: choose another folder with out=...")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, asked)
+        write_json(file, settings)
 
 
 def discard(folder: Path) -> None:

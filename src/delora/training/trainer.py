@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from delora.checkpoint import load, save
 from delora.diagnostics import Recorder
-from delora.files import AdapterError, read_json, write_atomically
-from delora.inject import param_groups
+from delora.formats.files import AdapterError, read_json, write_atomically
+from delora.formats.native import load, save
+from delora.optimizing import param_groups
 
 
 class Diverged(RuntimeError):

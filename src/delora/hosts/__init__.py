@@ -1,0 +1,44 @@
+"""Hosts: how one kind of layer shows its weight as a matrix ``[out, in]`` and applies another matrix in its place.
+
+``host(layer)`` finds the host by the layer's type. A layer of your own takes one line:
+``delora.host.register(MyConv, delora.hosts.Conv2d)``.
+
+====================  ==================================================================================
+``base``              `Host`, `MatrixHost`, and how a layer's host is found
+``linear``            ``nn.Linear``, transformers' ``Conv1D``
+``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
+``embedding``         ``nn.Embedding``
+====================  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from delora.hosts.base import BY_NAME, Host, MatrixHost, Norm, any_host, host, host_type
+from delora.hosts.convolution import Conv1d, Conv2d, Conv3d, Convolution
+from delora.hosts.embedding import Embedding
+from delora.hosts.linear import Conv1D, Linear
+
+__all__ = [
+    "Conv1D",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Convolution",
+    "Embedding",
+    "Host",
+    "Linear",
+    "MatrixHost",
+    "Norm",
+    "any_host",
+    "host",
+    "host_type",
+]
+
+host.register(nn.Linear, Linear)
+host.register(nn.Embedding, Embedding)
+host.register(nn.Conv1d, Conv1d)
+host.register(nn.Conv2d, Conv2d)
+host.register(nn.Conv3d, Conv3d)
+BY_NAME["transformers.pytorch_utils.Conv1D"] = Conv1D

@@ -1,0 +1,55 @@
+"""Linear layers: ``nn.Linear`` and transformers' ``Conv1D``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from delora.hosts.base import MatrixHost, is_bare
+from delora.lowrank import add_low_rank, can_add_in_place, can_fuse, linear
+
+__all__ = ["Conv1D", "Linear"]
+
+
+class Linear(MatrixHost):
+    """``nn.Linear``: weight [out, in]."""
+
+    linear = True
+
+    def matrix(self) -> Tensor:
+        return self.layer.weight
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        return W
+
+    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+        if not can_add_in_place(y, x):
+            return super().branch(y, x, down, up, dropout)
+        # A hook may have kept the layer's own output.
+        return add_low_rank(y if is_bare(self.layer) else y.clone(), x, down, up, dropout)
+
+    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+        layer = self.layer
+        if type(self) is Linear and is_bare(layer) and can_fuse(x, layer.weight, layer.bias):
+            return linear(x, layer.weight, layer.bias, down, up, dropout)
+        return super().with_branch(x, down, up, dropout)
+
+    def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
+        return F.linear(F.dropout(x, dropout) if dropout else x, down)
+
+    def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
+        if y.dim() == 1 or y.dtype != h.dtype:  # under autocast, a layer may put out another dtype than a product
+            return y + F.linear(h, up).to(y.dtype)
+        # One fused kernel and no [tokens, out] temporary for up h.
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
+
+
+class Conv1D(Linear):
+    """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored as [in, out]."""
+
+    def matrix(self) -> Tensor:
+        return self.layer.weight.T
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        return W.T

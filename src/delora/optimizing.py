@@ -1,0 +1,95 @@
+"""What trains, with which rate: the optimizer's groups, and a summary to be printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from delora.layer import Adapted, Copy
+from delora.methods.base import is_number
+from delora.models import active_adapter, adapted_layers
+
+__all__ = ["Summary", "param_groups", "summary"]
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    lam_lr: float | None = None,
+    head_lr: float | None = None,
+    weight_decay: float = 0.0,
+    lam_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Optimizer groups in which every trainable tensor is exactly once.
+
+    Args:
+        lr: rate of the adapters, and of whatever else trains.
+        lam_lr: rate of the strengths lam (``lr`` if None). They are not decayed unless ``lam_weight_decay`` is given.
+        head_lr: rate of the modules in ``also_train`` (``lr`` if None).
+        weight_decay: for matrices; biases, norms' scales and other vectors are never decayed.
+    """
+    rates = {"lr": lr, "lam_lr": lam_lr, "head_lr": head_lr, "weight_decay": weight_decay, "lam_weight_decay": lam_weight_decay}
+    for key, value in rates.items():
+        if value is not None and (not is_number(value) or value < 0):
+            raise ValueError(f"{key} = {value!r}: must be a finite number, at least 0")
+    lam = {id(a.lam) for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values() if hasattr(a, "lam")}
+    head = {id(p) for m in model.modules() if isinstance(m, Copy) for p in m.parameters()}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "lam" if id(parameter) in lam else "head" if id(parameter) in head else "adapter"
+            groups.setdefault((kind, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise ValueError("nothing in this model trains: delora.inject or delora.activate an adapter first")
+    rate = {"adapter": lr, "head": lr if head_lr is None else head_lr, "lam": lr if lam_lr is None else lam_lr}
+    return [
+        {
+            "name": kind if kind == "lam" or matrix else f"{kind} vectors",
+            "params": parameters,
+            "lr": rate[kind],
+            "weight_decay": lam_weight_decay if kind == "lam" else weight_decay if matrix else 0.0,
+        }
+        for (kind, matrix), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+    ]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How much of a model trains. ``share`` is trainable / base."""
+
+    rows: tuple[tuple[str, int, int], ...]  # method, layers, trainable parameters
+    other: int  # trainable parameters outside the adapters
+    base: int
+
+    @property
+    def trainable(self) -> int:
+        return sum(row[2] for row in self.rows) + self.other
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.base
+
+    def __str__(self) -> str:
+        width = max(len(row[0]) for row in self.rows)
+        lines = [f"{method:<{width}}  {layers:>5} layers  {count:>13,} trainable" for method, layers, count in self.rows]
+        if self.other:
+            lines.append(f"{'outside the adapters':<{width}}  {'':>12}  {self.other:>13,} trainable")
+        lines.append(f"{self.trainable:,} of the base model's {self.base:,} parameters: {self.share:.3%}")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """What trains in a model, to be printed."""
+    layers = adapted_layers(model)
+    active_adapter(model)
+    ours = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
+    counts: dict[str, list[int]] = {}
+    for layer in layers.values():
+        if layer.adapter is not None:
+            n = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
+            counts.setdefault(str(layer.adapter.method), []).append(n)
+    rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
+    rest = [p for p in model.parameters() if id(p) not in ours]
+    return Summary(rows, sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest))

@@ -1,0 +1,62 @@
+"""The best run of an experiment as files: the adapter, the merged model, the PEFT LoRA, each read back and compared."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+import delora
+from delora.layer import Adapter
+from delora.models import adapters
+from delora.training.config import Experiment
+from delora.training.models import loading, save_merged
+
+__all__ = ["deliver", "read_peft"]
+
+
+def deliver(
+    experiment: Experiment, run: Path, out: Path, fresh: Callable[[], Any], auto: Any, same: Callable[[str, Any], int]
+) -> dict[str, int]:
+    """Write ``adapter``, ``merged`` and ``peft`` into ``out`` as far as the method can, read each back into a fresh model.
+
+    Args:
+        run: the folder of the run that is delivered.
+        fresh: the frozen base model, anew at each call.
+        auto: transformers' auto class that reads the merged model.
+        same: of what was written (its name) and the model it was read into, the number of predictions that are those of the
+        run.
+
+    Returns:
+        What ``same`` gave for each.
+    """
+    set_seed(experiment.seed + 1)  # another than the run's: what a fresh head starts from must not matter
+    model: Any = delora.load(fresh(), run / "adapter", methods=experiment.adapter.classes())
+    delora.save(model, out / "adapter")
+    model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
+    model.config.save_pretrained(out / "adapter")
+    agreement = {"adapter": same("adapter", model)}
+    changed = [a for a in adapters(model).values() if isinstance(a, Adapter)]
+    if changed and all(a.low_rank() is not None for a in changed):
+        delora.export.peft(model, out / "peft")
+        agreement["peft"] = same("peft", read_peft(fresh(), out / "peft"))
+    if all(a.mergeable() for a in changed):
+        save_merged(model, out / "merged")
+        agreement["merged"] = same("merged", loading(auto, str(out / "merged"), dtype="auto"))
+    return agreement
+
+
+def read_peft(model: Any, folder: Path) -> nn.Module:
+    """A model with a PEFT folder's adapter: through PEFT itself where it is installed, else through our own reader."""
+    if importlib.util.find_spec("peft") is None:
+        return delora.load(model, folder)
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads an attribute that transformers has renamed
+        return PeftModel.from_pretrained(model, folder)

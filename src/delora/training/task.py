@@ -1,0 +1,90 @@
+"""What a task is: a module that says all that is particular to one kind of experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+import delora
+from delora.outside import OutsideError
+from delora.training.config import ConfigError, Experiment
+from delora.training.runs import Result, RunContext
+
+__all__ = ["Agreement", "Task"]
+
+Agreement = tuple[dict[str, int], int]
+SELECTION = "The best epoch, and the best setting of a row, were chosen on the validation part alone."
+
+
+@dataclass(frozen=True)
+class Task:
+    """The functions and constants of a task's module, by their names there. Only the first four must be there.
+
+    ``Settings``: its experiments, a subclass of `Experiment` with a table for what is particular to it. Functions:
+
+    * ``check(experiment) -> data``: everything that can be wrong with a run, found before any is started, in words; its data.
+    * ``base(experiment) -> model``: the frozen model in which the adapter's targets are.
+    * ``run(experiment, context, data) -> Result``: one run, from the model to its scores; one that was stopped goes on.
+    * ``deliver(experiment, run, data, out) -> (agreement, n)``: the run's adapter, and what is made of it, as files in ``out``;
+      how many of the ``n`` test predictions each of them shares with the run. If it is missing, the adapter alone.
+    * ``evaluate(experiment, folder) -> (scores, n)``: the scores of an adapter's, or a whole model's, folder on ``n`` examples.
+    * ``columns(experiment) -> names``: scores that a table shows beside the one that is reported.
+    * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
+
+    Constants: ``SELECTION``, what a report says of how a setting was chosen; ``NOT_SHARES``, what the names of scores begin
+    with that are not shares, to be shown in percent.
+    """
+
+    name: str
+    Settings: type[Experiment]
+    check: Callable[[Any], Any]
+    base: Callable[[Any], nn.Module]
+    run: Callable[[Any, RunContext, Any], Result]
+    deliver: Callable[[Any, Path, Any, Path], Agreement]
+    evaluate: Callable[[Any, Path], tuple[dict[str, float], int]]
+    columns: Callable[[Any], Sequence[str]]
+    snapshots: Callable[[Path], dict[int, Path]]
+    SELECTION: str = SELECTION
+    NOT_SHARES: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, module: ModuleType) -> Task:
+        """The task that a module is.
+
+        Raises:
+            OutsideError: it is none; says what it lacks.
+        """
+        missing = [name for name in ("check", "base", "run") if not callable(getattr(module, name, None))]
+        settings: Any = getattr(module, "Settings", None)
+        if not (isinstance(settings, type) and issubclass(settings, Experiment)):
+            missing = ["Settings (a subclass of delora.training.config.Experiment)", *missing]
+        if missing:
+            raise OutsideError(f"{module.__name__} is no task: it has no {', no '.join(missing)}")
+        base = module.base
+
+        def deliver(experiment: Experiment, run: Path, data: Any, out: Path) -> Agreement:
+            model = delora.load(base(experiment), run / "adapter", methods=experiment.adapter.classes())
+            delora.save(model, out / "adapter")
+            return {}, 0
+
+        def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
+            raise ConfigError(f"the task {experiment.task} offers no evaluation: the scores are in its runs' folders")
+
+        return cls(
+            name=module.__name__,
+            Settings=settings,
+            check=module.check,
+            base=base,
+            run=module.run,
+            deliver=getattr(module, "deliver", deliver),
+            evaluate=getattr(module, "evaluate", evaluate),
+            columns=getattr(module, "columns", lambda experiment: ()),
+            snapshots=getattr(module, "snapshots", lambda run: {}),
+            SELECTION=getattr(module, "SELECTION", SELECTION),
+            NOT_SHARES=getattr(module, "NOT_SHARES", ()),
+        )
