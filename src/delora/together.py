@@ -1,9 +1,9 @@
-"""The updates of all layers of one shape built in one go at the start of a model's forward: few operations, not many.
+"""Builds all updates of one shape once per forward of a model, so that many small operations become few.
 
-What is built serves the first call of each layer within that one forward, if its tensors are still those that it was built
-from. Everything else (a second call, a layer called by itself, recomputation in a checkpoint, sharded or compiled tensors)
-builds its own, as ever: nothing lives from one forward to the next, so an optimizer's step, a load or a change by hand in
-between is always seen.
+Such an update serves the first call of its layer within that forward, if the layer's tensors have not changed since. In all
+other cases (a second call, a layer called outside the model, recomputation in a checkpoint, sharded or compiled tensors) the
+layer builds its update itself. Nothing is kept from one forward to the next, so an optimizer step, a load or a change by
+hand in between always takes effect.
 """
 
 from __future__ import annotations
@@ -20,24 +20,37 @@ from delora.lowrank import traced, without_autocast
 from delora.torch_private import saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
+__all__ = ["Together", "built", "unwatch", "watch"]
+
 
 @dataclass
 class _Forward:
-    """One forward of a model, under way. ``outer`` is the forward that it is part of."""
+    """A running forward of a model. ``outer`` is the forward of another model that contains it, if any."""
 
     model: Together
     outer: _Forward | None
-    updates: dict[Any, tuple[list[int], LowRank]] = field(default_factory=dict)  # by adapter, with its tensors' versions
-    # A checkpointed part has to keep the same tensors when it is computed again, and there it builds its own.
+    updates: dict[Any, tuple[list[int], LowRank]] = field(default_factory=dict)  # by adapter, with the versions of its tensors
+    # A checkpointed part is computed twice, with the same saved tensors: since the second run builds its own updates, so does
+    # the first.
     saving: object = field(default_factory=saved_tensors_hooks)
     grad: bool = field(default_factory=torch.is_grad_enabled)
 
 
-_current: ContextVar[_Forward | None] = ContextVar("delora_forward", default=None)  # each thread has its own
+_current: ContextVar[_Forward | None] = ContextVar("delora_forward", default=None)  # one per thread
 
 
 class Together:
-    """The hooks around a model's forward. ``layers`` are its adapted layers."""
+    """The hooks around a model's forward. ``layers`` are its adapted layers.
+
+    >>> import delora
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    >>> model = delora.inject(model, delora.DeLoRA(r=2), ["0", "1"])
+    >>> hooks = Together(model)
+    >>> hooks.before(model, ())
+    >>> built(model[0].adapter) is not None, built(model[0].adapter) is not None  # for one call only
+    (True, False)
+    >>> hooks.after(model, (), None)
+    """
 
     def __init__(self, layers: Iterable[Any]) -> None:
         self.layers = list(layers)
@@ -56,7 +69,13 @@ class Together:
 
 
 def watch(model: nn.Module, layers: Iterable[Any]) -> None:
-    """Build the updates of these layers together whenever the model is called."""
+    """Build the updates of these layers together whenever the model is called. `inject` does this.
+
+    >>> model = nn.Sequential()
+    >>> watch(model, [])
+    >>> len(model._forward_pre_hooks)
+    1
+    """
     unwatch(model)
     together = Together(layers)
     model.register_forward_pre_hook(together.before)
@@ -64,16 +83,30 @@ def watch(model: nn.Module, layers: Iterable[Any]) -> None:
 
 
 def unwatch(model: nn.Module) -> None:
+    """Undo `watch`.
+
+    >>> model = nn.Sequential()
+    >>> watch(model, [])
+    >>> unwatch(model)
+    >>> len(model._forward_pre_hooks)
+    0
+    """
     unhook(model, Together)
 
 
 def built(adapter: Any) -> LowRank | None:
-    """What was built for an adapter in the forward under way; only once, and only if it can be used as it is."""
+    """The update built for an adapter in the running forward, or None if it was used before or is no longer valid.
+
+    >>> from delora.layer import attach
+    >>> from delora.methods import LoRA
+    >>> built(attach(LoRA(r=2), nn.Linear(4, 4))) is None  # no model is running
+    True
+    """
     forward = _current.get()
     if forward is None or (torch.is_grad_enabled() and not forward.grad) or saved_tensors_hooks() != forward.saving:
         return None
-    found = forward.updates.pop(adapter, None)
-    return found[1] if found and found[0] == versions(adapter.tensors().values()) else None
+    entry = forward.updates.pop(adapter, None)
+    return entry[1] if entry and entry[0] == versions(adapter.tensors().values()) else None
 
 
 def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
@@ -85,13 +118,13 @@ def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
         if all(type(t) in (Tensor, nn.Parameter) and t.numel() and not t.is_inference() for t in tensors.values()):
             kind = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
             groups.setdefault((adapter.method, kind), []).append((adapter, tensors))
-    found = {}
+    by_adapter = {}
     for (method, _), members in groups.items():
         if len(members) > 1:
             updates = _updates(method, [tensors for _, tensors in members])
             for (adapter, tensors), update in zip(members, updates, strict=True):
-                found[adapter] = versions(tensors.values()), update
-    return found
+                by_adapter[adapter] = versions(tensors.values()), update
+    return by_adapter
 
 
 def _updates(method: Any, layers: list[dict[str, Tensor]]) -> list[LowRank]:
@@ -105,9 +138,9 @@ def _updates(method: Any, layers: list[dict[str, Tensor]]) -> list[LowRank]:
 
 
 class _Stacked(torch.autograd.Function):
-    """The factors of many layers from the tensors of many layers. Kept for backward: those tensors, and no copy of them.
+    """The factors of all layers from the tensors of all layers; backward keeps these tensors and no copy of them.
 
-    ``up`` is left out where it is one of the tensors as it stands, and ``same`` then says which.
+    If the method returns one of the tensors unchanged as ``up``, it is not returned again and ``same`` holds its index.
     """
 
     @staticmethod
@@ -135,13 +168,14 @@ class _Stacked(torch.autograd.Function):
         with torch.enable_grad():
             update = _update(ctx.method, stacked)
         outputs = (update.down, update.up) if ctx.whole else (update.down,)
-        given = [_stacked_or_zero(grads[i * n : (i + 1) * n], out) for i, out in enumerate(outputs)]
-        wanted = [t for t in stacked.values() if t.requires_grad]
-        found = iter(torch.autograd.grad(outputs, wanted, given))
-        # A layer that took no part in the loss gets no gradient, not one of zeros, which an optimizer would act on.
+        grad_outputs = [_stacked_or_zero(grads[i * n : (i + 1) * n], out) for i, out in enumerate(outputs)]
+        inputs = [t for t in stacked.values() if t.requires_grad]
+        grad_inputs = iter(torch.autograd.grad(outputs, inputs, grad_outputs))
+        # A layer without influence on the loss gets None, not zeros, on which an optimizer would act.
         used = [any(grads[i * n + layer] is not None for i in range(len(outputs))) for layer in range(n)]
         each = [
-            [g if u else None for g, u in zip(next(found), used, strict=True)] if needed else [None] * n for needed in needs
+            [g if u else None for g, u in zip(next(grad_inputs), used, strict=True)] if needed else [None] * n
+            for needed in needs
         ]
         return (None, None, None, *(g for column in each for g in column))
 

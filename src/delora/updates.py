@@ -1,7 +1,7 @@
-"""Updates: how one layer changes, most of them how its weight matrix ``W [out, in]`` does.
+"""Updates: how one layer changes; for most, how its weight matrix ``W [out, in]`` changes.
 
-An update is a small value that holds two equal computations of the same map: ``merge(W)`` and ``bias(b)`` give the new
-weights, ``forward(host, dropout, x)`` the new output of the layer, without building the matrix where that is cheaper.
+An update computes the same map in two ways: ``merge(W)`` and ``bias(b)`` give the new weights, ``forward(host, dropout, x)``
+gives the new output of the layer, without the matrix W' where that is cheaper.
 """
 
 from __future__ import annotations
@@ -13,22 +13,50 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Affine",
+    "BlockDiagonal",
+    "Diagonal",
+    "Edited",
+    "LowRank",
+    "NearIdentity",
+    "Rescaled",
+    "Scaled",
+    "Side",
+    "TwoSided",
+    "Update",
+    "wide",
+]
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that updates are built and merged in: float32, or wider if the weight is."""
+    """The dtype in which updates are built and merged: float32, or wider if the weight's is.
+
+    >>> wide(torch.bfloat16), wide(torch.float64)
+    (torch.float32, torch.float64)
+    """
     return torch.promote_types(dtype, torch.float32)
 
 
 class Update:
-    """What a method says about one layer, whose matrix is W [out, in] and whose bias is b [out] or None."""
+    """The change of one layer with matrix W [out, in] and bias b, which is [out] or None.
+
+    The base class of all updates. ``mergeable`` is False if no weight can express the change.
+
+    >>> class Negated(Update):
+    ...     def merge(self, W):
+    ...         return -W
+    >>> Negated().scaled(0.5).merge(torch.ones(2, 2)).abs().max().item()
+    0.0
+    """
 
     mergeable: ClassVar[bool] = True
 
     def merge(self, W: Tensor) -> Tensor:
-        """The new matrix W' [out, in], for a W in the dtype the update was built in.
+        """The new matrix W' [out, in], for a W in the dtype of the update.
 
         Raises:
-            ValueError: no weight of the layer could do the same.
+            ValueError: no weight of the layer can express the change.
         """
         raise NotImplementedError
 
@@ -37,24 +65,29 @@ class Update:
         return b
 
     def forward(self, host: Any, dropout: float, *args: Any, **kwargs: Any) -> Any:
-        """The output of the layer as if its weights were the new ones, for the layer's own arguments.
+        """The output of the layer with the new weights, for the layer's own arguments.
 
-        ``dropout`` drops entries of the input on the way of the change.
+        ``dropout`` is the probability with which entries of the input are dropped where the change is computed.
         """
         raise NotImplementedError
 
     def scaled(self, strength: float) -> Update:
-        """The same update with its change, from W and b and from the layer's output, multiplied by ``strength``."""
+        """The update whose change of W, b and the layer's output is ``strength`` times this one's."""
         return Scaled(self, strength)
 
     def low_rank(self, W: Tensor) -> LowRank | None:
-        """W' - W as exact factors where it has few; None where it has not."""
+        """W' - W as exact low-rank factors, or None if it is not low-rank."""
         return None
 
 
 @dataclass(frozen=True)
 class LowRank(Update):
-    """W' = W + up @ down, with ``up [out, k]`` and ``down [k, in]``."""
+    """W' = W + up @ down, with ``up [out, k]`` and ``down [k, in]``.
+
+    >>> LowRank(up=torch.ones(2, 1), down=torch.ones(1, 3)).merge(torch.zeros(2, 3))
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
+    """
 
     up: Tensor
     down: Tensor
@@ -68,8 +101,8 @@ class LowRank(Update):
         return self.onto(host.layer(x), host, dropout, x)
 
     def onto(self, y: Tensor, host: Any, dropout: float, x: Tensor) -> Tensor:
-        """y + up down x, for an output y of the layer."""
-        # Token ids have no dtype to follow: there the layer's output tells.
+        """y + up down drop(x), for an output y of the layer."""
+        # Token ids do not tell the dtype to compute in; the layer's output does.
         dtype = x.dtype if x.is_floating_point() else y.dtype
         return host.branch(y, x, self.down.to(dtype), self.up.to(dtype), dropout)
 
@@ -80,26 +113,37 @@ class LowRank(Update):
         return self
 
 
-# ---------------------------------------------------------------- both sides of W
+# ---------------------------------------------------------------- multiplication from both sides
 
 
 class Side(Protocol):
-    """A square matrix S [d, d] that multiplies W from one side."""
+    """A square matrix S [d, d] that multiplies W from the left or the right.
+
+    >>> S: Side = Diagonal(torch.tensor([1.0, 2.0]))
+    >>> S.apply(torch.ones(3, 2)).tolist()
+    [[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]
+    """
 
     def apply(self, x: Tensor) -> Tensor:
         """S x for every vector x in the last dimension."""
         ...
 
-    def transposed(self) -> Side: ...
+    def transposed(self) -> Side:
+        """S^T."""
+        ...
 
     def excess(self) -> LowRank | None:
-        """S - I as factors where it has few."""
+        """S - I as exact low-rank factors, or None if it is not low-rank."""
         ...
 
 
 @dataclass(frozen=True)
 class NearIdentity(Side):
-    """S = I + blockdiag(up_1 down_1, ..., up_n down_n), with ``up [n, m, k]``, ``down [n, k, m]`` and d = n m."""
+    """S = I + blockdiag(up_1 down_1, ..., up_n down_n), with ``up [n, m, k]``, ``down [n, k, m]`` and d = n m.
+
+    >>> NearIdentity(torch.ones(1, 2, 1), torch.ones(1, 1, 2)).apply(torch.tensor([1.0, 0.0]))
+    tensor([2., 1.])
+    """
 
     up: Tensor
     down: Tensor
@@ -121,7 +165,12 @@ class NearIdentity(Side):
 
 @dataclass(frozen=True)
 class BlockDiagonal(Side):
-    """S = blockdiag(S_1, ..., S_n), with ``blocks [n, m, m]`` and d = n m."""
+    """S = blockdiag(S_1, ..., S_n), with ``blocks [n, m, m]`` and d = n m.
+
+    >>> swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    >>> BlockDiagonal(torch.stack([swap, swap])).apply(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    tensor([2., 1., 4., 3.])
+    """
 
     blocks: Tensor
 
@@ -138,7 +187,11 @@ class BlockDiagonal(Side):
 
 @dataclass(frozen=True)
 class Diagonal(Side):
-    """S = diag(scale), with ``scale [d]``."""
+    """S = diag(scale), with ``scale [d]``.
+
+    >>> Diagonal(torch.tensor([1.0, 2.0])).apply(torch.tensor([3.0, 3.0]))
+    tensor([3., 6.])
+    """
 
     scale: Tensor
 
@@ -154,11 +207,15 @@ class Diagonal(Side):
 
 @dataclass(frozen=True)
 class TwoSided(Update):
-    """W' = left W right; a side that is None is the identity. The bias stays.
+    """W' = left W right; a side that is None is the identity. The bias does not change.
 
-    The layer's input and output are transformed and W is not read, so a quantised base stays as it is. A layer whose input
-    is not a plain vector (a convolution, an embedding) cannot have it transformed: there ``right`` costs the merged
-    matrix in every forward.
+    ``forward`` transforms the layer's input and output and does not read W, so a quantised base needs no conversion. The
+    input of a convolution or an embedding is not a vector and cannot be transformed: there ``right`` makes every forward
+    build the merged matrix.
+
+    >>> TwoSided(left=Diagonal(torch.tensor([1.0, 2.0]))).merge(torch.ones(2, 3))
+    tensor([[1., 1., 1.],
+            [2., 2., 2.]])
     """
 
     left: Side | None = None
@@ -196,7 +253,12 @@ class TwoSided(Update):
 
 @dataclass(frozen=True)
 class Rescaled(Update):
-    """W' = diag(scale) (W + up down), with ``scale [out]``; the bias stays."""
+    """W' = diag(scale) (W + up down), with ``scale [out]`` and the factors of ``inner``; the bias does not change.
+
+    >>> Rescaled(torch.tensor([1.0, 2.0]), LowRank(torch.ones(2, 1), torch.ones(1, 2))).merge(torch.zeros(2, 2))
+    tensor([[1., 1.],
+            [2., 2.]])
+    """
 
     scale: Tensor
     inner: LowRank
@@ -208,8 +270,8 @@ class Rescaled(Update):
         y = host.layer(x)
         if not dropout:
             return host.mixed(self.inner.onto(y, host, 0.0, x), self._rescale)
-        # The base's own term is not dropped, all that is added to it is: W x + (diag(scale) (W + up down) - W) drop(x).
-        # Token ids cannot be dropped: there only up down is.
+        # Dropout applies to the change alone: W x + (diag(scale) (W + up down) - W) drop(x). The entries of token ids
+        # cannot be dropped: there it applies to up down.
         on_values = x.is_floating_point()
         dropped = torch.nn.functional.dropout(x, dropout) if on_values else x
         z = host.layer(dropped) if on_values else y
@@ -222,7 +284,11 @@ class Rescaled(Update):
 
 @dataclass(frozen=True)
 class Affine(Update):
-    """y' = scale y + shift for every channel of the output: W' = diag(scale) W, b' = scale b + shift. Either can be None."""
+    """y' = scale y + shift for every channel of the output: W' = diag(scale) W, b' = scale b + shift. Either can be None.
+
+    >>> Affine(shift=torch.ones(2)).bias(None)
+    tensor([1., 1.])
+    """
 
     scale: Tensor | None = None
     shift: Tensor | None = None
@@ -252,13 +318,19 @@ class Affine(Update):
 
 @dataclass(frozen=True)
 class Edited(Update):
-    """y' = fn(y, dropout) for the output y [..., channels] of a module of any kind; no weight of it could do the same."""
+    """y' = fn(y, dropout) for the output y [..., channels] of a module of any kind; no weight can express this change.
+
+    >>> from delora.hosts import host
+    >>> layer = host(torch.nn.Linear(2, 3))
+    >>> Edited(lambda y, dropout: 0 * y + 5).forward(layer, 0.0, torch.ones(1, 2)).tolist()
+    [[5.0, 5.0, 5.0]]
+    """
 
     fn: Callable[[Tensor, float], Tensor]
     mergeable: ClassVar[bool] = False
 
     def merge(self, W: Tensor) -> Tensor:
-        raise ValueError("it edits what the layer puts out, as no weight of the layer could: it cannot be merged")
+        raise ValueError("it edits the output of the layer, which no weight can express: it cannot be merged")
 
     def forward(self, host: Any, dropout: float, *args: Any, **kwargs: Any) -> Any:
         return host.edited(lambda y: self.fn(y, dropout), *args, **kwargs)
@@ -269,7 +341,11 @@ class Edited(Update):
 
 @dataclass(frozen=True)
 class Scaled(Update):
-    """W' = W + strength (W'' - W) and b' = b + strength (b'' - b), with W'' and b'' the weights of another update."""
+    """W' = W + strength (W'' - W) and b' = b + strength (b'' - b), with W'' and b'' the weights of the update ``inner``.
+
+    >>> Scaled(TwoSided(left=Diagonal(torch.tensor([3.0]))), strength=0.5).merge(torch.ones(1, 2))
+    tensor([[2., 2.]])
+    """
 
     inner: Update
     strength: float

@@ -28,7 +28,7 @@ EXACT = (
 )
 
 
-UNMERGEABLE = "it edits what the layer puts out, as no weight of the layer could"
+UNMERGEABLE = "it edits the output of the layer, which no weight can express"
 
 
 @pytest.fixture(params=LAYERS, ids=str)

@@ -1,6 +1,6 @@
-"""Hosts: how one kind of layer shows its weight as a matrix ``[out, in]`` and applies another matrix in its place.
+"""Hosts: each presents the weight of one kind of layer as a matrix ``[out, in]`` and runs the layer with another one.
 
-``host(layer)`` finds the host by the layer's type. A layer of your own takes one line:
+``host(layer)`` finds the host by the layer's type. Your own layer type needs one line:
 ``delora.host.register(MyConv, delora.hosts.Conv2d)``.
 
 ====================  ==================================================================================

@@ -1,4 +1,4 @@
-"""What a host is: how one kind of layer shows its weight as a matrix ``[out, in]`` and applies another matrix in its place."""
+"""What a host is: it presents the weight of one kind of layer as a matrix ``[out, in]`` and runs the layer with another."""
 
 from __future__ import annotations
 
@@ -13,32 +13,38 @@ from torch import Tensor, nn
 from delora.torch_private import is_view
 from delora.updates import Update, wide
 
+__all__ = ["BY_NAME", "Host", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
+
 
 class Host:
-    """A module of any kind, whose output [..., channels] (or the first part of a tuple) can be edited.
+    """A module of any kind whose output [..., channels], or the first element of an output tuple, can be edited.
 
-    The number of channels is the length of the module's last parameter: the scale or bias of its last norm, the last
-    matrix's rows.
+    The number of channels is the length of the module's last parameter: the scale or bias of its last norm, or the number
+    of rows of its last matrix.
+
+    >>> block = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    >>> Host(block).edited(lambda y: 0 * y + 5, torch.ones(1, 4)).tolist()
+    [[5.0, 5.0, 5.0]]
     """
 
-    weight_name: ClassVar[str | None] = None  # the parameter that holds the matrix; None: no weight can take a change
-    linear: ClassVar[bool] = False  # a map of the last dimension; counted by targets="all-linear"
+    weight_name: ClassVar[str | None] = None  # the parameter that holds the matrix; None: nothing can be merged
+    linear: ClassVar[bool] = False  # a linear map of the last dimension; chosen by targets="all-linear"
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
     def matrix(self) -> Tensor:
-        """The weight as a matrix [out, in], a view where the layer allows it; else what stands for it: [channels, any]."""
+        """The weight as a matrix [out, in], a view where possible; of other modules any matrix with one row per channel."""
         last = [p for p in self.layer.parameters() if p.is_floating_point()][-1]
         return last.reshape(len(last), -1)
 
     def weight(self) -> Tensor:
-        """The matrix as numbers to compute with: detached, in float32 or wider."""
+        """The matrix [out, in] to compute with: detached, in float32 or wider."""
         W = self.matrix().detach()
         return W.to(wide(W.dtype))
 
     def as_weight(self, W: Tensor) -> Tensor:
-        """The opposite of `matrix`: W [out, in] in the layout of the layer's own parameter."""
+        """The inverse of `matrix`: W [out, in] in the layout of the layer's parameter."""
         raise NotImplementedError
 
     def bias(self) -> Tensor | None:
@@ -47,15 +53,15 @@ class Host:
         return b.detach().to(wide(b.dtype)) if isinstance(b, Tensor) else None
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The weights of a layer that computes W x + b, where the layer's kind has no place for a bias."""
+        """The pair (W, b); for a layer without a bias parameter, the pair (W + b, None), which computes the same."""
         return W, b
 
     def channels_last(self, y: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """``fn`` of the output with its channels in the last dimension, put back."""
+        """Move the channels of the output y to the last dimension, apply ``fn``, and move them back."""
         return fn(y)
 
     def edited(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The layer's output with ``fn`` of its tensor, which is the first part where the output is a tuple."""
+        """The layer's output with ``fn`` applied to its tensor, which is the first element if the output is a tuple."""
         out = self.layer(*args, **kwargs)
         if isinstance(out, tuple):
             return (self.channels_last(out[0], self._checked(fn)), *out[1:])
@@ -75,7 +81,7 @@ class Host:
         return checked
 
     def mixed(self, y: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        """``fn``, a linear map of the channels, of the output y without its bias, which is added back unmapped."""
+        """``fn(y - b) + b`` for an output y with bias b and a linear map ``fn`` of the channels."""
         b = self.bias()
         if b is None:
             return self.channels_last(y, fn)
@@ -84,19 +90,19 @@ class Host:
 
     @torch.no_grad()
     def plain(self, update: Update) -> nn.Module:
-        """A layer of the original type with the change in its weights; it shares all else with the original.
+        """A layer of the original type with the change in its weights; it shares everything else with the original.
 
         Raises:
-            ValueError: no weight of the layer can take the change.
+            ValueError: no weight of the layer can express the change.
         """
         if self.weight_name is None:
-            raise ValueError(f"a {type(self.layer).__name__} has no weight that could take the change: it cannot be merged")
+            raise ValueError(f"a {type(self.layer).__name__} has no weight that could express the change: it cannot be merged")
         W, b = self.weight(), self.bias()
         new_W, new_b = self.fold(update.merge(W), update.bias(b))
-        new = shallow(self.layer)
+        new = _shallow(self.layer)
         old = self.layer.get_parameter(self.weight_name)
-        # Parameters of their own, because the old ones may be shared; and only where there is something new, because
-        # what is left as it is must stay shared.
+        # New parameters, because other layers may share the old ones; but only where the value changed, so that what does
+        # not change stays shared.
         if new_W is not W:
             _put(new, self.weight_name, self.as_weight(new_W), old)
         if new_b is not None and new_b is not b:
@@ -104,8 +110,8 @@ class Host:
         return new
 
 
-def shallow(module: nn.Module) -> nn.Module:
-    """A module of the same type with the same tensors, on which others can be set without changing the original."""
+def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares its tensors; setting a parameter of the copy leaves the original unchanged."""
     new = copy.copy(module)
     for registry in ("_parameters", "_buffers", "_modules"):
         new.__dict__[registry] = module.__dict__[registry].copy()
@@ -113,22 +119,36 @@ def shallow(module: nn.Module) -> nn.Module:
 
 
 def _put(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
-    """Set a new parameter in the dtype, and the memory layout where the shape is the same, of an old one."""
-    fresh = not value.requires_grad and not is_view(value)  # nobody else's
+    """Set a parameter to ``value`` in the dtype of ``like`` and, if the shapes agree, in its memory layout."""
+    fresh = not value.requires_grad and not is_view(value)  # shares its memory with no other tensor
     if not (fresh and value.dtype == like.dtype and value.shape == like.shape and value.stride() == like.stride()):
         value = (torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)).copy_(value)
     setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
 
 
 def is_bare(layer: nn.Module) -> bool:
-    """Is calling the layer no more than its type's forward? Hooks and a forward of its own (Accelerate's) have to be run."""
+    """Whether calling a layer runs its type's forward and nothing else: no hooks, no forward set on the instance.
+
+    Accelerate sets such a forward.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> is_bare(layer)
+    True
+    >>> _ = layer.register_forward_hook(print)
+    >>> is_bare(layer)
+    False
+    """
     d = layer.__dict__
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     return "forward" not in d and not any(d[name] for name in hooks)
 
 
 class Norm(Host):
-    """``nn.LayerNorm``, whose scale and shift of every channel are a weight [channels, 1] and a bias."""
+    """``nn.LayerNorm``: the scale of every channel is the matrix [channels, 1], the shift is the bias.
+
+    >>> Norm(nn.LayerNorm(3)).matrix().shape
+    torch.Size([3, 1])
+    """
 
     weight_name = "weight"
 
@@ -140,61 +160,80 @@ class Norm(Host):
 
 
 class MatrixHost(Host):
-    """A layer seen as the linear map ``x -> W x`` and a bias."""
+    """A layer seen as a linear map ``x -> W x`` with a bias.
+
+    >>> linear = host(nn.Linear(2, 3, bias=False))
+    >>> linear.run(torch.ones(1, 2), W=torch.ones(3, 2)).tolist()
+    [[2.0, 2.0, 2.0]]
+    """
 
     weight_name = "weight"
 
     def __init__(self, layer: Any) -> None:
         kind: Any = type(layer)
         known: Any = next(base for base in kind.__mro__ if base in host.registry)
-        # A subclass that computes something else would be adapted wrongly and in silence.
+        # A subclass that computes something else would be adapted wrongly, without an error.
         if kind.forward is not known.forward:
             raise TypeError(
                 f"cannot adapt a {kind.__name__}: it has a forward of its own, which {known.__name__}'s host does not know; "
-                f"if it is one matrix all the same, register its host: delora.host.register({kind.__name__}, ...)"
+                f"if it still multiplies by one matrix, register a host for it: delora.host.register({kind.__name__}, ...)"
             )
         super().__init__(layer)
         if not self.matrix().is_floating_point():
             raise TypeError(f"cannot adapt a {kind.__name__} whose weight is {self.matrix().dtype}: it seems to be quantised")
 
     def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
-        """``down [k, in]`` in the place of W, without bias: k features where the layer has ``out``."""
+        """The k features ``down drop(x)``, for ``down [k, in]`` in place of W and no bias."""
         raise NotImplementedError
 
     def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
-        """``y + up h``: the k features of `project` mapped by ``up [out, k]`` onto the layer's output y."""
+        """``y + up h``, for the layer's output y, the k features h of `project` and ``up [out, k]``."""
         raise NotImplementedError
 
     def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
-        """``y + up down x``; y is the layer's own output and may be overwritten."""
+        """``y + up down drop(x)``, for the layer's output y, which may be overwritten."""
         return self.add(y, self.project(x, down, dropout), up)
 
     def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
-        """The layer's output plus ``up down x``."""
+        """The layer's output plus ``up down drop(x)``."""
         return self.branch(self.layer(x), x, down, up, dropout)
 
     def run(self, x: Tensor, W: Tensor) -> Tensor:
-        """The layer's output with W in the place of its own matrix."""
+        """The layer's output with W in place of its own matrix."""
         weight = self.as_weight(W).to(self.matrix().dtype)
         return torch.func.functional_call(self.layer, {self.weight_name: weight}, (x,))
 
 
-# Layers of libraries that may not be loaded, by their full name; registered when the first one is met.
+# Hosts by full class name, for libraries that may not be loaded; each is registered when its first layer is looked up.
 BY_NAME: dict[str, type[MatrixHost]] = {}
 
 
 @singledispatch
 def host(layer: nn.Module) -> MatrixHost:
-    """The host of a layer, found by its type; a TypeError that lists the known layers where there is none."""
-    found = host_type(type(layer))
-    if found is not None:
-        return found(layer)
+    """The host of a layer, found by its type.
+
+    Raises:
+        TypeError: the type is unknown; the message lists the known ones.
+
+    >>> host(nn.Conv2d(2, 4, kernel_size=3)).matrix().shape
+    torch.Size([4, 18])
+    """
+    make = host_type(type(layer))
+    if make is not None:
+        return make(layer)
     names = {kind.__name__ for kind in host.registry if kind is not object} | {n.rpartition(".")[2] for n in BY_NAME}
     raise TypeError(f"cannot adapt a {type(layer).__name__}: known layers are {', '.join(sorted(names))}")
 
 
 def any_host(layer: nn.Module) -> Host:
-    """The host of a module of any type, for methods that edit what it puts out."""
+    """The host of a module of any type, for methods that edit its output.
+
+    Raises:
+        TypeError: the module has no parameter.
+
+    >>> type(any_host(nn.Linear(2, 3))).__name__, type(any_host(nn.Sequential(nn.Linear(2, 3)))).__name__
+    ('Linear', 'Host')
+    """
     if host_type(type(layer)) is not None:
         return host(layer)
     if not any(p.is_floating_point() for p in layer.parameters()):
@@ -204,10 +243,14 @@ def any_host(layer: nn.Module) -> Host:
 
 
 def host_type(kind: type) -> Callable[[Any], MatrixHost] | None:
-    """What `host` calls for layers of this type, or None if they are unknown."""
+    """The host's constructor for layers of this type, or None if the type is unknown.
+
+    >>> host_type(nn.ReLU) is None
+    True
+    """
     for base in kind.__mro__:
         known = BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if known is not None and base not in host.registry:
             host.register(base, known)
-    found = host.dispatch(kind)
-    return None if found is host.registry[object] else found
+    make = host.dispatch(kind)
+    return None if make is host.registry[object] else make

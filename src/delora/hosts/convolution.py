@@ -15,7 +15,10 @@ __all__ = ["Conv1d", "Conv2d", "Conv3d", "Convolution"]
 
 
 class Convolution(MatrixHost):
-    """A convolution: weight [out, in, *kernel], matrix [out, in * kernel]. ``project`` convolves, ``add`` mixes channels."""
+    """A convolution: weight [out, in, *kernel], matrix [out, in * kernel].
+
+    ``project`` is a convolution to k channels with the layer's stride and padding, ``add`` one with kernel size 1.
+    """
 
     dims: ClassVar[int]
 
@@ -47,18 +50,33 @@ class Convolution(MatrixHost):
 
 
 class Conv1d(Convolution):
-    """``nn.Conv1d``."""
+    """``nn.Conv1d``.
+
+    >>> import torch
+    >>> Conv1d(torch.nn.Conv1d(2, 4, kernel_size=3)).matrix().shape
+    torch.Size([4, 6])
+    """
 
     dims = 1
 
 
 class Conv2d(Convolution):
-    """``nn.Conv2d``."""
+    """``nn.Conv2d``.
+
+    >>> import torch
+    >>> Conv2d(torch.nn.Conv2d(2, 4, kernel_size=3)).matrix().shape
+    torch.Size([4, 18])
+    """
 
     dims = 2
 
 
 class Conv3d(Convolution):
-    """``nn.Conv3d``."""
+    """``nn.Conv3d``.
+
+    >>> import torch
+    >>> Conv3d(torch.nn.Conv3d(2, 4, kernel_size=3)).matrix().shape
+    torch.Size([4, 54])
+    """
 
     dims = 3

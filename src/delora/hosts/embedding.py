@@ -11,9 +11,12 @@ __all__ = ["Embedding"]
 
 
 class Embedding(MatrixHost):
-    """``nn.Embedding``: the map from one-hot ids to vectors; weight [ids, out], matrix [out, ids].
+    """``nn.Embedding``: the linear map from one-hot ids to vectors; weight [ids, out], matrix [out, ids].
 
     Dropout of a one-hot input drops the whole change of a token.
+
+    >>> Embedding(nn.Embedding(10, 4)).matrix().shape
+    torch.Size([4, 10])
     """
 
     def __init__(self, layer: nn.Embedding) -> None:

@@ -13,7 +13,11 @@ __all__ = ["Conv1D", "Linear"]
 
 
 class Linear(MatrixHost):
-    """``nn.Linear``: weight [out, in]."""
+    """``nn.Linear``: weight [out, in].
+
+    >>> Linear(torch.nn.Linear(4, 3)).matrix().shape
+    torch.Size([3, 4])
+    """
 
     linear = True
 
@@ -26,7 +30,7 @@ class Linear(MatrixHost):
     def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
         if not can_add_in_place(y, x):
             return super().branch(y, x, down, up, dropout)
-        # A hook may have kept the layer's own output.
+        # A hook may have kept the layer's output.
         return add_low_rank(y if is_bare(self.layer) else y.clone(), x, down, up, dropout)
 
     def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
@@ -39,14 +43,20 @@ class Linear(MatrixHost):
         return F.linear(F.dropout(x, dropout) if dropout else x, down)
 
     def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
-        if y.dim() == 1 or y.dtype != h.dtype:  # under autocast, a layer may put out another dtype than a product
+        if y.dim() == 1 or y.dtype != h.dtype:  # under autocast, y and h can differ in dtype
             return y + F.linear(h, up).to(y.dtype)
         # One fused kernel and no [tokens, out] temporary for up h.
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), up.T).view_as(y)
 
 
 class Conv1D(Linear):
-    """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored as [in, out]."""
+    """transformers' ``Conv1D`` (GPT-2): a linear layer whose weight is stored as [in, out].
+
+    >>> from transformers.pytorch_utils import Conv1D as Layer
+    >>> from delora.hosts import host
+    >>> host(Layer(3, 4)).matrix().shape  # 4 inputs, 3 outputs
+    torch.Size([3, 4])
+    """
 
     def matrix(self) -> Tensor:
         return self.layer.weight.T
