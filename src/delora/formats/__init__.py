@@ -1,9 +1,9 @@
 """Adapters as files.
 
 ===============  =====================================================================================
-``files``        what all share: atomic writes, reads that never unpickle and that say what is wrong
-``native``       our own folders: `delora.save`, `delora.load`
-``peft``         Hugging Face PEFT's: `delora.export.peft`; read by `delora.load`
-``diffusers``    those of image programs: `delora.export.diffusers`
+``files``        shared by all formats: atomic writes, and reads that never unpickle and explain errors
+``native``       the library's own folders: `delora.save`, `delora.load`
+``peft``         Hugging Face PEFT's format: `delora.export.peft`; `delora.load` reads it
+``diffusers``    the LoRA files of image programs: `delora.export.diffusers`
 ===============  =====================================================================================
 """

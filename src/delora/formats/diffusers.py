@@ -1,4 +1,4 @@
-"""A LoRA file for image models: what ``pipe.load_lora_weights`` of diffusers reads, or kohya's names for other programs."""
+"""A LoRA file for image models, as diffusers' ``pipe.load_lora_weights`` reads it, or with kohya's names for other programs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,33 @@ from delora.formats.peft import as_lora
 from delora.layer import Adapter, Copy
 from delora.models import adapted_layers, adapters
 
+__all__ = ["write"]
+
 FILE = "pytorch_lora_weights.safetensors"
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2", "transformer": "lora_transformer"}
 
 
 @torch.no_grad()
 def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, kohya: bool = False) -> Path:
-    """Write the adapters of an image model, at their present strength, as one exact LoRA file.
+    """Write the adapters of an image model, at their current strength, as one exact LoRA file, and return its path.
 
-    ``pipe.load_lora_weights(folder)`` reads it. With ``kohya`` the names are those of kohya's scripts
-    (``lora_unet_down_blocks_0_....lora_down.weight`` and ``.alpha``), which user interfaces read, and diffusers as well.
+    ``pipe.load_lora_weights(folder)`` reads it.
 
     Args:
         model: a diffusers pipeline; or its parts by name, ``{"unet": unet, "text_encoder": ...}``; or a U-Net alone.
+        folder: where to write; it is created if it does not exist.
         name: the adapter's name; the active one if None.
+        kohya: use the names of kohya's scripts (``lora_unet_down_blocks_0_....lora_down.weight`` and ``.alpha``), which
+            graphical programs read and diffusers reads as well.
 
     Raises:
-        ValueError: no part has an adapter; one is not low-rank, or not finite. Nothing is written then.
+        ValueError: no part has an adapter, or one is not low-rank or not finite. Nothing is written then.
+
+    >>> import delora, tempfile
+    >>> unet = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2, start="soft"), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     delora.export.diffusers(unet, folder).name
+    'pytorch_lora_weights.safetensors'
     """
     if isinstance(model, nn.Module):
         parts: Mapping[str, Any] = {"unet": model}
@@ -59,13 +69,13 @@ def _named(part: str, module: nn.Module, name: str | None, kohya: bool) -> dict[
     whole = [layer for layer, a in chosen.items() if isinstance(a, Copy)]
     if whole:
         raise ValueError(
-            f"{part}.{whole[0]} is trained whole, which a LoRA file cannot hold; delora.merge puts it into the weights"
+            f"{part}.{whole[0]} is trained whole, which a LoRA file cannot hold; delora.merge writes it into the weights"
         )
     if kohya and part not in KOHYA:
         raise ValueError(f"kohya's names know {', '.join(KOHYA)}, not {part!r}")
-    _, found = as_lora({layer: a for layer, a in chosen.items() if isinstance(a, Adapter)})
+    _, tensors = as_lora({layer: a for layer, a in chosen.items() if isinstance(a, Adapter)})
     named: dict[str, Tensor] = {}
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         layer, _, end = key.partition(".lora_")
         if end not in ("A.weight", "B.weight"):
             raise ValueError(f"{part}.{layer} is an embedding, which these files cannot hold")

@@ -1,4 +1,4 @@
-"""Adapter files on disk: atomic writes, reads that never unpickle and that say what is wrong."""
+"""Adapter files on disk: atomic writes, and reads that never unpickle and explain what is wrong."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from delora.methods import Full
 from delora.methods.base import Method
 
 __all__ = [
+    "PARTIAL",
     "AdapterError",
     "Saved",
     "SavedLayer",
@@ -30,15 +31,25 @@ __all__ = [
     "write_atomically",
 ]
 
-MAX_JSON = 64 * 2**20  # far above any real adapter, far below what hurts
+MAX_JSON = 64 * 2**20  # bytes; far more than any real adapter needs, far less than fills the memory
 
 
 class AdapterError(UserError, ValueError):
-    """An adapter's files cannot be read, or do not fit the model. Nothing in the model was changed."""
+    """An adapter's files cannot be read, or do not fit the model, which was not changed.
+
+    >>> issubclass(AdapterError, ValueError)
+    True
+    """
 
 
 def write_atomically(file: Path, data: bytes) -> None:
-    """The file holds the old bytes or the new ones at any moment, also if the machine stops."""
+    """Write a file so that at any moment, even after a power failure, it holds all old bytes or all new ones.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_atomically(Path(folder) / "a.txt", b"abc")
+    ...     (Path(folder) / "a.txt").read_text()
+    'abc'
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as out:
@@ -49,7 +60,7 @@ def write_atomically(file: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if hasattr(os, "O_DIRECTORY"):  # makes the rename itself last, on systems that can
+    if hasattr(os, "O_DIRECTORY"):  # flushes the rename to the disk, on systems that support it
         directory = os.open(file.parent, os.O_DIRECTORY)
         try:
             os.fsync(directory)
@@ -57,14 +68,20 @@ def write_atomically(file: Path, data: bytes) -> None:
             os.close(directory)
 
 
-PARTIAL = ".partial-"  # how a folder that is being written begins
+PARTIAL = ".partial-"  # the prefix of a folder that is being written
 
 
 @contextmanager
 def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
-    """Within the context a new folder to fill. When the context ends well, it takes its place as ``target`` by a rename.
+    """A context with a new folder to fill, which is renamed to ``target`` if the context ends without an error.
 
-    So what lies at ``target`` is always whole. If another process was faster, its folder stays, unless ``replace``.
+    So ``target`` is never half-written. If another process was faster, its folder stays, unless ``replace`` is True.
+
+    >>> with tempfile.TemporaryDirectory() as place:
+    ...     with whole_folder(Path(place) / "run") as new:
+    ...         _ = (new / "a.txt").write_text("abc")
+    ...     (Path(place) / "run" / "a.txt").read_text()
+    'abc'
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as scratch:
@@ -83,7 +100,16 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; an AdapterError for anything else."""
+    """Read a JSON object.
+
+    Raises:
+        AdapterError: the file holds anything else.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = (Path(folder) / "a.json").write_text('{"r": 8}')
+    ...     read_json(Path(folder) / "a.json")
+    {'r': 8}
+    """
     size = file.stat().st_size
     if size > MAX_JSON:
         raise AdapterError(f"{file} has {size:,} bytes, more than an adapter's description can have ({MAX_JSON:,})")
@@ -101,7 +127,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def get(data: dict[str, Any], key: str, kind: type | tuple[type, ...], where: object, default: Any = ...) -> Any:
-    """``data[key]``, of the right type; an AdapterError that says where it is missing or wrong."""
+    """``data[key]`` or, if it is missing, ``default``.
+
+    Raises:
+        AdapterError: the key is missing without a default, or its value has the wrong type; ``where`` begins the message.
+
+    >>> get({"r": 8}, "r", int, "adapter.json"), get({}, "r", int, "adapter.json", default=None)
+    (8, None)
+    """
     value = data.get(key, default)
     if value is ...:
         raise AdapterError(f"{where}: {key!r} is missing")
@@ -112,7 +145,15 @@ def get(data: dict[str, Any], key: str, kind: type | tuple[type, ...], where: ob
 
 
 class TensorFile:
-    """A safetensors file: what it holds is known before any of it is read."""
+    """A safetensors file; ``shapes`` holds the shape of every tensor before any tensor is read.
+
+    >>> from safetensors.torch import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"A": torch.ones(2, 3)}, f"{folder}/a.safetensors")
+    ...     file = TensorFile(Path(folder) / "a.safetensors")
+    ...     file.shapes, file.read("A").sum().item()
+    ({'A': (2, 3)}, 6.0)
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -124,6 +165,7 @@ class TensorFile:
             raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
 
     def read(self, key: str) -> Tensor:
+        """One tensor; an AdapterError if it cannot be read or is not finite."""
         try:
             tensor = self._file.get_tensor(key)
         except (SafetensorError, OSError, ValueError) as error:
@@ -135,19 +177,23 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """One layer of an adapter on disk; ``tensors`` maps each tensor's name to its key in the file and its shape."""
+    """One layer of an adapter on disk; ``tensors`` maps each tensor's name to its key in the file and its shape.
+
+    >>> SavedLayer(Full()).strength
+    1.0
+    """
 
     method: Method | Full
     dropout: float = 0.0
     strength: float = 1.0
-    shape: tuple[int, ...] | None = None  # of W, where it is known
-    base: dict[str, Any] | None = None  # what is known of the W it was trained on
+    shape: tuple[int, ...] | None = None  # of W, if known
+    base: dict[str, Any] | None = None  # what is known of the W that it was trained on
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """An adapter on disk, read but for its tensors."""
+    """An adapter on disk: everything but its tensors, which ``file`` reads."""
 
     source: Path
     file: TensorFile

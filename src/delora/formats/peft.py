@@ -1,6 +1,6 @@
-"""Hugging Face PEFT's files: written from any low-rank adapter, read if they are of type LORA or DELORA.
+"""Hugging Face PEFT's format: any low-rank adapter can be written; adapters of type LORA and DELORA can be read.
 
-A LoRA in this format is what PeftModel, vLLM, diffusers and most servers read.
+PeftModel, vLLM, diffusers and most servers read a LoRA in this format.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from delora.models import active_adapter, adapted_layers, adapters, unwrapped, w
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+__all__ = ["CONFIG", "as_lora", "read", "write"]
+
 
 # ---------------------------------------------------------------- writing
 
@@ -33,14 +35,24 @@ PREFIX = "base_model.model."
 def write(
     model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, kind: Literal["lora", "delora"] = "lora"
 ) -> Path:
-    """Write an adapter (the active one, at its present strength) in PEFT's format.
+    """Write an adapter, at its current strength, to a folder in PEFT's format.
 
-    ``kind="lora"`` writes the exact factors of any low-rank change as a LoRA, each layer at its own rank, and the modules
-    trained whole as ``modules_to_save``. ``kind="delora"`` writes a ``DeLoRA(start="zero", norm="columns")`` on linear
-    layers as PEFT's DELORA, which can be trained on there.
+    Args:
+        model: a model with an adapter.
+        folder: where to write; it is created if it does not exist.
+        name: the adapter's name; the active one if None.
+        kind: "lora" writes the exact factors of any low-rank change as a LoRA, each layer with its own rank, and modules
+            trained whole as ``modules_to_save``. "delora" writes a ``DeLoRA(start="zero", norm="columns")`` on linear
+            layers as PEFT's DELORA, whose training can be continued with PEFT.
 
     Raises:
-        ValueError: the adapter is not low-rank, or not one that PEFT's DELORA can express; nothing is written then.
+        ValueError: the change is not low-rank, or PEFT's DELORA cannot express it; nothing is written then.
+
+    >>> import delora, tempfile
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(file.name for file in delora.export.peft(model, folder).iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors']
     """
     if kind not in ("lora", "delora"):
         raise ValueError(f"kind = {kind!r}: must be 'lora' or 'delora'")
@@ -74,12 +86,19 @@ def write(
 
 
 def as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's configuration of type LORA and the tensors by name, for low-rank adapters by layer.
+
+    >>> from delora.layer import attach
+    >>> config, tensors = as_lora({"query": attach(LoRA(r=2), nn.Linear(4, 3))})
+    >>> config["r"], list(tensors)
+    (2, ['query.lora_A.weight', 'query.lora_B.weight'])
+    """
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer, adapter in layers.items():
         factors = adapter.low_rank()
         if factors is None:
-            way_out = "; delora.merge puts it into the weights" if adapter.mergeable() else ""
+            way_out = "; delora.merge writes it into the weights" if adapter.mergeable() else ""
             raise ValueError(f"{layer}: {adapter.method} is not a low-rank change{way_out}")
         ranks[layer] = len(factors.down)
         host, up, down = adapter.host, factors.up, factors.down
@@ -91,13 +110,13 @@ def as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tenso
             up = up.reshape(*up.shape, *(1,) * host.dims)
         tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     common = Counter(ranks.values()).most_common(1)[0][0]
-    own = {layer: r for layer, r in ranks.items() if r != common}
+    others = {layer: r for layer, r in ranks.items() if r != common}
     config = {
         "peft_type": "LORA",
         "r": common,
         "lora_alpha": common,  # the scale is in the factors: alpha / r = 1
-        "rank_pattern": own,
-        "alpha_pattern": own,
+        "rank_pattern": others,
+        "alpha_pattern": others,
         "lora_dropout": next(iter(layers.values())).dropout,
         "fan_in_fan_out": any(isinstance(a.host, Conv1D) for a in layers.values()),
     }
@@ -137,7 +156,7 @@ def _as_delora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Te
 
 
 def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
-    """The last parts of the names if they select these layers and no others, which is what servers know; else all names."""
+    """The last parts of the layers' names, which servers expect, if they select no other layer; else the whole names."""
     short = {layer.rpartition(".")[2] for layer in layers}
     ours = {id(module) for module in adapted_layers(model).values()}
     same = [n for n, m in walk(model) if n.rpartition(".")[2] in short and (id(m) not in ours or n not in layers)]
@@ -145,7 +164,7 @@ def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type by the ending of a transformers class name; it tells PEFT nothing that the files need."""
+    """PEFT's task type, from the ending of a transformers class name. Reading the files does not depend on it."""
     names = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
     return next((task for end, task in names.items() if type(model).__name__.endswith(end)), None)
 
@@ -154,7 +173,14 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def read(folder: Path) -> Saved:
-    """A PEFT folder of type LORA (plain, rank-stabilised, with patterns) or DELORA. Nothing is unpickled."""
+    """Read a PEFT folder of type LORA (plain, rank-stabilised, with patterns) or DELORA. Nothing is unpickled.
+
+    >>> import delora, tempfile
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     read(delora.export.peft(model, folder)).layers["0"].method.r
+    2
+    """
     where = folder / CONFIG
     config = read_json(where)
     kind = get(config, "peft_type", str, where)
@@ -183,7 +209,7 @@ _NAMES = {
 
 
 def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) -> dict[str, SavedLayer]:
-    found: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+    by_layer: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     rest: dict[str, tuple[int, ...]] = {}
     for key, shape in file.shapes.items():
         name = key.removeprefix(PREFIX)
@@ -194,14 +220,14 @@ def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) ->
             rest[key] = shape
         else:
             flat = (shape[0], int(torch.Size(shape[1:]).numel())) if len(shape) > 1 else shape  # convolutions: one matrix
-            found.setdefault(name[: -len(ending) - 1], {})[_NAMES[kind][ending]] = (key, flat)
+            by_layer.setdefault(name[: -len(ending) - 1], {})[_NAMES[kind][ending]] = (key, flat)
     layers = {}
-    for layer, tensors in found.items():
+    for layer, tensors in by_layer.items():
         norms = tensors.pop("c", None)
         base = None if norms is None else {"columns": norms[0]}
         layers[layer] = SavedLayer(_method(config, kind, layer, where), _dropout(config, where), base=base, tensors=tensors)
     for pattern in get(config, "modules_to_save", list, where, None) or []:
-        # Each name stands for every module that ends with it; which ones those are, the tensors tell.
+        # Each name stands for all modules whose name ends with it; the keys of the tensors tell which these are.
         for key in list(rest):
             match = re.match(rf"((?:.*\.)?{re.escape(str(pattern))})\.(.+)$", key.removeprefix(PREFIX))
             if match:
@@ -210,7 +236,7 @@ def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) ->
         raise AdapterError(
             f"{file.path}: {sorted(rest)[0]!r} belongs to no adapter of type {kind} and to no module in modules_to_save"
         )
-    if not found:
+    if not by_layer:
         raise AdapterError(f"{file.path} holds no tensor of type {kind}")
     return layers
 
@@ -224,10 +250,10 @@ def _dropout(config: dict[str, Any], where: Path) -> float:
 
 def _method(config: dict[str, Any], kind: str, layer: str, where: Path) -> LoRA | DeLoRA:
     def value(field: str, pattern_field: str) -> Any:
-        for pattern, own in (get(config, pattern_field, dict, where, None) or {}).items():
+        for pattern, special in (get(config, pattern_field, dict, where, None) or {}).items():
             try:
                 if re.match(rf"(.*\.)?({pattern})$", layer):
-                    return own
+                    return special
             except re.error as error:
                 raise AdapterError(f"{where}: {pattern_field} has {pattern!r}, no regular expression: {error}") from error
         return get(config, field, (int, float), where)
