@@ -9,6 +9,10 @@ import inspect
 import re
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from delora.layer import Copy, attach
 from delora.methods import METHODS, RUNGS
 
 FILE = Path(__file__).with_name("methods.md")
@@ -128,13 +132,30 @@ This file is made from the docstrings by `python -m docs.generate`.
 
 def section(name: str) -> str:
     method = METHODS[name]
-    first, _, body = inspect.getdoc(method).partition("\n")  # type: ignore[union-attr]
+    text, _, _ = inspect.getdoc(method).partition("\nExample:\n")  # type: ignore[union-attr]
+    first, _, body = text.partition("\n")
     equation, *source = re.split(r"\s{4,}", first)
     lines = [f"## {method.__name__}", "", f"    {equation}", ""]
     lines += [f"{source[0]}.", ""] if source else []
     lines += _markdown(body)
-    lines += [f"- {label}: {fact}" for label, fact in zip(LABELS, FACTS[name], strict=True)]
+    lines += [f"- {label}: {fact}" for label, fact in zip(LABELS, FACTS.get(name, ()), strict=False)]
+    lines += [f"- {fact}" for fact in derived(method)]
     return "\n".join(lines) + "\n"
+
+
+def derived(method: type) -> list[str]:
+    """What follows from the class itself, at its default settings on a layer of 768 x 768."""
+    torch.manual_seed(0)
+    adapter = attach(method(), nn.Linear(768, 768))
+    count = sum(p.numel() for p in adapter.parameters())
+    lines = [f"Trains {count:,} numbers in a layer of 768 x 768 at its default settings."]
+    if isinstance(adapter, Copy):
+        return lines
+    factors = adapter.low_rank()
+    if factors is not None:
+        return [*lines, f"Its change is low-rank: it merges, and exports as a LoRA of rank {len(factors.down)} there."]
+    way = "it merges, and is exported no other way" if adapter.mergeable() else "it can be neither merged nor exported"
+    return [*lines, f"Its change is not low-rank: {way}."]
 
 
 def _markdown(body: str) -> list[str]:
@@ -188,10 +209,10 @@ On the real shapes, heads not counted; every figure is a test. The model is buil
 """
 
 
-# What `delora train recipes/methods.toml` gave: to be replaced by hand when it is run again.
+# What `delora train methods` gave: to be replaced by hand when it is run again.
 MEASURED = """## On real sentences
 
-`delora train recipes/methods.toml`: a pretrained encoder (MiniLM, 6 layers), 2,000 sentences rated by people, two epochs, one CPU
+`delora train methods`: a pretrained encoder (MiniLM, 6 layers), 2,000 sentences rated by people, two epochs, one CPU
 core. Of three rates, a factor of three apart, the best by validation; the accuracy on 1,500 test sentences and its standard error.
 One seed: what is closer than two standard errors is not told apart.
 

@@ -1,3 +1,5 @@
+"""BitFit: trains biases alone."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,13 +8,21 @@ from torch import Tensor, nn
 
 from delora.updates import Affine
 
+__all__ = ["BitFit"]
+
 
 @dataclass(frozen=True)
 class BitFit:
     """b' = b + d                                      Ben Zaken et al. 2022, arXiv:2106.10199
 
-    ``d [out]`` starts at zero: training it is training the bias. A layer without a bias gets one; merged, it has one. The
+    ``d [out]`` starts at zero; to train it is to train the bias. A layer without a bias gets one, also when merged. The
     targets are the linear layers and the norms.
+
+    Example:
+        >>> import delora
+        >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), BitFit(), ["0", "1"])
+        >>> [layer.adapter.d.shape for layer in model]
+        [torch.Size([3]), torch.Size([3])]
     """
 
     edits_output = True

@@ -1,3 +1,5 @@
+"""Bottleneck adapters: a small network with a residual connection after a layer."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from delora.methods.base import require_count, require_flags, require_positive
 from delora.updates import Edited
 
+__all__ = ["Bottleneck"]
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": F.tanh}
 
 
@@ -17,16 +21,22 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class Bottleneck:
     """h' = h + U s(D h + b) + c                                    Houlsby et al. 2019, arXiv:1902.00751, Sec. 2.1
 
-    The adapter: ``D [size, d]``, ``U [d, size]`` with biases, s the activation. Houlsby et al. put one after the attention's
-    output layer and one after the feed-forward block's, before residual and norm; Pfeiffer et al. 2021 (arXiv:2005.00247)
-    the second only. It is not linear: it cannot be merged.
+    ``D [size, d]`` and ``U [d, size]`` are matrices, b and c biases, s the activation. Houlsby et al. put one adapter after
+    the output layer of the attention and one after that of the feed-forward block, before residual and norm; Pfeiffer et
+    al. 2021 (arXiv:2005.00247) only the second. It is not linear and cannot be merged.
 
     Args:
         size: width of the bottleneck, at least 1.
         activation: s.
-        start: "near-zero", D and U normal with standard deviation ``std``, cut off at two (Houlsby); or "zero", U = 0, the
-            base model exactly.
-        std: for the start.
+        start: "near-zero", D and U normal with standard deviation ``std``, truncated at two of them (Houlsby); or "zero",
+            U = 0, the base model exactly.
+        std: the standard deviation at the start.
+
+    Example:
+        >>> import delora
+        >>> model = delora.inject(nn.Sequential(nn.Linear(4, 6)), Bottleneck(size=2), ["0"])
+        >>> {name: list(t.shape) for name, t in model[0].adapter.tensors().items()}
+        {'D': [2, 6], 'U': [6, 2], 'b': [2], 'c': [6]}
     """
 
     size: int = 16

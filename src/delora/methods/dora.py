@@ -1,3 +1,5 @@
+"""DoRA: LoRA with rows rescaled to a learned norm."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -10,17 +12,28 @@ from delora.methods.base import TINY, require_flags
 from delora.methods.lora import LoRA
 from delora.updates import LowRank, Rescaled
 
+__all__ = ["DoRA"]
+
 
 @dataclass(frozen=True)
 class DoRA:
     """W' = diag(m / n) (W + s B A),  n_i = |row i of W + s B A|      Liu et al. 2024, arXiv:2402.09353, Eq. 5
 
     ``m [out]`` starts at the norms of W's rows, ``s B A`` is LoRA's. n is held constant in the gradient (Sec. 4.3), and it
-    is computed from the factors: W + s B A is never built. Of each output feature, what authors and library call a column.
+    is computed from the factors: W + s B A is never built. A row belongs to an output feature; the authors and PEFT call it
+    a column.
 
     Args:
         r, alpha, rslora: as in `LoRA`.
         fixed_magnitude: m stays at the norms of the frozen W (DeLoRA's Appendix C): only directions are learned.
+
+    Example:
+        >>> import delora
+        >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), DoRA(r=2, fixed_magnitude=True), ["0"])
+        >>> _ = nn.init.normal_(model[0].adapter.B)
+        >>> W, new = model[0].base.weight, delora.merge(model)[0].weight
+        >>> torch.allclose(new.norm(dim=1), W.norm(dim=1), atol=1e-6), torch.equal(new, W)
+        (True, False)
     """
 
     r: int = 8
@@ -54,7 +67,7 @@ class DoRA:
         return Rescaled(m / norms, change)
 
     def _row_norms(self, W: Tensor, squares: Tensor, change: LowRank) -> Tensor:
-        """|W + B A| of each row [out]: rowsum(W^2) + 2 rowsum((W A') * B) + rowsum((B (A A')) * B), the first term kept."""
+        """The norm of each row of W + B A, [out]: sqrt of the row sums of W^2 (``squares``) + 2 (W A^T) * B + (B A A^T) * B."""
         A, B = change.down, change.up
         cross = (W @ A.T.to(W.dtype)).to(B.dtype)  # [out, r]
         return (squares + ((2 * cross + B @ (A @ A.T)) * B).sum(dim=1)).clamp_min(TINY**2).sqrt()

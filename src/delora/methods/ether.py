@@ -1,4 +1,4 @@
-"""ETHER and ETHER+: multiplication by reflections, whose size no learning rate can change."""
+"""ETHER and ETHER+: multiplication by reflections, whose norms do not depend on the learning rate."""
 
 from __future__ import annotations
 
@@ -11,17 +11,25 @@ from torch import Tensor, nn
 from delora.methods.base import block_size, kaiming, require_count, require_flags, unit
 from delora.updates import NearIdentity, TwoSided
 
+__all__ = ["ETHER", "EtherPlus", "on_side", "swapped", "vectors"]
+
 
 @dataclass(frozen=True)
 class ETHER:
     """W' = W H,  H = blockdiag(I - 2 u_i u_i^T / |u_i|^2)          Bini et al. 2024, arXiv:2405.20271
 
-    ``u [blocks, in / blocks]`` starts at Kaiming's uniform. H is a reflection from the first step on, never the identity:
-    training does not start at the base model.
+    ``u [blocks, in / blocks]`` is drawn from Kaiming's uniform distribution. H is always a reflection and never the
+    identity: training does not start at the base model.
 
     Args:
         blocks: number n of blocks, which must divide the side's size; the number of parameters does not depend on it.
         side: "input", W H (the authors' plain layers); "output", H W (their fused attention layers).
+
+    Example:
+        >>> W = torch.eye(2)
+        >>> ETHER().update(None, {"u": torch.tensor([[5.0, 0.0]])}).merge(W)
+        tensor([[-1.,  0.],
+                [ 0.,  1.]])
     """
 
     blocks: int = 1
@@ -53,13 +61,22 @@ class ETHER:
 class EtherPlus:
     """W' = H2 W H1,  H = blockdiag(I - u_i u_i^T / |u_i|^2 + v_i v_i^T / |v_i|^2)    Bini et al. 2024, arXiv:2405.20271
 
-    ``u, v [blocks, in / blocks]`` and, for H2, ``u_out, v_out [blocks, out / blocks]``; v = -u at the start, so H = I.
+    H1 has the vectors ``u, v [blocks, in / blocks]``, H2 ``u_out, v_out [blocks, out / blocks]``; v = -u at the start, so
+    H = I.
 
     Args:
         blocks: number n of blocks, which must divide the sizes; the number of parameters does not depend on it. The blocks
             are those of a block-diagonal matrix; the authors' code multiplies other parts of W when n > 1.
         two_sided: H2 and H1 (Tables 3 and 5 of the DeLoRA paper); False: only the one of ``side`` (its Tables 1 and 2).
         side: for one-sided, "input" (W H) or "output" (H W).
+
+    Example:
+        >>> method, W = EtherPlus(blocks=2), torch.ones(4, 6)
+        >>> p = method.init(W)
+        >>> {name: list(t.shape) for name, t in p.items()}
+        {'u': [2, 3], 'v': [2, 3], 'u_out': [2, 2], 'v_out': [2, 2]}
+        >>> torch.allclose(method.update(None, p).merge(W), W)
+        True
     """
 
     blocks: int = 1
@@ -95,15 +112,29 @@ class EtherPlus:
 
 
 def vectors(W: Tensor, blocks: int, side: str) -> Tensor:
-    """One vector for each block of a side of W [out, in]."""
+    """A random vector for each block of a side of W [out, in].
+
+    >>> vectors(torch.ones(4, 6), blocks=2, side="input").shape
+    torch.Size([2, 3])
+    """
     return kaiming(blocks, block_size(W.shape[0 if side == "output" else 1], blocks, side), W)
 
 
 def swapped(u: Tensor, v: Tensor) -> NearIdentity:
-    """I - u u^T / |u|^2 + v v^T / |v|^2 in every block, for ``u, v [blocks, size]``."""
+    """I - u u^T / |u|^2 + v v^T / |v|^2 in every block, for ``u, v [blocks, size]``.
+
+    >>> swapped(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).apply(torch.ones(2))
+    tensor([0., 2.])
+    """
     u, v = unit(u), unit(v)
     return NearIdentity(torch.stack([-u, v], dim=2), torch.stack([u, v], dim=1))
 
 
 def on_side(side: str, S: NearIdentity) -> TwoSided:
+    """W' = S W for side "output", else W S.
+
+    >>> S = swapped(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]))
+    >>> on_side("output", S).left is S
+    True
+    """
     return TwoSided(left=S) if side == "output" else TwoSided(right=S)

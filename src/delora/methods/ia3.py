@@ -1,3 +1,5 @@
+"""(IA)^3: scales the output or the input of a layer."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,6 +9,8 @@ from torch import Tensor, nn
 
 from delora.methods.base import require_flags
 from delora.updates import Affine, Diagonal, TwoSided, Update
+
+__all__ = ["IA3"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,13 @@ class IA3:
 
     Args:
         side: what is scaled: the layer's "output" or its "input".
+
+    Example:
+        >>> import delora
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 4))
+        >>> model = delora.inject(model, IA3(), ["0", "1"], overrides={"1": {"side": "input"}})
+        >>> [layer.adapter.l.shape for layer in model]
+        [torch.Size([3]), torch.Size([3])]
     """
 
     side: Literal["output", "input"] = "output"

@@ -1,3 +1,5 @@
+"""LoRA: a product of two small matrices, added to W."""
+
 from __future__ import annotations
 
 import math
@@ -8,17 +10,26 @@ from torch import Tensor, nn
 from delora.methods.base import kaiming, require_flags, require_positive, require_rank
 from delora.updates import LowRank
 
+__all__ = ["LoRA"]
+
 
 @dataclass(frozen=True)
 class LoRA:
     """W' = W + (alpha / r) B A                                  Hu et al. 2022, arXiv:2106.09685, Eq. 3
 
-    ``A [r, in]`` starts at Kaiming's uniform, ``B [out, r]`` at zero, so training starts at the base model exactly.
+    ``A [r, in]`` is drawn from Kaiming's uniform distribution, ``B [out, r]`` starts at zero: training starts at the base
+    model exactly.
 
     Args:
         r: rank, at least 1.
         alpha: scale, above 0.
-        rslora: divide alpha by sqrt(r) in place of r (rank-stabilised; Kalajdzievski 2023, arXiv:2312.03732, Eq. 4).
+        rslora: divide alpha by sqrt(r) instead of r (rank-stabilised; Kalajdzievski 2023, arXiv:2312.03732, Eq. 4).
+
+    Example:
+        >>> import delora
+        >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), LoRA(r=2), ["0"])
+        >>> {name: list(t.shape) for name, t in model[0].adapter.tensors().items()}
+        {'A': [2, 4], 'B': [3, 2]}
     """
 
     r: int = 8
@@ -32,6 +43,7 @@ class LoRA:
 
     @property
     def scale(self) -> float:
+        """alpha / r, or alpha / sqrt(r) with ``rslora``."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def init(self, W: Tensor) -> dict[str, Tensor]:

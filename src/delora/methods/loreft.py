@@ -1,3 +1,5 @@
+"""LoReFT: edits hidden features within a low-dimensional subspace."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -9,20 +11,29 @@ from torch import Tensor, nn
 from delora.methods.base import kaiming, require_count, require_rank
 from delora.updates import Edited
 
+__all__ = ["LoReFT"]
+
 
 @dataclass(frozen=True)
 class LoReFT:
     """h' = h + R^T (W h + b - R h),  R R^T = I                     Wu et al. 2024, arXiv:2404.03592, Eq. 2
 
-    It edits the output h of a whole block at some positions: within the r directions that the rows of ``R [r, d]`` span, h
-    is replaced by ``W h + b``. W starts random, so training does not start at the base model. R is kept as any matrix and
-    made orthonormal (QR) when it is used. No weight of the block could do the same: it cannot be merged.
+    It edits the output h of a whole block at some positions: in the subspace that the rows of ``R [r, d]`` span, the
+    coordinates of h are replaced by ``W h + b``. W starts random, so training does not start at the base model. R is stored
+    as any matrix and made orthonormal (QR) when it is used. No weight of the block can express this: it cannot be merged.
 
     Args:
         r: rank, at least 1.
-        first, last: how many of the first and last positions of an output [batch, positions, d] are edited; every one, of
-            an output of any shape, if both are 0. Padding counts as positions, and where text is generated token by token
-            with a cache every call begins anew: ``first`` suits encoders.
+        first, last: how many of the first and last positions of an output [batch, positions, d] are edited; if both are 0,
+            all positions, of an output of any shape. Padding counts as positions. In generation with a cache, every call
+            counts its positions from 0, so ``first`` suits encoders.
+
+    Example:
+        >>> import delora
+        >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), LoReFT(r=2, last=1), ["0"])
+        >>> x = torch.ones(1, 3, 4)
+        >>> (model(x) != model[0].base(x)).any(dim=2)
+        tensor([[False, False,  True]])
     """
 
     r: int = 1
@@ -49,7 +60,7 @@ class LoReFT:
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> Edited:
         q, triangle = torch.linalg.qr(p["R"].T)  # [d, r]
-        R = (q * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).T  # of the two signs the one that leaves an orthonormal R
+        R = (q * torch.where(triangle.diagonal() < 0, -1.0, 1.0)).T  # the sign that leaves an R with orthonormal rows unchanged
 
         def edit(h: Tensor, dropout: float) -> Tensor:
             Q, V, b = R.to(h.dtype), p["W"].to(h.dtype), p["b"].to(h.dtype)
@@ -60,7 +71,7 @@ class LoReFT:
         return Edited(edit)
 
     def _chosen(self, h: Tensor) -> Tensor:
-        """The positions [positions, 1] that are edited."""
+        """Which positions are edited: a mask [positions, 1]."""
         if h.ndim != 3:
             raise ValueError(f"{self} edits positions of an output [batch, positions, channels], got shape {list(h.shape)}")
         position = torch.arange(h.shape[1], device=h.device)

@@ -1,3 +1,5 @@
+"""OFT: multiplication by an orthogonal matrix."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,17 +10,25 @@ from torch import Tensor, nn
 from delora.methods.base import TINY, block_size, require_count, require_positive
 from delora.updates import BlockDiagonal, TwoSided
 
+__all__ = ["OFT"]
+
 
 @dataclass(frozen=True)
 class OFT:
     """W' = W R^T,  R = blockdiag((I - Q_i) (I + Q_i)^-1),  Q_i^T = -Q_i      Qiu et al. 2023, arXiv:2306.07280
 
-    Orthogonal finetuning by Cayley's transform. Of each skew-symmetric Q_i [s, s], s = in / blocks, the entries above the
-    diagonal are kept, ``Q [blocks, s (s - 1) / 2]``; they start at zero, where R = I.
+    Orthogonal finetuning by Cayley's transform. The parameters ``Q [blocks, s (s - 1) / 2]`` are the entries above the
+    diagonal of the skew-symmetric Q_i [s, s], s = in / blocks; they start at zero, where R = I.
 
     Args:
-        blocks: number n of blocks, which must divide the layer's input.
-        radius: COFT's: each Q_i counts as no longer (Frobenius norm) than this, above 0. None: no bound.
+        blocks: number n of blocks, which must divide the size of the layer's input.
+        radius: for COFT, above 0: each Q_i whose Frobenius norm is larger is scaled down to it. None: no bound.
+
+    Example:
+        >>> W = torch.randn(3, 4)
+        >>> new = OFT(blocks=1).update(None, {"Q": torch.ones(1, 6)}).merge(W)
+        >>> torch.allclose(new @ new.T, W @ W.T, atol=1e-5)  # lengths and angles of the rows
+        True
     """
 
     blocks: int = 4
@@ -42,11 +52,11 @@ class OFT:
         n, count = free.shape
         s = round((1 + (1 + 8 * count) ** 0.5) / 2)
         if self.radius is not None:
-            length = 2**0.5 * torch.linalg.vector_norm(free, dim=1, keepdim=True)  # every entry is there twice
+            length = 2**0.5 * torch.linalg.vector_norm(free, dim=1, keepdim=True)  # each entry occurs twice in Q_i
             free = free * (self.radius / length.clamp_min(TINY)).clamp_max(1)
         row, column = torch.triu_indices(s, s, 1, device=free.device)
         upper = free.new_zeros(n, s, s).index_put((torch.arange(n, device=free.device)[:, None], row, column), free)
         Q = upper - upper.mT
         eye = torch.eye(s, dtype=free.dtype, device=free.device)
-        R = torch.linalg.solve(eye + Q, eye - Q)  # the two factors commute
+        R = torch.linalg.solve(eye + Q, eye - Q)  # I - Q and (I + Q)^-1 commute
         return TwoSided(right=BlockDiagonal(R.mT))

@@ -1,3 +1,5 @@
+"""RED: scales and shifts the output of a module."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,13 +8,21 @@ from torch import Tensor, nn
 
 from delora.updates import Affine
 
+__all__ = ["RED"]
+
 
 @dataclass(frozen=True)
 class RED:
     """y' = l * y + d                                               Wu et al. 2024, arXiv:2402.15179
 
-    Representation editing: ``l [out]`` starts at one, ``d [out]`` at zero. The target is the feed-forward block's last
-    linear layer (before residual and norm), the norm, or the module that holds both; the first two can be merged.
+    Representation editing: ``l [out]`` starts at one, ``d [out]`` at zero. The target is the last linear layer of the
+    feed-forward block (before residual and norm), the norm, or the module that holds both; the first two can be merged.
+
+    Example:
+        >>> import delora
+        >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), RED(), ["0"])
+        >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
+        6
     """
 
     edits_output = True

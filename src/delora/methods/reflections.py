@@ -1,3 +1,5 @@
+"""Reflections: the steps between ETHER+ and DeLoRA."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -7,6 +9,8 @@ from torch import Tensor, nn
 
 from delora.methods.base import kaiming, require_flags, require_positive, require_rank, unit
 from delora.updates import NearIdentity, TwoSided
+
+__all__ = ["Reflections"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,14 @@ class Reflections:
         relaxed: each of the two symmetric products becomes a product of two matrices,
             W' = W - (lam / r) W (B X A - D Y C)^T with ``A, C [r / 2, in]``, ``B, D [in, r / 2]``, all trained.
         learn_lam: train lam.
+
+    Example:
+        >>> method, W = Reflections(r=4), torch.ones(3, 6)
+        >>> p = method.init(W)
+        >>> {name: list(t.shape) for name, t in p.items()}
+        {'U': [2, 6], 'V': [2, 6], 'lam': [1]}
+        >>> torch.allclose(method.update(None, p).merge(W), W)
+        True
     """
 
     r: int = 16
