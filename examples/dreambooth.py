@@ -58,7 +58,9 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         main(*sys.argv[1:])
     else:
+        root = Path(__file__).parents[1]
+        sys.path.insert(0, str(root))  # the stand-ins are no part of the package
         from paper.standins import fashion
 
-        small = Path(__file__).parents[1] / "models" / "fashion"
+        small = root / "paper" / "standins" / "weights" / "fashion"
         main(small, fashion.subjects() / "striped_boot", "a photo of qwe boot", steps=200)

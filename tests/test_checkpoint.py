@@ -218,7 +218,7 @@ def test_no_such_folder_and_no_adapter(base, tmp_path):
     refuses(
         base,
         tmp_path,
-        r"holds no adapter: expected adapter.json \(ours\) or adapter_config.json \(PEFT\), found \['pytorch_model.bin'\]",
+        r"holds no adapter: expected adapter.json \(delora\) or adapter_config.json \(PEFT\), found \['pytorch_model.bin'\]",
     )
 
 

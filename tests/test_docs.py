@@ -1,4 +1,4 @@
-"""What a reader can copy runs, and the tree of files names every file."""
+"""What a reader can copy runs; links lead somewhere; the README is short."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def test_every_test_that_the_page_of_fidelity_names_exists():
     assert not [name for name in named if f"def {name}(" not in code]
 
 
-def test_the_readme_names_every_file():
-    text = (ROOT / "README.md").read_text("utf-8")
-    missing = [str(p.relative_to(ROOT / "src/delora")) for p in (ROOT / "src/delora").rglob("*.py")]
-    missing = [name for name in missing if f"  {name} " not in text]
-    assert not missing
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
 
 
-@pytest.mark.parametrize("file", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+PAGES = [file for file in ROOT.rglob("*.md") if not {"runs", ".venv", ".pytest_cache"} & set(file.relative_to(ROOT).parts)]
+
+
+@pytest.mark.parametrize("file", sorted(PAGES), ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_somewhere(file):
     for target in re.findall(r"\]\(([^)#:]+)\)", file.read_text("utf-8")):
         assert (file.parent / target).exists(), target

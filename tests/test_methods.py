@@ -311,7 +311,13 @@ def test_an_output_that_is_not_what_the_last_parameter_says(method):
 # ---------------------------------------------------------------- export
 
 
-LOW_RANK = [name for name, m in CASES.items() if isinstance(m, (LoRA, DeLoRA, ETHER, EtherPlus, Reflections, VeRA))]
+LOW_RANK = [name for name, m in CASES.items() if attach(m, nn.Linear(8, 8)).low_rank() is not None]
+
+
+def test_the_change_is_low_rank_of_the_additive_methods_and_the_reflections_alone():
+    kinds = {type(CASES[name]) for name in LOW_RANK} & set(METHODS.values())
+    assert kinds >= {LoRA, DeLoRA, ETHER, EtherPlus, Reflections}
+    assert not kinds & {DoRA, OFT, BitFit, IA3, RED, LoReFT, Bottleneck}
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

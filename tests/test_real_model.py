@@ -33,6 +33,7 @@ TRIALS = [
     (LoReFT(r=4, first=3), ENCODER + r"encoder\.layer\.\d+\.output", 3e-3),
     (Bottleneck(size=16), ENCODER + BOTH_OUT, 1e-3),
 ]
+TRIALS += [(kind(), QV, 1e-2) for kind in METHODS.values() if kind not in {type(method) for method, *_ in TRIALS}]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``layer`` ``together``                                  `Adapted`: a frozen layer with named adapters
 ``models`` ``targets`` ``injection`` ``optimizing``     a model's layers by name: put adapters in, switch them, take them out
 ``merging`` ``diagnostics`` ``formats`` ``export``      into the weights, how far from them, to and from files
-``data`` ``training`` ``evaluation``                    an engine for experiments
+``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
 ``reports`` ``sweep`` ``cli``                           what came of it; many runs; the command line
 ======================================================  =======================================================================
