@@ -1,6 +1,6 @@
-"""What an adapter has done: how far the weights are from the base, how much of the bound is used, in how many directions.
+"""Measures an adapter's change: its distance from the base, its share of the bound, its number of directions.
 
-Everything is computed from the small factors; no [out, in] matrix is built for a low-rank change.
+A low-rank change is measured from its small factors, without building an [out, in] matrix.
 """
 
 from __future__ import annotations
@@ -18,20 +18,26 @@ from delora.methods.base import bound, reachable
 from delora.models import adapters
 from delora.updates import LowRank
 
+__all__ = ["LayerReport", "Recorder", "column_norms", "distances", "inspect", "report", "singular_values"]
+
 
 @torch.no_grad()
 def singular_values(update: LowRank) -> Tensor:
-    """The k singular values of up @ down, largest first, in float64: from the triangular factors of both."""
+    """The k singular values of up @ down, largest first, in float64, from the triangular factors of both.
+
+    >>> singular_values(LowRank(up=2 * torch.eye(3, 2), down=torch.eye(2, 5)))
+    tensor([2., 2.], dtype=torch.float64)
+    """
     up, down = update.up.cpu().double(), update.down.cpu().double()
-    core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T  # [k, k]; the difference of two halves cancels in here
+    core = torch.linalg.qr(up).R @ torch.linalg.qr(down.T).R.T  # [k, k]; the terms that cancel (a subtracted start) cancel here
     return torch.linalg.svdvals(core)
 
 
 @torch.no_grad()
 def _changed(adapter: Adapter | Copy) -> tuple[float, float, Tensor | None] | None:
-    """|W' - W|_F, |W|_F, and the singular values of W' - W where it is one low-rank matrix; None where no weight changes.
+    """|W' - W|_F, |W|_F, and the singular values of W' - W if it is low-rank (else None); None if no weight changes.
 
-    A change that is not low-rank is measured densely, with that of the bias if there is one.
+    A change that is not low-rank is measured from the whole matrices, and that of the bias counts with it.
     """
     if isinstance(adapter, Copy):
         base, new = adapter.host.layer.state_dict(), adapter.at_strength()
@@ -60,10 +66,15 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 
 def distances(model: nn.Module, name: str | None = None) -> dict[str, float]:
-    """|W' - W|_F / |W|_F of every layer of an adapter (the active one), at its present strength.
+    """|W' - W|_F / |W|_F of every layer of an adapter (the active one, if ``name`` is None) at its current strength.
 
-    From the factors where the change is low-rank, else from the matrices. Where a bias changes, it counts with W. A layer
-    whose output is edited, so that no weight changes, is left out.
+    It is computed from the factors if the change is low-rank, else from the matrices. A bias that changes counts as a part
+    of W. Layers where no weight changes, because the method edits the output, are left out.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.ETHER(blocks=4), ["0"])
+    >>> {layer: round(d, 4) for layer, d in delora.distances(model).items()}  # W' = -W
+    {'0': 2.0}
     """
     changed = {layer: _changed(adapter) for layer, adapter in adapters(model, name).items()}
     return {layer: _share(c[0], c[1]) for layer, c in changed.items() if c is not None}
@@ -71,13 +82,20 @@ def distances(model: nn.Module, name: str | None = None) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's change. Norms are Frobenius norms but for ``spectral``. None: there is no such number.
+    """One layer's change. All norms but ``spectral`` are Frobenius norms; None means that a number does not exist.
 
-    A change that is not low-rank was measured on the whole matrices: then ``spectral`` and ``effective_rank`` are None.
+    ``distance`` is |W' - W|, ``relative`` divides it by |W|, ``spectral`` is the largest singular value of W' - W. If the
+    change is not low-rank, ``spectral`` and ``effective_rank`` are None.
 
     ``effective_rank`` is exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
-    ``bound`` is what the method guarantees of ``distance``, ``bound_used`` their ratio; ``reachable`` is the distance of
-    directions that have nothing in common, which training comes to long before the bound.
+    ``bound`` is the bound of ``distance`` that the method guarantees, ``bound_used`` is distance / bound; ``reachable`` is
+    the distance for orthogonal terms, which training reaches long before the bound.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), delora.LoRA(r=2), ["0"])
+    >>> r = delora.diagnostics.inspect(model)["0"]
+    >>> r.shape, r.parameters, r.distance, r.bound
+    ((3, 4), 14, 0.0, None)
     """
 
     method: str
@@ -96,10 +114,17 @@ class LayerReport:
 
 @torch.no_grad()
 def report(adapter: Adapter | Copy) -> LayerReport:
+    """Measure the change of one layer's adapter.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.ETHER(), ["0"])
+    >>> round(report(model[0].adapter).effective_rank, 4)  # one reflection
+    1.0
+    """
     change, base, spectrum = _changed(adapter) or (None, 0.0, None)
     lam = getattr(adapter, "lam", None)
-    promised = bound(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
-    limit = None if promised is None else promised.item() * adapter.strength
+    unscaled = bound(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
+    limit = None if unscaled is None else unscaled.item() * adapter.strength
     expected = reachable(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
     effective = None
     if spectrum is not None:
@@ -122,13 +147,25 @@ def report(adapter: Adapter | Copy) -> LayerReport:
 
 
 def inspect(model: nn.Module, name: str | None = None) -> dict[str, LayerReport]:
-    """A `LayerReport` of every layer of an adapter (the active one)."""
+    """A `LayerReport` of every layer of an adapter (the active one, if ``name`` is None).
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2, lam=3.0), ["0"])
+    >>> inspect(model)["0"].lam
+    3.0
+    """
     return {layer: report(adapter) for layer, adapter in adapters(model, name).items()}
 
 
 @torch.no_grad()
 def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
-    """The norm of every input column of the named layers' frozen weights (Figure 4 of the paper)."""
+    """The norm of every input column of the named layers' frozen weights (Figure 4 of the paper).
+
+    >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    >>> _ = nn.init.eye_(model[0].weight)
+    >>> column_norms(model, ["0"])
+    {'0': tensor([1., 1.])}
+    """
     from delora.hosts import host
     from delora.models import walk
 
@@ -137,11 +174,19 @@ def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 class Recorder:
-    """Metrics of the active adapter's weight changes, step by step: ``recorder.record() -> {metric: value}``.
+    """Metrics of the active adapter's weight changes over a training run: ``recorder.record() -> {metric: value}``.
 
-    Means over the layers: ``distance``, ``spectral`` (relative to |W|_F), and where the method has them ``bound_used``,
-    ``reachable`` (relative), ``lam``; ``turn_A``, ``turn_B``: by how many degrees the rows of A, the columns of B turned since
-    the last record (those of length zero, before or after, are left out).
+    The values are means over the layers: ``distance``, ``spectral`` and ``reachable`` (all relative to |W|_F),
+    ``bound_used`` and ``lam``, as far as the method has them. ``turn_A`` and ``turn_B`` are the angles, in degrees, by
+    which the rows of A and the columns of B turned since the last record; vectors of length zero are left out.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
+    >>> recorder = Recorder(model)
+    >>> with torch.no_grad():
+    ...     _ = model[0].adapter.A.neg_()
+    >>> round(recorder.record()["turn_A"])
+    180
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,6 +201,7 @@ class Recorder:
         return {"turn_A": [A for A, _ in both], "turn_B": [B for _, B in both]}
 
     def record(self) -> dict[str, float]:
+        """The metrics now; metrics that do not exist are left out."""
         rows: list[dict[str, Any]] = []
         for adapter, base in zip(self.adapters, self.base, strict=True):
             r = report(adapter)
@@ -178,6 +224,6 @@ def _degrees(before: list[Tensor], after: list[Tensor]) -> float | None:
     angles = []
     for old, new in zip(before, after, strict=True):
         cosine = torch.nn.functional.cosine_similarity(old.double(), new.double(), dim=1).clamp(-1, 1)
-        seen = (old.norm(dim=1) > 0) & (new.norm(dim=1) > 0)
-        angles += torch.rad2deg(torch.acos(cosine[seen])).tolist()
+        nonzero = (old.norm(dim=1) > 0) & (new.norm(dim=1) > 0)
+        angles += torch.rad2deg(torch.acos(cosine[nonzero])).tolist()
     return _mean(angles)

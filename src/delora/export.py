@@ -1,4 +1,4 @@
-"""Adapters for other programs: `delora.export.peft(model, folder)`, `delora.export.diffusers(pipe, folder)`."""
+"""Writes adapters for other programs: `delora.export.peft(model, folder)`, `delora.export.diffusers(pipe, folder)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Put the change into the weights: for good, for a while, or several adapters into one."""
+"""Merges adapters: into the weights, permanently or within a context, or several adapters into one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from delora.methods import LoRA
 from delora.methods.base import is_number
 from delora.models import active_adapter, adapted_layers, adapters, unwrapped
 
+__all__ = ["blend", "merge", "merged"]
+
 
 def _plain(model: nn.Module) -> dict[Adapted, nn.Module]:
-    """The layers in force as plain modules, every one finite, before anything in the model is changed."""
+    """A plain, finite layer for every adapted one; nothing in the model is changed."""
     active_adapter(model)
     plain = {}
     for name, layer in adapted_layers(model).items():
@@ -32,23 +34,32 @@ def _plain(model: nn.Module) -> dict[Adapted, nn.Module]:
 
 
 def _finite(t: Tensor) -> bool:
-    """A finite sum has finite terms, and is had without a mask as large as t."""
+    """Whether all entries are finite. A finite sum has finite terms, and computing it needs no mask as large as t."""
     return bool(t.sum().isfinite() or t.isfinite().all())
 
 
 def _unties(model: nn.Module, plain: Mapping[Adapted, nn.Module]) -> bool:
-    """Does a weight that is about to be replaced sit in another layer too (embedding and output head)?"""
+    """Whether a weight to be replaced is also in another layer (as in an embedding and the output head)."""
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     kept = {id(p) for module in plain.values() for p in module.parameters()}
     return any(owners[id(p)] > 1 and id(p) not in kept for layer in plain for p in layer.base.parameters())
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """W' in the place of W, computed in float32 or wider: plain layers of the original types, no trace of us.
+    """Replace W by W', computed in float32 or wider, in plain layers of the original types. Returns the changed model.
 
-    What is merged is what is in force: the active adapter at its present strength; other adapters are dropped. A layer
-    that was tied to a merged one and was not adapted itself keeps the old weight: the two are untied, and a transformers
-    ``config.tie_word_embeddings`` becomes False, so that a saved checkpoint reads back as it was.
+    The active adapter is merged at its current strength; other adapters are dropped. A layer that shared its weight with a
+    merged one, and was not adapted itself, keeps the old weight: the two are untied, and a transformers
+    ``config.tie_word_embeddings`` becomes False, so that a saved checkpoint loads as the same model.
+
+    Raises:
+        ValueError: no weight can express the change, or a new weight is not finite; nothing is changed then.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.ETHER(), ["0"])
+    >>> y = model(torch.eye(4))
+    >>> torch.allclose(delora.merge(model)(torch.eye(4)), y, atol=1e-6), type(model[0]).__name__
+    (True, 'Linear')
     """
     root = unwrapped(model)
     plain = _plain(model)
@@ -60,9 +71,15 @@ def merge(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model is a plain one with the change in its weights; afterwards as before, bit for bit.
+    """A context in which the change is in the model's weights, in plain layers; afterwards it is as before, bit for bit.
 
     ``with merged(model): model.save_pretrained(path)`` writes a plain checkpoint and keeps the adapter.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
+    >>> with delora.merged(model):
+    ...     list(model.state_dict())
+    ['0.weight', '0.bias']
     """
     root = unwrapped(model)
     plain = _plain(model)
@@ -80,10 +97,20 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def blend(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
-    """A new active adapter whose change is the weighted sum of others' changes, exactly: ranks add up.
+    """Add an active adapter whose change is exactly the weighted sum of other adapters' changes.
 
-    ``blend(model, {"a": 0.7, "b": 0.3}, name="ab")`` takes each adapter at its present strength. Low-rank changes become
-    one `LoRA` of scale 1; modules trained whole become W + sum of weight * (W' - W).
+    Each adapter counts at its current strength. Low-rank changes become one `LoRA` of scale 1, whose rank is the sum of
+    their ranks; modules trained whole become W + sum of weight * (W' - W).
+
+    Raises:
+        ValueError: an adapter is missing or not low-rank, a weight is not a finite number, or the name is taken.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=1), ["0"], name="a")
+    >>> model = delora.inject(model, delora.DeLoRA(r=1, start="soft"), ["0"], name="b")
+    >>> delora.blend(model, {"a": 0.7, "b": 0.3}, name="ab")
+    >>> model[0].active, model[0].adapter.method.r
+    ('ab', 2)
     """
     root = unwrapped(model)
     check_name(root, name)

@@ -1,4 +1,4 @@
-"""Walking a model: its modules by name, its adapted layers, its adapters."""
+"""Finds things in a model: its modules by name, its adapted layers, its adapters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ __all__ = ["active_adapter", "adapted_layers", "adapter_names", "adapters", "unw
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and DistributedDataParallel's wrappers."""
+    """The model inside the wrappers of torch.compile and DistributedDataParallel.
+
+    >>> import torch
+    >>> model = nn.Linear(2, 2)
+    >>> unwrapped(torch.compile(model)) is model
+    True
+    """
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -23,7 +29,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module under each of its dotted names. An `Adapted` counts as the layer it stands for: it is not entered."""
+    """All modules with their dotted names, a shared module once per name. The inside of an `Adapted` is left out.
+
+    >>> [name for name, _ in walk(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()))]
+    ['0', '0.0', '1']
+    """
     for key, child in model._modules.items():
         if child is not None:
             yield prefix + key, child
@@ -32,7 +42,12 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
-    """The adapted layers by name (the first name, where a layer has several)."""
+    """The adapted layers by name (by the first name if a layer has several).
+
+    >>> import delora
+    >>> list(adapted_layers(delora.inject(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), delora.LoRA(r=2), ["0"])))
+    ['0']
+    """
     layers: dict[nn.Module, str] = {}
     for name, module in walk(unwrapped(model)):
         if isinstance(module, Adapted):
@@ -41,11 +56,25 @@ def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters of a model, sorted.
+
+    >>> import delora
+    >>> adapter_names(delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"], name="a"))
+    ['a']
+    """
     return sorted({name for layer in adapted_layers(model).values() for name in layer.adapters})
 
 
 def active_adapter(model: nn.Module) -> str:
-    """The name of the active adapter; an error if there is none."""
+    """The name of the active adapter.
+
+    Raises:
+        ValueError: no adapter is active.
+
+    >>> import delora
+    >>> active_adapter(delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"]))
+    'default'
+    """
     layers = adapted_layers(model).values()
     for layer in layers:
         if layer.active is not None:
@@ -56,9 +85,18 @@ def active_adapter(model: nn.Module) -> str:
 
 
 def adapters(model: nn.Module, name: str | None = None) -> dict[str, Adapter | Copy]:
-    """The adapters called ``name`` (the active one, if None) by layer."""
+    """The adapter of each layer under the name ``name`` (the active one, if None).
+
+    Raises:
+        ValueError: there is no adapter of this name.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
+    >>> {layer: adapter.method for layer, adapter in adapters(model).items()}
+    {'0': LoRA(r=2, alpha=16.0, rslora=False)}
+    """
     name = active_adapter(model) if name is None else name
-    found = {layer: module.adapters[name] for layer, module in adapted_layers(model).items() if name in module.adapters}
-    if not found:
+    by_layer = {layer: module.adapters[name] for layer, module in adapted_layers(model).items() if name in module.adapters}
+    if not by_layer:
         raise ValueError(f"no adapter is named {name!r}: this model has {adapter_names(model) or 'none'}")
-    return found  # type: ignore[return-value]
+    return by_layer  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What trains, with which rate: the optimizer's groups, and a summary to be printed."""
+"""What trains and with which learning rate: parameter groups for an optimizer, and a summary to print."""
 
 from __future__ import annotations
 
@@ -22,13 +22,23 @@ def param_groups(
     weight_decay: float = 0.0,
     lam_weight_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Optimizer groups in which every trainable tensor is exactly once.
+    """Parameter groups for an optimizer, which contain every trainable tensor exactly once.
 
     Args:
-        lr: rate of the adapters, and of whatever else trains.
-        lam_lr: rate of the strengths lam (``lr`` if None). They are not decayed unless ``lam_weight_decay`` is given.
-        head_lr: rate of the modules in ``also_train`` (``lr`` if None).
-        weight_decay: for matrices; biases, norms' scales and other vectors are never decayed.
+        model: a model with an adapter.
+        lr: learning rate of the adapters and of everything that no other rate is for.
+        lam_lr: learning rate of the strengths lam (``lr`` if None).
+        head_lr: learning rate of the modules in ``also_train`` (``lr`` if None).
+        weight_decay: for matrices; biases, scales of norms and other vectors are never decayed.
+        lam_weight_decay: for the strengths lam.
+
+    Raises:
+        ValueError: a rate is not a finite number of at least 0, or nothing trains.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
+    >>> [(group["name"], group["lr"]) for group in param_groups(model, lr=1e-3, lam_lr=1e-2)]
+    [('adapter', 0.001), ('lam', 0.01)]
     """
     rates = {"lr": lr, "lam_lr": lam_lr, "head_lr": head_lr, "weight_decay": weight_decay, "lam_weight_decay": lam_weight_decay}
     for key, value in rates.items():
@@ -57,7 +67,11 @@ def param_groups(
 
 @dataclass(frozen=True)
 class Summary:
-    """How much of a model trains. ``share`` is trainable / base."""
+    """How much of a model trains. ``share`` is trainable / base.
+
+    >>> Summary(rows=(("LoRA(r=8)", 2, 30),), other=0, base=1000).share
+    0.03
+    """
 
     rows: tuple[tuple[str, int, int], ...]  # method, layers, trainable parameters
     other: int  # trainable parameters outside the adapters
@@ -81,15 +95,21 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What trains in a model, to be printed."""
+    """What trains in a model, to print.
+
+    >>> import delora
+    >>> print(summary(delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])))
+    LoRA(r=2, alpha=16.0, rslora=False)      1 layers             16 trainable
+    16 of the base model's 20 parameters: 80.000%
+    """
     layers = adapted_layers(model)
     active_adapter(model)
-    ours = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
+    in_adapters = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
     counts: dict[str, list[int]] = {}
     for layer in layers.values():
         if layer.adapter is not None:
             n = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
             counts.setdefault(str(layer.adapter.method), []).append(n)
     rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
-    rest = [p for p in model.parameters() if id(p) not in ours]
+    rest = [p for p in model.parameters() if id(p) not in in_adapters]
     return Summary(rows, sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest))

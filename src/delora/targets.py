@@ -1,4 +1,4 @@
-"""From the names that a user gives to layers, and the method of each."""
+"""Finds the layers that the arguments of `inject` name, and the method of each."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ Patterns = str | Sequence[str]
 
 
 def _select(patterns: Patterns, names: Sequence[str], what: str) -> set[str]:
-    """The names that a regex matches as a whole, or that end with one of a list of suffixes at a dot."""
+    """The names that fully match a regular expression, or that end, after a dot, with one of a list of suffixes."""
     if isinstance(patterns, str):
         try:
             regex = re.compile(patterns)
         except re.error as error:
             raise ValueError(f"{what}={patterns!r} is not a regular expression: {error}") from error
-        found = {name for name in names if regex.fullmatch(name)}
-        if not found:
+        selected = {name for name in names if regex.fullmatch(name)}
+        if not selected:
             example = max(names, key=lambda name: name.count("."), default="")
             raise ValueError(
                 f"no module's whole name matches the regular expression {what}={patterns!r}; a name looks like "
                 f"{example!r}; a list such as [{patterns!r}] is matched by suffix"
             )
-        return found
-    found = set()
+        return selected
+    selected = set()
     ends: dict[str, set[str]] = {}  # every name under each of its suffixes: a.b.c under a.b.c, b.c and c
     for name in names:
         parts = name.split(".")
@@ -52,12 +52,12 @@ def _select(patterns: Patterns, names: Sequence[str], what: str) -> set[str]:
             close = difflib.get_close_matches(pattern, suffixes, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"names end with {', '.join(suffixes[:20])}"
             raise ValueError(f"no module ends with {pattern!r} ({what}); {hint}")
-        found |= hits
-    return found
+        selected |= hits
+    return selected
 
 
 def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Every linear layer but the output head: for a transformers model, what lies outside its ``base_model``."""
+    """Every linear layer but the output head: in a transformers model, those inside its ``base_model``."""
     base = getattr(model, "base_model", model)
     inside = {id(m) for _, m in walk(base)}
     get_head = getattr(model, "get_output_embeddings", None)
@@ -70,7 +70,7 @@ def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
 
 
 def _outer(name: str) -> Iterator[str]:
-    """The names of the modules around a module: a.b and a, for a.b.c."""
+    """The names of the modules that contain a module: a.b and a, for a.b.c."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
@@ -81,7 +81,7 @@ def _layer_type(module: nn.Module) -> type:
 
 
 def _refuse_bypass(name: str, parent: nn.Module) -> None:
-    """Layers whose weights are read by the module around them: an adapter there would be skipped in silence."""
+    """Raise an error if the parent module reads the layer's weights itself, so that an adapter would have no effect."""
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
             f"cannot adapt {name!r}: nn.MultiheadAttention reads the weights of its layers itself and would bypass the "
@@ -102,7 +102,16 @@ def resolve(
     exclude: Patterns = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Method | Full]:
-    """The method of each layer that the arguments of `inject` name, every one of them checked."""
+    """The method of each layer for the arguments of `inject`, after they are checked.
+
+    Raises:
+        TypeError, ValueError: an argument is wrong; the message says which and why.
+
+    >>> from delora.methods import LoRA
+    >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    >>> resolve(model, LoRA(r=2), ["query"], also_train=["head"])
+    {'query': LoRA(r=2, alpha=16.0, rslora=False), 'head': Full()}
+    """
     if not isinstance(method, (Method, Full)) or isinstance(method, type):
         raise TypeError(f"expected a method such as DeLoRA(r=8), got {method!r}")
     modules = dict(walk(model))
@@ -125,14 +134,16 @@ def resolve(
     if both := sorted((chosen & whole) | set(nested)):
         raise ValueError(f"{both[0]!r} is named twice: it, or a module that contains it, is also a target or in also_train")
 
-    first: dict[int, str] = {}  # one name for each module: a module that sits in two places is one layer
+    first: dict[int, str] = {}  # a module in two places is one layer, under its first name
     for name in names:
         first.setdefault(id(modules[name]), name)
     plan: dict[str, Method | Full] = {first[id(modules[n])]: method for n in names if n in chosen}
     for pattern, changes in (overrides or {}).items():
         hits = [name for name in plan if re.search(pattern, name)]
         if not hits:
-            raise ValueError(f"overrides: {pattern!r} is found in no adapted layer's name; one of them is {next(iter(plan))!r}")
+            raise ValueError(
+                f"overrides: no adapted layer's name contains {pattern!r}; one of the names is {next(iter(plan))!r}"
+            )
         for name in hits:
             plan[name] = checked_replace(plan[name], dict(changes), f"overrides[{pattern!r}]")
     for name in plan:
@@ -146,7 +157,7 @@ def resolve(
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """What of a module is called when the model runs: itself, but of a list of layers its items."""
+    """The modules that run when a module is used: the module itself or, for a container without a forward, its items."""
     module = modules[name]
     if type(module).forward is not nn.Module.forward:
         return [name]

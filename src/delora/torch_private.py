@@ -1,7 +1,7 @@
-"""Every call into a private part of torch, each with a fallback for a torch that has it no more or not yet.
+"""All uses of private parts of torch, each with a fallback for versions of torch that lack it.
 
-A fallback is right in every case and may be slower. The dictionaries of an ``nn.Module`` (``_parameters``, ``_buffers``,
-``_modules``, its hooks) are used elsewhere as well: they are in every pickled module, so that torch cannot rename them.
+A fallback is always correct but may be slower. The dictionaries of an ``nn.Module`` (``_parameters``, ``_buffers``,
+``_modules``, its hooks) are also used elsewhere: every pickled module holds them, so torch cannot rename them.
 """
 
 from __future__ import annotations
@@ -15,34 +15,58 @@ __all__ = ["conv", "is_view", "saved_tensors_hooks", "transforms_active", "unhoo
 
 
 def transforms_active() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, ...) is running. Fallback: True, which has the plain operations run."""
+    """Whether a transform of `torch.func` (vmap, grad, ...) is running. Fallback: True, so that plain operations run.
+
+    >>> transforms_active()
+    False
+    """
     ask = getattr(torch._C, "_are_functorch_transforms_active", None)
     return True if ask is None else bool(ask())
 
 
 def saved_tensors_hooks() -> object:
-    """The innermost hooks on tensors that are saved for backward; equal as long as they are the same.
+    """The innermost hooks on tensors saved for backward, to compare: equal results mean the same hooks.
 
-    Activation checkpointing and offloading set them. Fallback: an object that equals no other, as if they changed all the time.
+    Activation checkpointing and offloading set such hooks. Fallback: a new object, which equals no other.
+
+    >>> outside = saved_tensors_hooks()
+    >>> with torch.autograd.graph.save_on_cpu():
+    ...     saved_tensors_hooks() == outside
+    False
     """
     ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
     return object() if ask is None else ask(False)
 
 
 def versions(tensors: Any) -> list[Any]:
-    """Changes when one of the tensors is written to or replaced. Fallback: differs at every call."""
+    """A value that changes when one of the tensors is written to or replaced. Fallback: differs at every call.
+
+    >>> t = torch.zeros(2)
+    >>> before = versions([t])
+    >>> _ = t.add_(1)
+    >>> versions([t]) == before
+    False
+    """
     return [n for t in tensors for n in (getattr(t, "_version", object()), t.data_ptr())]
 
 
 def is_view(t: Tensor) -> bool:
-    """Whether a tensor may share its memory with another. Fallback: True."""
+    """Whether a tensor may share its memory with another. Fallback: True.
+
+    >>> t = torch.zeros(2, 3)
+    >>> is_view(t), is_view(t.T)
+    (False, True)
+    """
     return getattr(t, "_base", t) is not None
 
 
 def conv(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """A convolution's output with another weight [any, in, *kernel] and no bias; stride and padding are the layer's.
+    """The output of a convolution with another weight [any, in, *kernel] and no bias; stride and padding are the layer's.
 
-    Fallback: the layer is run with that weight and a bias of zeros.
+    Fallback: run the layer with that weight and a bias of zeros.
+
+    >>> conv(nn.Conv1d(1, 4, kernel_size=2), torch.ones(1, 1, 3), torch.ones(1, 1, 2))
+    tensor([[[2., 2.]]])
     """
     direct = getattr(layer, "_conv_forward", None)
     if direct is not None:
@@ -56,9 +80,18 @@ def conv(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def unhook(module: nn.Module, owner: type) -> None:
-    """Remove the forward hooks that are bound methods of an ``owner``.
+    """Remove the forward hooks that are methods of an instance of ``owner``.
 
-    Fallback for the list of those that are always called: what is left in it names a hook that is no more, which torch skips.
+    Fallback for the list of hooks that are always called: its entry stays, and torch skips it, since the hook is gone.
+
+    >>> class Counter:
+    ...     def count(self, module, args):
+    ...         pass
+    >>> layer = nn.Linear(2, 2)
+    >>> _ = layer.register_forward_pre_hook(Counter().count)
+    >>> unhook(layer, Counter)
+    >>> len(layer._forward_pre_hooks)
+    0
     """
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):

@@ -1,8 +1,8 @@
-"""Adapters as files: a folder with one JSON and one safetensors file.
+"""The library's own format: a folder with one JSON and one safetensors file.
 
-The JSON names the safetensors file and its SHA-256. The tensors are written first, under a new name, then the JSON takes
-the place of the old one in a single step: a crash at any moment leaves the old adapter or the new one, both whole.
-Nothing is unpickled, and everything is checked before anything in the model is changed.
+The JSON names the safetensors file and its SHA-256. The tensors are written first, under a new name; then the JSON replaces
+the old one in a single step. So a crash at any moment leaves either the old adapter or the new one, complete.
+Nothing is unpickled, and everything is checked before the model is changed.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from delora.injection import check_name, install
 from delora.layer import Adapted, Adapter, Copy, attach
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, name_of
-from delora.models import active_adapter, adapter_names, adapters, unwrapped, walk
+from delora.models import active_adapter, adapted_layers, adapter_names, adapters, unwrapped, walk
 from delora.version import __version__
 
-__all__ = ["fingerprint", "is_adapter", "load", "require_adapter", "save"]
+__all__ = ["JSON", "fingerprint", "is_adapter", "load", "require_adapter", "save"]
 
 SCHEMA = 1
 JSON = "adapter.json"
@@ -42,9 +42,13 @@ TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 
 
 def fingerprint(W: Tensor) -> tuple[float, float]:
-    """|W|_F and p' W q with p_i = cos(i), q_j = sin(j): two numbers that survive a change of dtype to its precision.
+    """|W|_F and p' W q with p_i = cos(i), q_j = sin(j): two numbers that another dtype changes only by its rounding.
 
-    The first does not see a change of signs or of places, the second does.
+    Other signs or another order of the entries change the second, but not the first.
+
+    >>> norm, probe = fingerprint(torch.eye(2))
+    >>> round(norm, 4), round(probe, 4)  # probe: cos 1 sin 1 + cos 2 sin 2
+    (1.4142, 0.0762)
     """
     i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in W.shape)
     p, q = torch.cos(i).to(W.device, W.dtype), torch.sin(j).to(W.device, W.dtype)
@@ -52,9 +56,10 @@ def fingerprint(W: Tensor) -> tuple[float, float]:
 
 
 def _same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
-    """Rounding to a coarser dtype changes |W| by at most eps |W|, and p' W q by about eps |W|; all else changes it more.
+    """Whether W agrees with a saved fingerprint to within rounding.
 
-    Eight standard deviations for the second, since rounding errors are not independent.
+    Rounding to a coarser dtype changes |W| by at most eps |W|, and p' W q by about eps |W|. The second may differ by eight
+    times that, since rounding errors are not independent.
     """
     eps = max(torch.finfo(getattr(torch, name)).eps for name in (saved["dtype"], dtype)) if saved["dtype"] != dtype else 1e-5
     norm, probe = fingerprint(W)
@@ -65,10 +70,16 @@ def _same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
-    """Write an adapter (the active one) and the modules trained with it to a folder.
+    """Write an adapter (the active one, if ``name`` is None) and the modules trained with it to a folder.
 
     Raises:
         ValueError: there is no such adapter, or one of its tensors holds NaN or infinity; nothing is written then.
+
+    >>> import delora, tempfile
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     sorted(file.suffix for file in delora.save(model, folder).iterdir())
+    ['.json', '.safetensors']
     """
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
@@ -107,16 +118,16 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
 
 
 def _layer_entry(adapter: Adapter, first: Any) -> dict[str, Any]:
-    """What is said of one layer. ``report`` is for readers: an adapter can be inspected without its base model."""
-    common, own = fields_of(first), fields_of(adapter.method)
+    """The JSON entry of one layer. Its ``report`` lets people inspect an adapter without its base model."""
+    common, fields = fields_of(first), fields_of(adapter.method)
     W = adapter.host.matrix()
     norm, probe = fingerprint(adapter.host.weight())
     r = report(adapter)
     entry: dict[str, Any] = {"shape": list(W.shape)}
     if type(adapter.method) is not type(first):
         entry["method"] = name_of(adapter.method)
-        entry["fields"] = own
-    elif changed := {key: value for key, value in own.items() if value != common[key]}:
+        entry["fields"] = fields
+    elif changed := {key: value for key, value in fields.items() if value != common[key]}:
         entry["fields"] = changed
     if adapter.dropout:
         entry["dropout"] = adapter.dropout
@@ -144,19 +155,31 @@ def load(
 ) -> nn.Module:
     """Read an adapter into a model, make it the active one, and freeze all else. Changes the model and returns it.
 
-    Reads our folders, and PEFT's of type LORA and DELORA. If the model has an adapter of this name with the same layers
-    and methods, its tensors take the values of the file (training goes on from there); otherwise it is added.
+    The folder comes from `save`, or from PEFT with an adapter of type LORA or DELORA. If the model has an adapter of this
+    name with the same layers and methods, its tensors take the values of the file, so that training can continue;
+    otherwise the adapter is added.
 
     Args:
+        model: the base model, with its weights loaded.
+        folder: a folder that holds an adapter.
         name: the adapter's name in the model.
-        allow_other_base: take it although the weights are not those it was trained on; shapes must still fit.
-        methods: your own method classes that the adapter may use.
+        allow_other_base: load even if the weights are not those it was trained on; shapes must still fit.
+        methods: your own method classes that the adapter may use; those that the model already uses need not be listed.
 
     Raises:
-        AdapterError: in words, before anything in the model is changed.
+        AdapterError: the folder cannot be read or does not fit the model; nothing in the model is changed then.
+
+    >>> import copy, delora, tempfile
+    >>> base = nn.Sequential(nn.Linear(4, 4))
+    >>> model = delora.inject(copy.deepcopy(base), delora.DeLoRA(r=2), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     again = delora.load(base, delora.save(model, folder))
+    >>> torch.equal(again(torch.eye(4)), model(torch.eye(4)))
+    True
     """
     root, folder = unwrapped(model), Path(folder)
-    saved = _open(folder, {name_of(m): m for m in methods} | METHODS)
+    classes = [*methods, *(type(a.method) for layer in adapted_layers(root).values() for a in layer.adapters.values())]
+    saved = _open(folder, {name_of(kind): kind for kind in classes} | METHODS)
     built = {layer: _rebuilt(root, layer, entry, saved, allow_other_base) for layer, entry in _located(root, saved).items()}
     if name in adapter_names(root):
         _overwrite(adapters(root, name), built, name)
@@ -172,17 +195,29 @@ def _open(folder: Path, methods: Mapping[str, type]) -> Saved:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter, ours or PEFT's."""
+    """Whether a folder holds an adapter, in this library's format or PEFT's.
+
+    >>> is_adapter(Path("no such folder"))
+    False
+    """
     return any((folder / name).is_file() for name in (JSON, "adapter_config.json"))
 
 
 def require_adapter(folder: Path) -> None:
-    """Raises AdapterError if a folder holds no adapter, neither ours nor PEFT's: to be asked before a large model is loaded."""
+    """Check, before a large model is loaded, that a folder holds an adapter.
+
+    Raises:
+        AdapterError: there is none, neither in this library's format nor in PEFT's.
+
+    >>> require_adapter(Path("missing"))
+    Traceback (most recent call last):
+    delora.formats.files.AdapterError: there is no folder missing
+    """
     if not folder.is_dir():
         raise AdapterError(f"there is no folder {folder}")
     if not is_adapter(folder):
         there = sorted(p.name for p in folder.iterdir())[:10]
-        raise AdapterError(f"{folder} holds no adapter: expected {JSON} (ours) or adapter_config.json (PEFT), found {there}")
+        raise AdapterError(f"{folder} holds no adapter: expected {JSON} (delora) or adapter_config.json (PEFT), found {there}")
 
 
 def _read(folder: Path, methods: Mapping[str, type]) -> Saved:
@@ -192,7 +227,7 @@ def _read(folder: Path, methods: Mapping[str, type]) -> Saved:
         raise AdapterError(f"{where} does not describe a delora adapter: its 'format' is {data.get('format')!r}")
     schema = get(data, "schema", int, where)
     if schema != SCHEMA:
-        todo = "upgrade delora" if schema > SCHEMA else "it is none that was ever written"
+        todo = "upgrade delora" if schema > SCHEMA else "no version of delora wrote that"
         raise AdapterError(f"{where} has schema {schema}, this delora reads schema {SCHEMA}: {todo}")
     entries, whole = get(data, "layers", dict, where), get(data, "also_train", dict, where)
     first = _method(get(data, "method", str, where), get(data, "fields", dict, where), methods, where)
@@ -238,7 +273,7 @@ def _method(name: Any, fields: dict[str, Any], methods: Mapping[str, type], wher
     if name not in methods:
         raise AdapterError(
             f"{where}: unknown method {name!r}: known are {', '.join(sorted(methods))}; "
-            "pass your own as delora.load(..., methods=[YourMethod])"
+            "pass your own as delora.load(..., methods=[YourMethod]), on the command line with --method module:YourMethod"
         )
     try:
         return methods[name](**fields)
@@ -269,7 +304,7 @@ def _tensors(folder: Path, entry: dict[str, Any], where: Path) -> TensorFile:
 
 
 def _located(model: nn.Module, saved: Saved) -> dict[str, SavedLayer]:
-    """The saved layers, each of which is in the model."""
+    """The saved layers, after a check that each is in the model."""
     names = {name for name, _ in walk(model)}
     missing = [layer for layer in saved.layers if layer not in names]
     if missing:
@@ -284,7 +319,7 @@ def _located(model: nn.Module, saved: Saved) -> dict[str, SavedLayer]:
 
 
 def _rebuilt(model: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> Adapter | Copy:
-    """The adapter of one layer with the tensors of the file, after every check that can be made."""
+    """The adapter of one layer, with the tensors of the file, after all checks."""
     module = model.get_submodule(name)
     layer = module.base if isinstance(module, Adapted) else module
     try:
@@ -294,17 +329,17 @@ def _rebuilt(model: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow
     if isinstance(adapter, Adapter):
         _check_base(name, adapter, entry, saved, allow_other_base)
     expected = adapter.saved()
-    given = entry.tensors
+    stored = entry.tensors
     for key, tensor in expected.items():
-        if key not in given:
+        if key not in stored:
             raise AdapterError(f"{saved.file.path}: the tensor {name}.{key} is missing")
-        if given[key][1] != tuple(tensor.shape):
+        if stored[key][1] != tuple(tensor.shape):
             raise AdapterError(
-                f"{saved.file.path}: {name}.{key} has shape {list(given[key][1])}, expected {list(tensor.shape)}"
+                f"{saved.file.path}: {name}.{key} has shape {list(stored[key][1])}, expected {list(tensor.shape)}"
             )
-    if extra := sorted(set(given) - set(expected)):
+    if extra := sorted(set(stored) - set(expected)):
         raise AdapterError(f"{saved.file.path}: {name} has a tensor {extra[0]!r} that {entry.method} does not know")
-    for key, (file_key, shape) in given.items():
+    for key, (file_key, shape) in stored.items():
         value = saved.file.read(file_key)
         if value.is_floating_point() != expected[key].is_floating_point():
             raise AdapterError(f"{saved.file.path}: {name}.{key} is {value.dtype}, expected {expected[key].dtype}")
@@ -323,7 +358,7 @@ def _check_base(name: str, adapter: Adapter, entry: SavedLayer, saved: Saved, al
         raise AdapterError(f"{name} is on the meta device: load the base model's weights before the adapter")
     if allow_other_base or entry.base is None:
         return
-    if "columns" in entry.base:  # PEFT's DELORA carries the column norms of its base, in the base's dtype
+    if "columns" in entry.base:  # PEFT's DELORA holds the column norms of its base, in the base's dtype
         norms, c = saved.file.read(entry.base["columns"]).to(W.device), adapter.tensors()["c"]
         same = norms.shape == c.shape and bool((norms.to(c.dtype) - c).norm() <= torch.finfo(torch.bfloat16).eps * c.norm())
     else:
@@ -332,12 +367,12 @@ def _check_base(name: str, adapter: Adapter, entry: SavedLayer, saved: Saved, al
         made_for = f" ({saved.base_model})" if saved.base_model else ""
         raise AdapterError(
             f"{saved.source}: the weights of {name} are not those the adapter was trained on{made_for}; "
-            "load the right base model, or pass allow_other_base=True if you mean it"
+            "load the right base model, or pass allow_other_base=True if you want this one"
         )
 
 
 def _overwrite(current: Mapping[str, Adapter | Copy], new: Mapping[str, Adapter | Copy], name: str) -> None:
-    """Take the values over, in place: an optimizer keeps its parameters."""
+    """Copy the new values in place, so that an optimizer keeps its parameters."""
     if {k: a.method for k, a in current.items()} != {k: a.method for k, a in new.items()}:
         raise AdapterError(
             f"this model already has an adapter named {name!r} with other layers or methods: "
