@@ -304,7 +304,7 @@ def test_an_output_that_is_not_what_the_last_parameter_says(method):
     model.layer.base.answer = lambda x: x[:, :3]
     with pytest.raises(ValueError, match=r"got shape \[2, 3\]"):
         model(torch.randn(2, 4))
-    with pytest.raises(TypeError, match="cannot adapt a ReLU: it has no parameter that tells how many channels it puts out"):
+    with pytest.raises(TypeError, match="cannot adapt a ReLU: it has no parameter that tells its number of output channels"):
         delora.inject(Holder(nn.ReLU()), method, ["layer"])
 
 

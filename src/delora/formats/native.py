@@ -153,7 +153,7 @@ def load(
     allow_other_base: bool = False,
     methods: Iterable[type] = (),
 ) -> nn.Module:
-    """Read an adapter into a model, make it the active one, and freeze all else. Changes the model and returns it.
+    """Read an adapter into a model, make it the active one, and freeze everything else. Changes the model and returns it.
 
     The folder comes from `save`, or from PEFT with an adapter of type LORA or DELORA. If the model has an adapter of this
     name with the same layers and methods, its tensors take the values of the file, so that training can continue;

@@ -158,8 +158,8 @@ def _as_delora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Te
 def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
     """The last parts of the layers' names, which servers expect, if they select no other layer; else the whole names."""
     short = {layer.rpartition(".")[2] for layer in layers}
-    ours = {id(module) for module in adapted_layers(model).values()}
-    same = [n for n, m in walk(model) if n.rpartition(".")[2] in short and (id(m) not in ours or n not in layers)]
+    adapted = {id(module) for module in adapted_layers(model).values()}
+    same = [n for n, m in walk(model) if n.rpartition(".")[2] in short and (id(m) not in adapted or n not in layers)]
     return sorted(short) if not same else layers
 
 

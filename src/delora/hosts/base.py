@@ -237,7 +237,7 @@ def any_host(layer: nn.Module) -> Host:
     if host_type(type(layer)) is not None:
         return host(layer)
     if not any(p.is_floating_point() for p in layer.parameters()):
-        raise TypeError(f"cannot adapt a {type(layer).__name__}: it has no parameter that tells how many channels it puts out")
+        raise TypeError(f"cannot adapt a {type(layer).__name__}: it has no parameter that tells its number of output channels")
     is_norm = type(layer) is nn.LayerNorm and layer.elementwise_affine and len(layer.normalized_shape) == 1
     return Norm(layer) if is_norm else Host(layer)
 
