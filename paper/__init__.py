@@ -1,1 +1,1 @@
-"""What the paper claims and what we measured. It imports `delora`, never the other way round."""
+"""What the paper claims, and what was measured on stand-ins. `paper` imports `delora`, never the other way round."""

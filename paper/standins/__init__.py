@@ -1,13 +1,14 @@
-"""Small models on real data, in the place of the paper's. They run anywhere; no number of theirs belongs beside the paper's.
+"""Small models on real data, in place of the paper's. They run anywhere; no score on them is comparable with the paper's.
 
 ====================  ==================================================================================
-``digits``            a small vision transformer on turned digits
-``fashion``           clothes with captions, subjects and label maps, out of Fashion-MNIST
-``text_to_image``     a small text-to-image model, pretrained on these clothes (its weights: ``weights/fashion``)
-``dinov2``            a packaged DINOv2, as a folder of transformers
-``packages``          the packages that these are made from
-``prepare``           makes the folders that the recipes name
-``recipes/``          recipes of the ordinary kind over all of these
+``digits``            a small vision transformer on turned digits: its data, its training, one run
+``fashion``           clothes with captions, subjects and label maps, from Fashion-MNIST
+``text_to_image``     pretrains a small text-to-image model on these clothes, and the models that judge its pictures
+``weights/fashion``   that model and its judges, with a card
+``dinov2``            a packaged DINOv2 as a folder of transformers; it judges likeness
+``packages``          the packages that hold Fashion-MNIST and DINOv2
+``prepare``           makes the folders that the recipes name: ``python -m paper.standins.prepare``
+``recipes/``          recipes for `delora train`: ``fashion-*`` (images), ``sentences``, ``ratings``, ``smollm2`` (text)
 ====================  ==================================================================================
 """
 
@@ -17,5 +18,3 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PREPARED = ROOT / "runs" / "prepared"  # where `prepare` puts the folders that the recipes name
-WEIGHTS = Path(__file__).parent / "weights"
-COMMAND = "python -m paper.standins.prepare"

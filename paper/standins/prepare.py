@@ -1,4 +1,4 @@
-"""Make what the stand-ins' recipes name, as folders of the ordinary kind:  python -m paper.standins.prepare"""
+"""Make the folders that the stand-ins' recipes name:  python -m paper.standins.prepare"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from paper.standins import dinov2, fashion
 
 
 def main() -> None:
-    """Subjects and scenes out of Fashion-MNIST, and the DINOv2 that judges pictures; what is there is not made again."""
+    """Subjects and scenes from Fashion-MNIST, and the DINOv2 that judges pictures. A folder that exists is not made again."""
     try:
         for folder in (fashion.subjects(), fashion.scenes(), dinov2.prepared()):
             print(folder)

@@ -1,11 +1,11 @@
-"""A small text-to-image model of our own, pretrained on Fashion-MNIST, with what judges its pictures.
+"""A small text-to-image model of our own, pretrained on Fashion-MNIST, with the models that judge its pictures.
 
     python -m paper.standins.text_to_image paper/standins/weights/fashion
 
-In the folder, each made once and kept: ``classifier``, which tells what words are true of a picture; ``segmenter``, which tells
-its label map; and a diffusers pipeline with Stable Diffusion's parts and names: an autoencoder that makes 8 x 8 latents of
-32 x 32 pixels, a U-Net with self- and cross-attention, a text encoder, a tokenizer. A stand-in for Stable Diffusion 1.5, on
-which the recipes for images run for real; no score of it belongs beside the paper's.
+The folder gets a ``classifier``, which predicts the words that are true of a picture; a ``segmenter``, which predicts its label
+map; and a diffusers pipeline with Stable Diffusion's parts and names: an autoencoder from 32 x 32 pixels to 8 x 8 latents, a
+U-Net with self- and cross-attention, a text encoder, a tokenizer. A part that exists is not made again. The model is a stand-in
+for Stable Diffusion 1.5: the recipes for images run on it, and no score of it is comparable with the paper's.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ from paper.standins.fashion import CLASSES, PATTERNS, SIZE, WORDS, Clothes, Look
 
 LATENT, TOKENS = 8, 16  # channels of a latent; tokens of a prompt, at most
 UNCONDITIONAL = 0.1  # share of captions that are left out in training, for guidance
-POOL = 4  # looks of each picture whose latents are kept
+POOL = 4  # looks for which each picture's latents are kept
 LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long each part is trained, and on how many pictures (all if None). The default is what the shipped model had."""
+    """The steps of each part, and the number of pictures (None: all). The defaults are those of the shipped model."""
 
     classifier: int = 5000
     segmenter: int = 1500
@@ -76,7 +76,7 @@ class Plan:
 
 
 class Numbers(Dataset[int]):
-    """The numbers from 0, which a collator makes pictures of: a batch at a time."""
+    """The numbers 0 to n - 1; a collator turns each batch of them into pictures."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -90,7 +90,7 @@ class Numbers(Dataset[int]):
 
 @dataclass
 class Drawn:
-    """Batches of placed pictures, each half of them with a random pattern if ``patterns``; ``make`` says what is given."""
+    """Makes batches of placed pictures; with ``patterns``, half of them get a random one. ``make`` builds the inputs."""
 
     clothes: Clothes
     make: Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -116,7 +116,7 @@ class Drawn:
 
 
 def pixels(pictures: Tensor) -> Tensor:
-    """[n, 32, 32] in [0, 1] to what the models take, [n, 3, 32, 32] in [-1, 1]."""
+    """Pictures [n, 32, 32] in [0, 1] as the models take them, [n, 3, 32, 32] in [-1, 1]."""
     return (2 * pictures - 1)[:, None].expand(-1, 3, -1, -1)
 
 
@@ -131,7 +131,7 @@ def fit(
     watch: Sequence[TrainerCallback] = (),
     **kwargs: Any,
 ) -> None:
-    """Train a part whole, with warm-up and a cosine; its losses are added to the log. A part that was stopped goes on."""
+    """Trains all weights of a part, with warm-up and a cosine schedule; resumes from the last checkpoint; logs the losses."""
     work = folder / "checkpoints" / name
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -165,7 +165,7 @@ def fit(
 
 
 class Log(TrainerCallback):
-    """A line of the losses, one every so many steps."""
+    """Appends each loss that is logged to a file of JSON lines."""
 
     def __init__(self, file: Path, part: str) -> None:
         self.file, self.part = file, part
@@ -182,7 +182,7 @@ class Log(TrainerCallback):
 
 
 def classifier(folder: Path, plan: Plan, clothes: Clothes) -> None:
-    """A small ResNet with a probability for each of `WORDS`; it sees plain and patterned pictures."""
+    """A small ResNet with a probability for each of `WORDS`, trained on plain and patterned pictures."""
     set_seed(0)
     words = dict(enumerate(WORDS))
     config = ResNetConfig(
@@ -207,7 +207,7 @@ def classifier(folder: Path, plan: Plan, clothes: Clothes) -> None:
 
 
 def segmenter(folder: Path, plan: Plan, clothes: Clothes) -> None:
-    """A small SegFormer (Xie et al. 2021), which tells the parts of `fashion.parts` apart."""
+    """A small SegFormer (Xie et al. 2021) that predicts the label maps of `fashion.parts`."""
     set_seed(0)
     names = dict(enumerate(fashion.PARTS))
     config = SegformerConfig(
@@ -239,16 +239,16 @@ def segmenter(folder: Path, plan: Plan, clothes: Clothes) -> None:
 
 
 class Autoencoding(nn.Module):
-    """The squared error of what comes back, a little of the absolute one, and the latents’ divergence from N(0, 1)."""
+    """The squared error of the reconstruction, 0.1 of the absolute one, and 1e-6 of the latents' divergence from N(0, 1)."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        seen = self.vae.encode(pixel_values).latent_dist
-        off = self.vae.decode(seen.sample()).sample.float() - pixel_values
-        return {"loss": off.square().mean() + 0.1 * off.abs().mean() + 1e-6 * seen.kl().mean()}
+        latent = self.vae.encode(pixel_values).latent_dist
+        error = self.vae.decode(latent.sample()).sample.float() - pixel_values
+        return {"loss": error.square().mean() + 0.1 * error.abs().mean() + 1e-6 * latent.kl().mean()}
 
 
 def autoencoder(folder: Path, plan: Plan, clothes: Clothes) -> Any:
@@ -278,7 +278,7 @@ def autoencoder(folder: Path, plan: Plan, clothes: Clothes) -> Any:
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words for what captions have; any other word letter by letter."""
+    """Words of the captions are single tokens; any other word is spelled letter by letter."""
     letters = [chr(97 + i) for i in range(26)]
     words = ["<start>", "<end>", "<unk>", *letters, *(f"##{x}" for x in letters), "photo", "of", *WORDS]  # "a" is a letter
     tokens = Tokenizer(WordPiece({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -298,7 +298,7 @@ def unet() -> Any:
         block_out_channels=(64, 96),
         layers_per_block=1,
         cross_attention_dim=64,
-        attention_head_dim=4,  # heads, by diffusers' naming of Stable Diffusion's time
+        attention_head_dim=4,  # the number of heads: diffusers kept this name from Stable Diffusion's time
         norm_num_groups=16,
     )
 
@@ -323,7 +323,7 @@ SCHEDULE: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00
 
 
 class Captioned(nn.Module):
-    """The denoiser's loss with the text encoder in it, which is trained as well."""
+    """The denoiser's loss of captions in tokens, so that the text encoder is trained as well."""
 
     def __init__(self, denoiser: Denoiser, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -335,7 +335,7 @@ class Captioned(nn.Module):
 
 
 class Averaged(TrainerCallback):
-    """The moving average of the weights, which is what is kept."""
+    """Keeps the moving average of the weights, which becomes the shipped model."""
 
     def __init__(self, model: nn.Module, file: Path) -> None:
         self.model, self.file = model, file
@@ -354,20 +354,20 @@ class Averaged(TrainerCallback):
 
 @torch.no_grad()
 def latents(vae: Any, clothes: Clothes, looks: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and deviation of the latents, labels and attributes, of each picture in several looks."""
+    """Mean and standard deviation of the latents, labels and attributes, of each picture in several looks."""
     generator = torch.Generator().manual_seed(3)
-    found = []
+    batches = []
     for _ in range(looks):
         for chosen in torch.arange(len(clothes.labels)).split(500):
             pictures = fashion.placed(clothes.items[chosen], Looks.draw(len(chosen), generator))
-            seen = vae.encode(pixels(pictures)).latent_dist
-            found.append((seen.mean.half(), seen.std.half(), clothes.labels[chosen], fashion.attributes(pictures)))
-    mean, std, labels, attributes = (torch.cat(parts) for parts in zip(*found, strict=True))
+            latent = vae.encode(pixels(pictures)).latent_dist
+            batches.append((latent.mean.half(), latent.std.half(), clothes.labels[chosen], fashion.attributes(pictures)))
+    mean, std, labels, attributes = (torch.cat(parts) for parts in zip(*batches, strict=True))
     return mean, std, labels, attributes
 
 
 def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
-    """The U-Net and the text encoder; then the whole pipeline into the folder, in half precision."""
+    """Trains the U-Net and the text encoder, then writes the whole pipeline to the folder in half precision."""
     mean, std, labels, attributes = latents(vae, clothes, POOL)
     scale = 1 / (mean.float().square() + std.float().square()).mean().sqrt().item()
     vae.register_to_config(scaling_factor=scale)
@@ -380,8 +380,10 @@ def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
         chosen = torch.tensor(numbers)
         drop = torch.rand(len(chosen), generator=generator) < UNCONDITIONAL
         captions = [
-            "" if dropped else fashion.caption(label, own, generator)
-            for label, own, dropped in zip(labels[chosen].tolist(), attributes[chosen].tolist(), drop.tolist(), strict=True)
+            "" if dropped else fashion.caption(label, attribute, generator)
+            for label, attribute, dropped in zip(
+                labels[chosen].tolist(), attributes[chosen].tolist(), drop.tolist(), strict=True
+            )
         ]
         ids = tokens(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
         return {"mean": mean[chosen].float(), "std": std[chosen].float(), "input_ids": ids}
@@ -405,23 +407,23 @@ def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
 
 # ---------------------------------------------------------------- is it good enough?
 
-GATES = {"samples": 0.9, "maps": 0.9}  # what a comparison on this model needs: see `examine`
+GATES = {"samples": 0.9, "maps": 0.9}  # the least scores, see `examine`, for comparisons on this model
 EXAMINED, GATES_FILE, SAMPLES_FILE = 24, "gates.json", "samples.png"
 
 
 def examine(folder: Path, count: int = EXAMINED, guidance: float = 3.0, steps: int = 20) -> dict[str, float]:
-    """How good the parts are, as shares but for ``psnr``, on pictures that none of them has seen; into ``gates.json``.
+    """Scores the parts on pictures that none was trained on, and writes the scores to ``gates.json``.
 
-    ``samples``: of ``count`` pictures for each "a photo of a CLASS", those whose class is the classifier's most probable one;
-    ``attributes``: both words of "a photo of a ATTRIBUTE CLASS", if they are more probable than not; ``real``: as ``samples``,
-    of real pictures; ``maps``: the segmenter's mIoU on real pictures; ``psnr`` of what the autoencoder gives back [dB].
+    ``samples``: the share of ``count`` pictures for each "a photo of a CLASS" whose class the classifier finds most probable;
+    ``attributes``: the share of the words of "a photo of a ATTRIBUTE CLASS" that it finds more probable than not; ``real``: as
+    ``samples``, of real pictures; ``maps``: the segmenter's mIoU on real pictures; ``psnr`` of the autoencoder [dB].
     """
     pipe, words = pipeline(str(folder)), Words(str(folder / "classifier"), torch.device("cpu"))
     prompts = [f"a photo of a {word}" for word in CLASSES]
     rows = [sample(pipe, prompt, 100 + i, count, steps, guidance) for i, prompt in enumerate(prompts)]
     plain = [(first(words, row) == i).double() for i, row in enumerate(rows)]
-    asked = [f"a photo of a {word} {name}" for pair in fashion.ATTRIBUTES for word in pair for name in CLASSES]
-    drawn = [sample(pipe, prompt, 200 + i, 1, steps, guidance)[0] for i, prompt in enumerate(asked)]
+    detailed = [f"a photo of a {word} {name}" for pair in fashion.ATTRIBUTES for word in pair for name in CLASSES]
+    drawn = [sample(pipe, prompt, 200 + i, 1, steps, guidance)[0] for i, prompt in enumerate(detailed)]
     write(
         grid(
             [row[:12] for row in rows] + [drawn[i : i + 10] for i in range(0, len(drawn), 10)],
@@ -434,27 +436,27 @@ def examine(folder: Path, count: int = EXAMINED, guidance: float = 3.0, steps: i
     pictures = fashion.placed(clothes.items[:2000], Looks.draw(2000, torch.Generator().manual_seed(6)))
     labels = clothes.labels[:2000]
     shown = [fashion.image(picture) for picture in pictures]
-    seen = first(words, shown) == labels
+    recognised = first(words, shown) == labels
     segmenter, overlap = Segmenter(str(folder / "segmenter"), torch.device("cpu")), Overlap(len(fashion.PARTS))
     for image, parts in zip(shown[:500], fashion.parts(pictures[:500]), strict=True):
         overlap.add(segmenter.labels(image, (SIZE, SIZE)), parts)
     with torch.no_grad():
         back = pipe.vae.decode(pipe.vae.encode(pixels(pictures)).latent_dist.mean).sample.mean(1) / 2 + 0.5
-    found = {
+    scores = {
         "samples": torch.cat(plain).mean().item(),
-        "attributes": words.shown(drawn, asked).mean().item(),
-        "real": seen.float().mean().item(),
+        "attributes": words.shown(drawn, detailed).mean().item(),
+        "real": recognised.float().mean().item(),
         "maps": overlap.scores()["miou"],
         "psnr": -10 * (back - pictures).square().mean().log10().item(),
     }
     by_class = {name: round(p.mean().item(), 3) for name, p in zip(CLASSES, plain, strict=True)}
-    told = {key: round(value, 4) for key, value in found.items()} | {"samples by class": by_class}
-    write_atomically(folder / GATES_FILE, (json.dumps(told, indent=1) + "\n").encode())
-    return found
+    rounded = {key: round(value, 4) for key, value in scores.items()} | {"samples by class": by_class}
+    write_atomically(folder / GATES_FILE, (json.dumps(rounded, indent=1) + "\n").encode())
+    return scores
 
 
 def first(words: Words, pictures: Sequence[Any]) -> Tensor:
-    """[pictures] the class that is most probable, as an index of `CLASSES`."""
+    """The most probable class of each picture, as an index into `CLASSES`, shape [pictures]."""
     return words.logits(pictures)[:, : len(CLASSES)].argmax(1)
 
 
@@ -462,21 +464,21 @@ def first(words: Words, pictures: Sequence[Any]) -> Tensor:
 
 
 def pretrain(folder: Path) -> None:
-    """What is missing of the parts; then what they are worth.
+    """Makes the parts that are missing, then scores all of them.
 
     Raises:
-        SystemExit: a part is not good enough for comparisons on it.
+        SystemExit: a score is below its gate.
     """
     parts(folder, Plan())
-    found = examine(folder)
-    print(found)
+    scores = examine(folder)
+    print(scores)
     for gate, least in GATES.items():
-        if found[gate] < least:
-            raise SystemExit(f"{gate}: {found[gate]:.3f}, at least {least} is needed: train longer")
+        if scores[gate] < least:
+            raise SystemExit(f"{gate}: {scores[gate]:.3f}, at least {least} is needed: train longer")
 
 
 def parts(folder: Path, plan: Plan) -> None:
-    """What is missing in the folder of the classifier, the segmenter and the pipeline."""
+    """Makes the pipeline, the classifier and the segmenter if they are missing in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     clothes = fashion.read("train")
     clothes = Clothes(clothes.items[: plan.pictures], clothes.labels[: plan.pictures])

@@ -1,1 +1,17 @@
-"""The studies behind the pages of claims and starts: what is run, by which rule it is judged, how it is drawn."""
+"""The studies behind the pages in paper/docs: what is run, by which rule it is judged, how it is drawn.
+
+===============  ==================================================================================
+``engine``       runs the missing runs of a study on all cores; reads kept rows
+``digits``       all studies on turned digits
+``sentences``    robustness, starts and lam on rated sentences
+``chat``         robustness of a small chat model
+``fashion``      subjects and label maps with the small text-to-image model
+``verdicts``     the claims, and the rules that judge them; pure functions of rows
+``page``         writes ``docs/claims.md`` and ``docs/starts.md``
+``standins``     keeps the results of the stand-ins' recipes; writes ``docs/standins.md``
+``figures``      draws ``docs/figures``
+===============  ==================================================================================
+
+``digits``, ``sentences``, ``chat`` and ``fashion`` are commands: ``python -m paper.studies.digits [STUDY ...]`` runs what is
+missing of the named studies and appends rows to ``paper/results/digits/STUDY.jsonl``.
+"""

@@ -1,9 +1,9 @@
-"""Robustness to the rate of a chat model (SmolLM2-135M-Instruct) that learns from instructions, through the instruction recipe.
+"""Robustness of a chat model (SmolLM2-135M-Instruct) to the learning rate, through the recipe for instructions.
 
     python -m paper.studies.chat [STUDY ...]
 
-Instructions about 120 sentences of film reviews, in bfloat16 with adapters in float32. Base rates: of three, the one with the
-most likely held-out responses, at a seed that nothing else uses.
+It learns from instructions about 120 sentences of film reviews, in bfloat16 with adapters in float32. The base rate is the one
+of three with the highest likelihood of held-out responses, at a seed that nothing else uses.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the instruction recipe. ``scored``: by the tasks and the perplexity, else by the held-out responses alone."""
+    """One run of the recipe for instructions.
+
+    ``scored``: whether the tasks and the perplexity are scored as well, and not the held-out responses alone.
+    """
 
     study: str
     case: str
@@ -57,13 +60,13 @@ def tuning() -> Iterator[Job]:
 
 
 def base_rates() -> dict[str, float]:
-    """Of each method the rate with the best likelihood in `tuning`; a run that diverged has none."""
+    """Each method's rate with the best likelihood in `tuning`; that of a run that diverged is 0."""
     rows = engine.read("tuning", RESULTS)
     chosen = {}
     for case, (_, rates) in METHODS.items():
-        own = {r["lr"]: r.get("validation", 0.0) for r in rows if r["case"] == case}
-        assert set(own) == set(rates), "run the study 'tuning' first"
-        chosen[case] = max(own, key=lambda lr: own[lr])
+        by_rate = {r["lr"]: r.get("validation", 0.0) for r in rows if r["case"] == case}
+        assert set(by_rate) == set(rates), "run the study 'tuning' first"
+        chosen[case] = max(by_rate, key=lambda lr: by_rate[lr])
     return chosen
 
 
@@ -77,7 +80,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"tuning": tuning, "robustness
 
 
 def experiment(job: Job, out: Path) -> Experiment:
-    """The recipe of the stand-in with the job's adapter, rate and seed. The model as it was is scored in one run alone."""
+    """The recipe of the stand-in with the job's adapter, rate and seed. Only one run also scores the model before training."""
     data = read(RECIPE, ["variants=[]", "seeds=[]"]).model_dump(mode="json")
     adapter = {"targets": data["adapter"]["targets"]} | job.adapter
     train = data["train"] | {"lr": job.lr, "lam_lr": job.lr / 2}
@@ -88,13 +91,13 @@ def experiment(job: Job, out: Path) -> Experiment:
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        asked = experiment(job, Path(folder))
+        settings = experiment(job, Path(folder))
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
-        result = instructions.run(asked, context, instructions.check(asked))
-    found = {"validation": result.validation, "distance": result.distance, "bound_used": result.bound_used}
+        result = instructions.run(settings, context, instructions.check(settings))
+    scores = {"validation": result.validation, "distance": result.distance, "bound_used": result.bound_used}
     if job.scored and result.test is not None:
-        found |= {"test": result.test} | {k.replace(" ", "_"): v for k, v in result.scores.items()}
-    return job.key() | {k: v for k, v in found.items() if v is not None} | {"seconds": result.seconds}
+        scores |= {"test": result.test} | {k.replace(" ", "_"): v for k, v in result.scores.items()}
+    return job.key() | {k: v for k, v in scores.items() if v is not None} | {"seconds": result.seconds}
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:

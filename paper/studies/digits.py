@@ -1,10 +1,10 @@
-"""All runs on turned digits: base rates, robustness, prolonged training, decoupling, the ladder, the starts.
+"""All studies on turned digits: base rates, robustness, prolonged training, decoupling, the ladder, the starts.
 
     python -m paper.studies.digits [STUDY ...]
 
-Rows go to ``paper/results/digits/<study>.jsonl``, one for each run; a study started again runs only what is missing. The base
-rate of a case, and its lam, are those with the best mean accuracy on the validation pictures over two seeds that nothing else
-uses.
+Rows go to ``paper/results/digits/<study>.jsonl``, one for each run; a study that is started again runs only what is missing.
+The base rate of a case, and its lam, are those with the best mean accuracy on the validation pictures over two seeds that
+nothing else uses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
 
 
 def rung(name: str) -> tuple[list[Any], tuple[float, ...]]:
-    """A rung at rank 8 (E1: 2) with the strengths and rates that it is chosen from. L1's strength is not relative to W."""
+    """A rung at rank 8 (E1: 2), with the strengths and rates to choose from. L1's strength is not relative to W."""
     method = RUNGS[name]
     if name == "L0":
         return [replace(method, r=8, alpha=16.0)], (1e-3, 2e-3, 4e-3)
@@ -63,22 +63,22 @@ def tuning() -> Iterator[Job]:
 
 
 def best(study: str, cases: dict[str, tuple[list[Any], tuple[float, ...]]]) -> dict[str, tuple[Any, float]]:
-    """Each case's method and base rate, by the mean validation accuracy of a study's rows."""
+    """Each case's method and base rate with the best mean validation accuracy in a study."""
     rows = read(study)
     chosen = {}
     for case, (methods, rates) in cases.items():
 
         def score(choice: tuple[Any, float], case: str = case) -> float:
-            seen = [r for r in rows if (r["case"], r["method"], r["lr"]) == (case, str(choice[0]), choice[1])]
-            assert len(seen) == len(TUNING_SEEDS), f"run the study {study!r} first"
-            return sum(r.get("validation", 0.0) for r in seen)
+            runs = [r for r in rows if (r["case"], r["method"], r["lr"]) == (case, str(choice[0]), choice[1])]
+            assert len(runs) == len(TUNING_SEEDS), f"run the study {study!r} first"
+            return sum(r.get("validation", 0.0) for r in runs)
 
         chosen[case] = max(product(methods, rates), key=score)
     return chosen
 
 
 def robustness() -> Iterator[Job]:
-    """Figures 2 and 5: every method over factors of its own base rate, 300 steps; lam's rate is multiplied as well."""
+    """Figures 2 and 5: every method over factors of its base rate, 300 steps; lam's rate is multiplied as well."""
     for case, (method, lr) in best("tuning", METHODS).items():
         for factor, seed in product(FACTORS, SEEDS):
             yield Job("robustness", case, method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
@@ -93,7 +93,7 @@ def decoupling() -> Iterator[Job]:
 
 
 def prolonged() -> Iterator[Job]:
-    """Figure 3: 2,600 steps of the noisy objective without weight decay, each method at its own base rate."""
+    """Figure 3: 2,600 steps of the noisy objective without weight decay, each method at its base rate."""
     chosen = best("tuning", METHODS)
     long = partial(Job, "prolonged", steps=2600, decay=0.0, noisy=True, watched=tuple(range(100, 2601, 100)))
     for seed in SEEDS:
@@ -111,7 +111,7 @@ def rungs_tuning() -> Iterator[Job]:
 
 
 def rungs() -> Iterator[Job]:
-    """Table 1's ladder, each rung at its own strength and rate, on five seeds."""
+    """The ladder of Table 1, each rung at its chosen strength and rate, on five seeds."""
     for case, (method, lr) in best("rungs-tuning", LADDER).items():
         for seed in (*SEEDS, 13, 14):
             yield Job("rungs", case, method, lr, lr * LAM_SHARE, seed)
@@ -131,7 +131,7 @@ START_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
 def starts(study: str = "starts", clip: float = 0.0) -> Iterator[Job]:
-    """Every start over lam and the rate (lam's is half of it); the first seed is watched."""
+    """Every start over lam and the rate (lam's rate is half of it); the runs of the first seed have a trace."""
     for seed, lam, lr, (case, fields) in product(SEEDS, START_LAMS, START_RATES, STARTS.items()):
         watched = (1, 2, 5, 6, 20, 21, 100, 101, 300) if seed == SEEDS[0] else ()
         yield Job(study, case, DeLoRA(r=8, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
@@ -142,7 +142,7 @@ JUDGED_SEEDS, JUDGED_LAM, JUDGED_RATES = tuple(range(50, 60)), 8.0, (1e-3, 3e-3,
 
 
 def starts_judged() -> Iterator[Job]:
-    """The starts that were near the best, at the default lam and ten new seeds, for `verdicts.start`."""
+    """Five of the starts at the default lam and ten new seeds, for `verdicts.start`."""
     for seed, lr, case in product(JUDGED_SEEDS, JUDGED_RATES, JUDGED):
         yield Job("starts-judged", case, DeLoRA(r=8, lam=JUDGED_LAM, **STARTS[case]), lr, lr * LAM_SHARE, seed)
 

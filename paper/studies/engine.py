@@ -1,4 +1,4 @@
-"""Many runs on all cores: each a row of ``<study>.jsonl``; what is there is not run again."""
+"""Runs the jobs of a study on all cores. Each run is a row of ``<study>.jsonl``; a run whose row exists is not run again."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from delora.formats.files import write_atomically
 
 
 def read(study: str, results: Path) -> list[dict[str, Any]]:
-    """The rows of a study so far. A last line that a stopped run left unfinished is not counted."""
+    """The rows of a study so far, without a last line that a stopped run left unfinished."""
     file = results / f"{study}.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     return [json.loads(line) for line in lines]
 
 
 def short(value: Any) -> Any:
-    """Numbers with five digits: what is kept is to be small."""
+    """The value with every number rounded to five significant digits, which keeps the files small."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
@@ -46,15 +46,15 @@ def run(
     console: Console,
     workers: int | None = None,
 ) -> None:
-    """What is missing of a study; each row is written when its run ends. One that raises is reported, the others go on.
+    """Runs the missing jobs of a study and writes each row when its run ends. A job that raises is reported; the others go on.
 
-    A job is a dataclass whose ``key()`` tells it from all others, as JSON values; the key is a part of its row.
+    A job is a dataclass. Its ``key()`` holds JSON values that identify it within the study, and is part of its row.
     """
     rows = read(study, results)
     missing = []
     for job in jobs:
         key = short(job.key())
-        # A field that is as by default is in neither.
+        # A field at its default is in neither the key nor the row.
         names = {*key, *(f.name for f in dataclasses.fields(job))}
         if not any(key == {name: row[name] for name in names if name in row} for row in rows):
             missing.append(job)
@@ -91,7 +91,8 @@ def run(
 
 
 def command(studies: Mapping[str, Callable[[], Iterable[Any]]], results: Path, run: Callable[..., None]) -> None:
-    parser = argparse.ArgumentParser(description="Run what is missing of some studies, or of all.")
+    """The command line of a module of studies."""
+    parser = argparse.ArgumentParser(description="Run the missing runs of the named studies, or of all.")
     parser.add_argument("studies", nargs="*", default=list(studies), metavar="STUDY", help=", ".join(studies))
     parser.add_argument("--workers", type=int, help="processes at a time; all cores if not given")
     options = parser.parse_args()

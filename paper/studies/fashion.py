@@ -2,9 +2,9 @@
 
     python -m paper.studies.fashion [STUDY ...]
 
-Settings are chosen on two subjects; three other subjects are judged, and the maps, at the settings of the subjects. A subject's
-score is the mean of two shares: how far its pictures are from those of the untuned model (0) to the photographs among
-themselves (1) by DINOv2, and how many of the prompts' words the classifier sees in them. A map's score is the mIoU.
+Settings are chosen on two subjects and judged on three others; the maps are judged at the same settings. A subject's score is
+the mean of two shares: how far its pictures are on the way from those of the untuned model (0) to the photographs among
+themselves (1) by DINOv2, and how many of the prompts' words the classifier sees in them. The score on maps is the mIoU.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ENDS = (HIGH[0], HIGH[-1])
 LORA: Adapter = {"method": "lora", "r": R, "alpha": 2.0 * R}
 DORA: Adapter = {"method": "dora", "r": R, "alpha": 2.0 * R}
 DELORA: Adapter = {"method": "delora", "r": R}
-# Each case with the settings and rates that it is chosen from.
+# Each case with the settings and rates to choose from.
 METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
     "LoRA": ([LORA], LOW),
     "DoRA": ([DORA], LOW),
@@ -59,8 +59,8 @@ METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
     "full finetuning": ([{"method": "full", "targets": "[^.]*"}], (1e-5, 1e-4, 1e-3)),
     "DeLoRA": ([DELORA | {"lam": lam} for lam in LAMS], HIGH),
 }
-# The rungs, each with the settings and rates that it is chosen from; L0 is the LoRA of `METHODS`. All have one strength, that
-# which is chosen for DeLoRA: on digits, where it was searched for, every rung chose the same.
+# Each rung with the settings and rates to choose from; L0 is the LoRA of `METHODS`. All rungs have the strength that is chosen
+# for DeLoRA: on digits, where it was searched for, every rung chose the same.
 LADDER: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
     "L1": ([DELORA | {"norm": "none", "start": "copy", "lam": LAM}], ENDS),
     "L2": ([DELORA | {"start": "copy", "lam": LAM}], ENDS),
@@ -73,7 +73,7 @@ LADDER: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One adapter on one subject, or on the maps. ``factor`` is that of the case's base rate."""
+    """One adapter on one subject, or on the maps. ``factor`` multiplies the case's base rate."""
 
     study: str
     case: str
@@ -107,22 +107,22 @@ def tuning(study: str, cases: dict[str, tuple[list[Adapter], tuple[float, ...]]]
 
 
 def best(study: str, cases: Iterable[str]) -> dict[str, tuple[Adapter, float]]:
-    """Each case's adapter and rate with the best mean score of a study for choosing."""
+    """Each case's adapter and rate with the best mean score in a study of tuning."""
     rows = engine.read(study, RESULTS)
     chosen = {}
     for case in cases:
-        found: dict[str, list[dict[str, Any]]] = {}
+        by_setting: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if row["case"] == case:
-                found.setdefault(json.dumps([row["adapter"], row["lr"]]), []).append(row)
-        assert found, f"run the study {study!r} first"
-        top = max(found.values(), key=lambda own: fmean(r.get("test", 0.0) for r in own))
+                by_setting.setdefault(json.dumps([row["adapter"], row["lr"]]), []).append(row)
+        assert by_setting, f"run the study {study!r} first"
+        top = max(by_setting.values(), key=lambda runs: fmean(r.get("test", 0.0) for r in runs))
         chosen[case] = top[0]["adapter"], top[0]["lr"]
     return chosen
 
 
 def final(study: str, chosen_in: str, cases: Iterable[str]) -> Iterator[Job]:
-    """Each case at its own settings on the subjects that are judged."""
+    """Each case at its chosen setting on the subjects that are judged."""
     chosen = best(chosen_in, cases)
     for seed, (case, (adapter, lr)) in product(SEEDS, chosen.items()):
         yield from jobs(study, case, adapter, lr, seed, SUBJECTS)
@@ -132,7 +132,7 @@ ROBUST = ("LoRA", "DoRA", "DoRA, fixed magnitude", "ETHER+", "DeLoRA")
 
 
 def robustness() -> Iterator[Job]:
-    """Figures 2 and 5: over factors of each method's own base rate, lam's as well. Factor 1 is in `methods`."""
+    """Figures 2 and 5: factors of each method's base rates, lam's as well. The runs at factor 1 are in the study of methods."""
     chosen = best("methods-tuning", ROBUST)
     for seed, factor, (case, (adapter, lr)) in product(SEEDS[:1], FACTORS, chosen.items()):
         if factor != 1.0:
@@ -152,7 +152,7 @@ LONG = 2600
 
 
 def prolonged() -> Iterator[Job]:
-    """Figures 3 and 8: 2,600 steps, each method at its own base rate, one subject."""
+    """Figures 3 and 8: 2,600 steps on one subject, each method at its base rate."""
     for case, (adapter, lr) in best("methods-tuning", ("LoRA", "DoRA", "DeLoRA")).items():
         yield from jobs("prolonged", case, adapter, lr, SEEDS[0], SUBJECTS[:1], steps=LONG)
         if case == "DeLoRA":
@@ -161,7 +161,7 @@ def prolonged() -> Iterator[Job]:
 
 
 def maps() -> Iterator[Job]:
-    """Table 2: each rung at the settings that were chosen on subjects; once the model as it was, a step at rate 0."""
+    """Table 2: each rung at the setting chosen on subjects; and the untuned model, as one step at rate 0."""
     yield Job("maps", "untuned", LORA, 0.0, 0.0, MAPS_SEEDS[0], steps=1)
     chosen = {"L0": best("methods-tuning", ["LoRA"])["LoRA"]} | best("ladder-tuning", LADDER)
     for seed, (case, (adapter, lr)) in product(MAPS_SEEDS, chosen.items()):
@@ -203,46 +203,46 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         context = RunContext(Path(folder) / "run", SHARED, "run", "run", Console(quiet=True))
-        asked = experiment(job, context.folder)
-        found = on_maps(asked, context) if job.subject is None else on_subject(asked, job, context)
-    return job.key() | found
+        settings = experiment(job, context.folder)
+        row = on_maps(settings, context) if job.subject is None else on_subject(settings, job, context)
+    return job.key() | row
 
 
-def on_subject(asked: Any, job: Job, context: RunContext) -> dict[str, Any]:
+def on_subject(settings: Any, job: Job, context: RunContext) -> dict[str, Any]:
     run = context.folder
-    own = next(s for s in dreambooth.read(asked.data.source) if s.name == job.subject)
-    subject.one(asked, context, own)
+    learned = next(s for s in dreambooth.read(settings.data.source) if s.name == job.subject)
+    subject.one(settings, context, learned)
     done = read_json(run / subject.SCORES)
-    found: dict[str, Any] = {"trainable": done["trainable"], "seconds": done["seconds"]}
+    row: dict[str, Any] = {"trainable": done["trainable"], "seconds": done["seconds"]}
     if done["diverged"] is None:
         means = {name: fmean(values) for name, values in done["scores"].items()}
         near = (means["dino"] - means["dino untuned"]) / (means["dino real"] - means["dino untuned"])
-        found |= {"test": (near + means["prompt"]) / 2, "subject_share": near}
-        found |= {key.replace(" ", "_"): value for key, value in means.items()}
-        found |= {key: done["reached"][key] for key in ("distance", "bound_used") if done["reached"][key] is not None}
+        row |= {"test": (near + means["prompt"]) / 2, "subject_share": near}
+        row |= {key.replace(" ", "_"): value for key, value in means.items()}
+        row |= {key: done["reached"][key] for key in ("distance", "bound_used") if done["reached"][key] is not None}
     if job.steps is not None:
-        found["trace"] = trace(run)
+        row["trace"] = trace(run)
         strip(sorted((run / "snapshots").glob("*.png")), snapshot_file(job.case))
     elif (job.study, job.seed) == ("methods", SEEDS[0]) and done["diverged"] is None:
-        strip(sorted((run / "pictures").glob("*-0.png")), sample_file(job.case, own.name))
-    return found
+        strip(sorted((run / "pictures").glob("*-0.png")), sample_file(job.case, learned.name))
+    return row
 
 
 def trace(run: Path) -> list[dict[str, Any]]:
     """Distance and bound after every hundredth step."""
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    found = {}
+    points = {}
     for row in rows:
         if "distance" in row and row["step"] // 100:
             point = {"step": 100 * (row["step"] // 100), "distance": row["distance"]}
             bound = {"bound": row["distance"] / row["bound_used"]} if row.get("bound_used") else {}
             expected = {"reachable": row["reachable"]} if "reachable" in row else {}
-            found.setdefault(point["step"], point | bound | expected)
-    return list(found.values())
+            points.setdefault(point["step"], point | bound | expected)
+    return list(points.values())
 
 
 def strip(files: Sequence[Path], out: Path) -> None:
-    """Pictures in one row, as small as they are: what the figures show."""
+    """The pictures side by side in one file, unscaled; the figures are drawn from it."""
     sheet = Image.new("RGB", (fashion.SIZE * len(files), fashion.SIZE))
     for i, file in enumerate(files):
         sheet.paste(dreambooth.open_image(file), (fashion.SIZE * i, 0))
@@ -250,28 +250,28 @@ def strip(files: Sequence[Path], out: Path) -> None:
 
 
 def snapshot_file(case: str) -> Path:
-    """Of the prolonged run: the same noise and prompt at the start and after every 200 steps."""
+    """What the prolonged run draws from the same noise and prompt at the start and after every 200 steps."""
     return RESULTS / "snapshots" / f"{slug(case)}.png"
 
 
 def sample_file(case: str, kind: str) -> Path:
-    """Of the first seed: a subject's first picture of each prompt, or the first maps' pictures."""
+    """What the first seed draws: a subject's first picture for each prompt, or the pictures for the first maps."""
     return RESULTS / "samples" / f"{kind}-{slug(case)}.png"
 
 
-def on_maps(asked: Any, context: RunContext) -> dict[str, Any]:
-    result = semantic_map.run(asked, context, semantic_map.check(asked))
-    found: dict[str, Any] = {"trainable": result.trainable, "seconds": result.seconds}
+def on_maps(settings: Any, context: RunContext) -> dict[str, Any]:
+    result = semantic_map.run(settings, context, semantic_map.check(settings))
+    row: dict[str, Any] = {"trainable": result.trainable, "seconds": result.seconds}
     if result.test is not None:
-        found |= {"test": result.test} | {key.replace(" ", "_"): value for key, value in result.scores.items()}
-        found |= {k: v for k, v in {"distance": result.distance, "bound_used": result.bound_used}.items() if v is not None}
-        if asked.seed == MAPS_SEEDS[0]:
-            strip(sorted((context.folder / "pictures").glob("*.png"))[:SHOWN], sample_file(asked.name, "maps"))
-    return found
+        row |= {"test": result.test} | {key.replace(" ", "_"): value for key, value in result.scores.items()}
+        row |= {k: v for k, v in {"distance": result.distance, "bound_used": result.bound_used}.items() if v is not None}
+        if settings.seed == MAPS_SEEDS[0]:
+            strip(sorted((context.folder / "pictures").glob("*.png"))[:SHOWN], sample_file(settings.name, "maps"))
+    return row
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:
-    from paper.standins import prepare  # loads the judges, which the pages do not need
+    from paper.standins import prepare  # imports DINOv2 of transformers, which the pages do not need
 
     prepare.main()
     engine.run(study, jobs, work, results, console, workers)

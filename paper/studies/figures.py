@@ -16,7 +16,7 @@ from paper.standins import fashion as clothes
 from paper.studies import chat, fashion, sentences
 from paper.studies.digits import STARTS, read
 from paper.studies.page import means, start_tasks, subject_rows, whole
-from paper.studies.verdicts import near_best, strength
+from paper.studies.verdicts import largest_column_norm, near_best, strength
 
 FIGURES = Path("paper/docs/figures")
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
@@ -30,6 +30,7 @@ def scored(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 def digits() -> None:
+    """Figures 2, 3, 5 and 6 on turned digits."""
     robustness, decoupling = scored(read("robustness"), "test"), scored(read("decoupling"), "test")
     for row in robustness:
         row.setdefault("factor", 1.0)
@@ -49,21 +50,24 @@ def digits() -> None:
 
 
 def reachable(rows: list[dict[str, Any]]) -> dict[float, float]:
-    """By the bound of DeLoRA's rows, |W| sqrt((lam^2 + lam0^2) / (r in)): the expected distance of two halves of r orthogonal
-    terms, one at the start's strength and one at lam, whose directions are independent of each other and of W's columns."""
+    """|W| sqrt((lam^2 + lam0^2) / (r in)) by the bound of DeLoRA's rows.
+
+    This is the distance to expect of two halves, one of strength lam0 and one of strength lam, if all their terms are
+    orthogonal and independent of W's columns.
+    """
     fixed = next(r for r in rows if r["case"] == "DeLoRA, lam fixed")
-    norm = fixed["distance"] / fixed["relative"]  # |W| of the drawn layer
-    found = {}
+    norm = fixed["distance"] / fixed["relative"]  # for |W| of the drawn layer; ``relative`` is a mean over all layers
+    largest = largest_column_norm(rows)
+    by_bound = {}
     for row in rows:
         if row["case"] == "DeLoRA":
             method = METHOD.fullmatch(row["method"])
             assert method is not None
             r, lam0 = int(method[1]), float(method[2])
-            largest = fixed["trace"][0]["bound"] / (2 * lam0)  # the largest column norm
             for point in row["trace"]:
                 lam = point["bound"] / largest - lam0
-                found[point["bound"]] = norm * math.sqrt((lam**2 + lam0**2) / (r * WIDTH))
-    return found
+                by_bound[point["bound"]] = norm * math.sqrt((lam**2 + lam0**2) / (r * WIDTH))
+    return by_bound
 
 
 def column_norms() -> None:
@@ -77,6 +81,7 @@ def column_norms() -> None:
 
 
 def language() -> None:
+    """Figure 2 on sentences and with the chat model."""
     if rows := whole("robustness-judged", sentences):
         figures.save(figures.over_rates(scored(rows, "test"), METHODS, "accuracy", RELATIVE), FIGURES / "figure2-sentences")
     if rows := whole("robustness", chat):
@@ -92,9 +97,9 @@ def subjects() -> None:
         dora = ("DoRA", "DoRA, fixed magnitude", "DeLoRA")
         figures.save(figures.over_rates(rows, dora, "score", RELATIVE), FIGURES / "figure5-subjects")
         if decoupling := scored(whole("decoupling", fashion), "test"):
-            own = [r for r in rows if r["case"] == "DeLoRA" and r["seed"] in {d["seed"] for d in decoupling}]
-            shared = [r | {"case": case} for r in own if r["factor"] == 1 for case in ("lam alone", "A and B alone")]
-            every = [*decoupling, *shared, *(r | {"case": "both"} for r in own)]
+            both = [r for r in rows if r["case"] == "DeLoRA" and r["seed"] in {d["seed"] for d in decoupling}]
+            shared = [r | {"case": case} for r in both if r["factor"] == 1 for case in ("lam alone", "A and B alone")]
+            every = [*decoupling, *shared, *(r | {"case": "both"} for r in both)]
             sweeps = ("lam alone", "A and B alone", "both")
             figures.save(figures.over_rates(every, sweeps, "score", RELATIVE), FIGURES / "figure6-subjects")
     if rows := whole("prolonged", fashion):
@@ -105,20 +110,20 @@ def subjects() -> None:
 
 
 def _rows(files: list[Path]) -> list[list[Any]]:
-    """The pictures of each strip."""
+    """The pictures of each strip, left to right."""
     side = clothes.SIZE
     strips = [open_image(file) for file in files]
     return [[s.crop((x, 0, x + side, side)) for x in range(0, s.width, side)] for s in strips]
 
 
 def snapshots(cases: list[str]) -> None:
-    """Figure 8: the same noise and prompt after more and more steps, a row for each method."""
+    """Figure 8: what the same noise and prompt give after more and more steps, a row for each method."""
     rows = _rows([fashion.snapshot_file(case) for case in cases])
     write(grid(rows, [f"{case}: step 0, 200, ... {fashion.LONG:,}" for case in cases]), FIGURES / "figure8-subjects.png")
 
 
 def samples() -> None:
-    """Figure 7: what the methods draw, of a subject for each of its prompts, and of the first maps."""
+    """Figure 7: what each method draws for every prompt of a subject, and for the first maps."""
     if rows := whole("methods", fashion):
         cases = list(dict.fromkeys(r["case"] for r in rows))
         for subject in dreambooth.read(str(clothes.subjects())):
@@ -129,16 +134,19 @@ def samples() -> None:
     if rows := whole("maps", fashion):
         cases = list(dict.fromkeys(r["case"] for r in rows))
         scenes = maps.read(str(clothes.scenes()), "validation")[: fashion.SHOWN]
-        given = [[open_image(file) for file in own] for own in zip(*((s.control, s.image) for s in scenes), strict=True)]
+        references = [
+            [open_image(file) for file in files] for files in zip(*((s.control, s.image) for s in scenes), strict=True)
+        ]
         drawn = _rows([fashion.sample_file(case, "maps") for case in cases])
-        write(grid([*given, *drawn], ["the maps", "the pictures they are of", *cases]), FIGURES / "figure7-maps.png")
+        write(grid([*references, *drawn], ["the maps", "the pictures they are of", *cases]), FIGURES / "figure7-maps.png")
 
 
 def starts() -> None:
+    """Validation score over rate and lam, a map for each start; cells near the best are framed."""
     for key, task in start_tasks().items():
         rows = [r for r in task.rows if not r.get("clip")]
-        found = {case: means(rows, case, task.chance) for case in STARTS}
-        cells = {case: {(lr, lam): score for (lam, lr), score in own.items()} for case, own in found.items()}
+        scores = {case: means(rows, case, task.chance) for case in STARTS}
+        cells = {case: {(lr, lam): score for (lam, lr), score in cell.items()} for case, cell in scores.items()}
         framed: dict[str, set[Any]] = {}
         for r in near_best(task.rows, task.examples, task.chance):
             if not r.get("clip"):

@@ -1,10 +1,16 @@
-"""Write paper/docs/claims.md and paper/docs/starts.md from the kept rows:  python -m paper.studies.page"""
+"""Write paper/docs/claims.md and paper/docs/starts.md from the kept rows.
+
+    python -m paper.studies.page
+
+Sentences that state a result are computed; sentences that are typed here say how something was made.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -18,28 +24,28 @@ CLAIMS, STARTS = Path("paper/docs/claims.md"), Path("paper/docs/starts.md")
 
 HEAD = """# The paper's claims, on stand-ins
 
-Written by `make claims` from the rows in `paper/results/`; nothing here is typed by hand. **These are stand-ins**: the paper's models and
-data are in no package, so each claim is put to a small model on real data, and none of these numbers belongs beside the paper's.
-What can be read off is whether a phenomenon is there. Each rule was fixed before its runs, and the seeds were used for nothing else.
-A claim that does not hold here is a result: it says that the phenomenon needs more than this stand-in has.
+Written by `make claims`: every result on this page is computed from the rows in `paper/results/`. **These are stand-ins**: the paper's
+models and data are in no package, so each claim is put to a small model on real data. No number here is comparable with the paper's;
+what can be read off is whether a phenomenon appears on the stand-in. Each rule was fixed before the runs that it judges, and no setting
+was chosen with the seeds of these runs.
 """
 
 LIMITS = """## What they can and cannot say
 
-They run the code of the paper's recipes on real data, so they can show that a method trains, stays within its bound, drifts, fails at a high rate or
-does not. They cannot rank methods: with three to five seeds a difference of a few points is within its error, base rates were chosen from few, and
-models of 0.1 to 135 million parameters on small tasks need not order methods as large ones do. Of the pictures: they are grey garments of 32 pixels, which
-DINOv2 sees enlarged; our classifier and segmenter know nothing else, and share their training pictures with the model that they judge; a prompt asks
-for one of six words; the Frechet distance is of 64 features of our own. What needs photographs, long prompts or many concepts is not tested here."""
+They run the code of the paper's recipes on real data. They can show whether a method trains, how far it goes from the base, whether it drifts, and whether
+it fails at a high rate. They are not made to rank methods: each study has one to five seeds, base rates were chosen from few, and the models have 0.1 to 135
+million parameters. The pictures are grey garments of 32 pixels, which DINOv2 sees enlarged; our classifier and segmenter know nothing else and share their
+training pictures with the model that they judge; a prompt asks for one of six words; the Frechet distance is of 64 features of our own. Photographs, long
+prompts and many concepts are not tested here."""
 
 STANDINS = {
     "digits": """*Digits*: a vision transformer (width 64, 3 layers) pretrained on 1,000 upright handwritten digits, finetuned on 100 that are turned
 by 90 degrees and inverted; 300 steps, batch 16, constant rate; rank 8 on q, k, v and out. Scores are of 399 test pictures, so that
 one accuracy of 60 % has a standard error of 2.5 points. Base rates and lam were chosen on validation pictures, with other seeds.""",
-    "sentences": """*Sentences*: MiniLM, a pretrained sentence encoder, on 1,000 movie sentences rated by people (two classes, 1,000 test sentences: one
+    "sentences": """*Sentences*: MiniLM, a pretrained sentence encoder, on 1,000 sentences of film reviews rated by people (two classes, 1,000 test sentences: one
 accuracy of 80 % has a standard error of 1.3 points); two epochs with warm-up and a linear schedule, rank 8 on query and value; the
 head's rate stays at 1e-3. Base rates were chosen on validation sentences, with another seed.""",
-    "chat": """*Chat model*: SmolLM2-135M-Instruct on instructions about 120 movie sentences, scored by the likelihood of the answers on 60 others (two
+    "chat": """*Chat model*: SmolLM2-135M-Instruct on instructions about 120 sentences of film reviews, scored by the likelihood of the answers on 60 others (two
 tasks: the sentiment of two, the rating of five), and by the perplexity on 200 sentences of newspapers; rank 8 on q and v, three seeds. Base
 rates: the best of three by the likelihood of held-out responses, with another seed.""",
     "subjects": """*Subjects*: our own small text-to-image model ([its card](../standins/weights/fashion/README.md)) learns three garments with patterns from five
@@ -71,42 +77,44 @@ FIGURES = {
 
 
 def whole(study: str, module: Any) -> list[dict[str, Any]]:
-    """The rows of a study of which every run is kept, or none: nothing is said of half the seeds."""
+    """The rows of a study if every run of it is kept, else none: half the seeds would say nothing."""
     rows = engine.read(study, module.RESULTS)
     return rows if rows and len(rows) == len(list(module.STUDIES[study]())) else []
 
 
 def verdict_table() -> dict[str, dict[str, Verdict]]:
-    """Of each stand-in whose studies are complete its verdicts, by the claim's name."""
-    found = {"digits": verdicts.on_digits(digits.read)}
+    """The verdicts of every stand-in whose studies are complete, by the claim's name."""
+    judged = {"digits": verdicts.on_digits(digits.read)}
     if rows := whole("robustness-judged", sentences):
-        found["sentences"] = {"R1": verdicts.r1(rows, 0.5)}
+        judged["sentences"] = {"R1": verdicts.r1(rows, 0.5)}
     if rows := whole("robustness", chat):
-        found["chat"] = {"R7": verdicts.chat(rows)}
-    if judged := verdicts.on_subjects(lambda study: whole(study, fashion)):
-        found["subjects"] = judged
+        judged["chat"] = {"R7": verdicts.chat(rows)}
+    if on_subjects := verdicts.on_subjects(lambda study: whole(study, fashion)):
+        judged["subjects"] = on_subjects
     if rows := whole("maps", fashion):
-        found["maps"] = {"R6": verdicts.ladder(rows)}
-    return found
+        judged["maps"] = {"R6": verdicts.ladder(rows)}
+    return judged
 
 
 def claims() -> str:
-    found = verdict_table()
-    names = dict.fromkeys(name for judged in found.values() for name in sorted(judged))
-    lines = [HEAD, *(f"{STANDINS[key]}\n" for key in found)]
-    lines += ["| | claim | " + " | ".join(found) + " |", "|---|---|" + "---|" * len(found)]
+    judged = verdict_table()
+    names = dict.fromkeys(name for by_name in judged.values() for name in sorted(by_name))
+    lines = [HEAD, *(f"{STANDINS[key]}\n" for key in judged)]
+    lines += ["| | claim | " + " | ".join(judged) + " |", "|---|---|" + "---|" * len(judged)]
     for name in names:
-        own = {key: judged[name] for key, judged in found.items() if name in judged}
-        claim = next(iter(own.values())).claim
-        cells = [(_word(own[key]) if key in own else "–") for key in found]
+        by_standin = {key: by_name[name] for key, by_name in judged.items() if name in by_name}
+        claim = next(iter(by_standin.values())).claim
+        cells = [(_word(by_standin[key]) if key in by_standin else "–") for key in judged]
         lines.append(f"| {name} | {claim} | " + " | ".join(cells) + " |")
     for name in names:
-        own = {key: judged[name] for key, judged in found.items() if name in judged}
-        first = next(iter(own.values()))
+        by_standin = {key: by_name[name] for key, by_name in judged.items() if name in by_name}
+        first = next(iter(by_standin.values()))
         lines += ["", f"## {name}. {first.claim}", "", f"Rule: {first.rule}"]
-        for key, verdict in own.items():
+        for key, verdict in by_standin.items():
             lines += ["", f"**{key.capitalize()}: {_word(verdict)}.**", ""]
             lines += [f"- {'yes' if holds else '**no**'}: {text}" for text, holds in verdict.parts]
+            if verdict.notes:
+                lines += ["", "Not part of the rule, which was fixed before:", "", *(f"- {note}" for note in verdict.notes)]
             if (name, key) in FIGURES:
                 file, caption = FIGURES[name, key]
                 lines += ["", f"![{caption}](figures/{file}.png)", "", f"*{caption}.*"]
@@ -114,11 +122,11 @@ def claims() -> str:
     lines += _over_factors(digits.read("robustness"), CHANCE)
     chosen = digits.best("tuning", digits.METHODS)
     lines += ["", "Chosen by validation: " + "; ".join(f"{case}: `{m}` at {lr:g}" for case, (m, lr) in chosen.items()) + "."]
-    if "sentences" in found:
+    if "sentences" in judged:
         lines += ["", "Sentences, test accuracy [%]:", "", *_over_factors(whole("robustness-judged", sentences), 0.5)]
         lines += ["", "The two seeds that were run before the rule was written (they judge nothing):", ""]
         lines += _over_factors(whole("robustness", sentences), 0.5)
-    if "chat" in found:
+    if "chat" in judged:
         rows = whole("robustness", chat)
         before = fmean(r["perplexity_before"] for r in rows if "perplexity_before" in r)
         lines += ["", "Chat model, mean of both tasks [%]:", "", *_over_factors(rows, 0.35)]
@@ -129,7 +137,7 @@ def claims() -> str:
             "",
             *_over_factors(rows, float("nan"), "perplexity", 1),
         ]
-    if "R1" in found.get("subjects", {}):
+    if "R1" in judged.get("subjects", {}):
         rows = subject_rows()
         lines += ["", "Subjects, score [%]:", "", *_over_factors(rows, 0.0)]
         lines += ["", "The subject's share of it [%]:", "", *_over_factors(rows, 0.0, "subject_share")]
@@ -140,7 +148,7 @@ def claims() -> str:
 
 
 def _chat_table(rows: list[dict[str, Any]]) -> list[str]:
-    """A row for each method at its base rate, and one for the model as it was."""
+    """A row for each run at its base rate, and one for the model before training."""
     names = {"sentiment": 100, "rating": 100, "likelihood": 100, "perplexity": 1}
     table = [
         "| | rate | sentiment [%] | rating [%] | likelihood of responses [%] | perplexity on newspapers |",
@@ -148,15 +156,15 @@ def _chat_table(rows: list[dict[str, Any]]) -> list[str]:
     ]
     base = [r for r in rows if r["factor"] == 1]
     untuned = next(r for r in base if "perplexity_before" in r)
-    told = [("as it was", None, {name: untuned.get(f"{name}_before") for name in names})]
-    for case, lr, own in [*told, *((r["case"], r["lr"], r) for r in base)]:
-        cells = [f"{scale * own[name]:.1f}" if own.get(name) is not None else "–" for name, scale in names.items()]
+    before = [("as it was", None, {name: untuned.get(f"{name}_before") for name in names})]
+    for case, lr, scores in [*before, *((r["case"], r["lr"], r) for r in base)]:
+        cells = [f"{scale * scores[name]:.1f}" if scores.get(name) is not None else "–" for name, scale in names.items()]
         table.append(f"| {case} | {'–' if lr is None else f'{lr:g}'} | {' | '.join(cells)} |")
     return table
 
 
 def subject_rows() -> list[dict[str, Any]]:
-    """Every factor of the robustness on subjects, factor 1 out of the study of all methods."""
+    """The robustness on subjects at every factor; the runs at factor 1 are those of the study of all methods."""
     robustness = whole("robustness", fashion)
     cases, seeds = ({r[key] for r in robustness} for key in ("case", "seed"))
     return [*(r for r in whole("methods", fashion) if r["case"] in cases and r["seed"] in seeds), *robustness]
@@ -188,37 +196,38 @@ def _spread(values: list[float]) -> str:
 def _ladder(rows: list[dict[str, Any]]) -> list[str]:
     table = ["| rung | method | rate | test accuracy [%] | upright [%] |", "|---|---|---|---|---|"]
     for case in dict.fromkeys(r["case"] for r in rows):
-        own = [r for r in rows if r["case"] == case]
-        test, upright = ([100 * r.get(key, CHANCE) for r in own] for key in ("test", "upright"))
+        runs = [r for r in rows if r["case"] == case]
+        test, upright = ([100 * r.get(key, CHANCE) for r in runs] for key in ("test", "upright"))
         cells = [
-            f"`{own[0]['method']}`",
-            f"{own[0]['lr']:g}",
+            f"`{runs[0]['method']}`",
+            f"{runs[0]['lr']:g}",
             f"{fmean(test):.1f} ± {stdev(test):.1f}",
             f"{fmean(upright):.1f}",
         ]
         table.append(f"| {case} | " + " | ".join(cells) + " |")
-    return [*table, "", "Means of five seeds; upright: what is left of the accuracy on upright digits, 96 % before."]
+    seeds = len({r["seed"] for r in rows})
+    return [*table, "", f"Means of {seeds} seeds; upright: the accuracy on upright digits, on which the model was pretrained."]
 
 
 SENTENCES = {"movie": "film reviews", "product": "product ratings"}  # the tasks of `sentences` on which starts are compared
 
 STARTS_HEAD = """# Which start, and which lam?
 
-Written by `make claims` from the rows in `paper/results/`. DeLoRA can begin at the base model in five ways (`DeLoRA(start=...)`). Each was run
-on turned digits (see [the claims](claims.md)), on film reviews (two classes) and on ratings of products (a correlation) with a
-pretrained sentence encoder; over lam, over three decades of the rate (lam's is half of it), with three seeds, rank 8, without gradient
-clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.
+Written by `make claims`: every result on this page is computed from the rows in `paper/results/`. DeLoRA can begin at the base model in five
+ways (`DeLoRA(start=...)`). Each was run on turned digits (see [the claims](claims.md)), and with a pretrained sentence encoder on film reviews
+(two classes) and on ratings of products (a correlation): over lam, over three decades of the rate (lam's rate is half of it), with three seeds,
+rank 8, without gradient clipping and with the norm clipped at 1. A score is the mean validation score over the seeds.
 
-**The first rule, fixed before the runs:** cells (lam, rate) within one standard deviation of the best cell of all are counted for each start
-(the deviation over the best cell's seeds, or the binomial standard error if that is larger); the default is the start with the most of
-them without clipping, as shares of a task's cells summed over the tasks, but stays `subtract` if that is within one cell of the most on
-every task.
+**The first rule, fixed before the runs.** For each start the cells (lam, rate) are counted that lie within one standard deviation of the best
+cell of all (the deviation over the best cell's seeds, or the binomial standard error if that is larger). The counts without clipping are divided by
+the number of a task's cells and summed over the tasks; the default is the start with the largest sum. It stays `subtract` if that is within one
+cell of the largest count on every task.
 """
 
 
 @dataclass(frozen=True)
 class Task:
-    """Rows on which the starts are compared; ``cells`` (lam, rate) for each start; on so many pictures or sentences."""
+    """A task on which the starts are compared: each start has ``cells`` (lam, rate), scored on ``examples``."""
 
     name: str
     setting: str
@@ -229,9 +238,9 @@ class Task:
 
 
 def start_tasks() -> dict[str, Task]:
-    """The tasks of which every run is kept: no table of half the seeds."""
+    """The tasks of which every run is kept."""
     rows = [*digits.read("starts"), *whole("starts-clipped", digits)]
-    found = {"digits": Task("turned digits", "lam 1 to 16, rates 1e-3 to 1; accuracy", rows, 35, 398, CHANCE)}
+    tasks = {"digits": Task("turned digits", "lam 1 to 16, rates 1e-3 to 1; accuracy", rows, 35, 398, CHANCE)}
     scores = {"movie": "accuracy", "product": "mean of both correlations"}
     for key, (_, _, chance) in sentences.TASKS.items():
         study = f"starts-{key}"
@@ -239,13 +248,13 @@ def start_tasks() -> dict[str, Task]:
             rows = [r | {"method": f"DeLoRA(lam={r['lam']:g},)"} for r in [*rows, *whole(f"{study}-clipped", sentences)]]
             train, validation, _ = sentences.SHORT
             setting = f"lam 2 to 32, rates 3e-4 to 3e-1, {train} sentences once; {scores[key]}"
-            found[key] = Task(SENTENCES[key], setting, rows, 12, validation, chance)
-    return found
+            tasks[key] = Task(SENTENCES[key], setting, rows, 12, validation, chance)
+    return tasks
 
 
 def starts() -> str:
     tasks = start_tasks()
-    lines = [STARTS_HEAD, *_near(tasks), *_judged(), *_widest(tasks), *_rank(), *_why(tasks["digits"].rows)]
+    lines = [STARTS_HEAD, *_near(tasks), *_judged(), *_widest(tasks), *_rank(), *_turning(tasks["digits"].rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -271,33 +280,32 @@ def _near(tasks: dict[str, Task]) -> list[str]:
         lines.append(f"| {case} |{''.join(cells)} {total[case]:.2f} |")
     within = all(max(a[c, 0.0] for c in digits.STARTS) - a["subtract", 0.0] <= 1 for a in areas.values())
     first = max(total, key=lambda case: total[case])
-    verdict = "`subtract` stays" if within or first == "subtract" else f"`{first}` takes its place"
-    more = (
-        f"That is not firm: `copy`, which differs from `subtract` only by how far lam has moved, is {total['copy'] - total['subtract']:.2f} "
-        "above it, and so much is luck. Where `soft` is ahead it is at lower rates, from which it learns faster; at a rate of 0.03 with the "
-        "largest lam it falls to chance on the ratings, where `subtract` does not. The second rule decides. "
-    )
+    verdict = "`subtract` stays" if within or first == "subtract" else f"`{first}` takes the place of `subtract`"
     near = sum(count for a in areas.values() for (_, clip), count in a.items() if not clip)
     every = sum(task.cells for task in tasks.values()) * len(digits.STARTS)
-    told = "; ".join(f"{task.name}: {task.setting}" for task in tasks.values())
+    lead = (
+        f" The sum of `{first}` is {total[first] - total['subtract']:.2f} above that of `subtract`; for comparison, the sums of `copy` and "
+        f"`subtract`, which differ only by how far lam has moved, are {abs(total['copy'] - total['subtract']):.2f} apart."
+    )
+    settings = "; ".join(f"{task.name}: {task.setting}" for task in tasks.values())
     return [
         *lines,
         "",
-        f"**By this rule {verdict}.** {more}{near} of {every} cells without clipping are near the best: where they are few, the best of so many "
-        f"is in part luck, and the rule says little more than that no start is clearly better. {told.capitalize()}.",
+        f"**By this rule {verdict}.** {near} of {every} cells without clipping are near the best.{lead if first != 'subtract' else ''} "
+        f"{settings.capitalize()}.",
         "",
     ]
 
 
 def judged_tasks() -> dict[str, dict[str, Gain]]:
-    """Of each task whose runs at new seeds are all kept, by its name in words, what every start gains."""
-    found = {}
+    """What every start gains on each task whose runs at new seeds are all kept, by the task's name in words."""
+    by_task = {}
     if rows := whole("starts-judged", digits):
-        found["turned digits"] = verdicts.gains(rows, CHANCE)
+        by_task["turned digits"] = verdicts.gains(rows, CHANCE)
     for key, name in SENTENCES.items():
         if rows := whole(f"starts-{key}-judged", sentences):
-            found[name] = verdicts.gains(rows, sentences.TASKS[key][2])
-    return found
+            by_task[name] = verdicts.gains(rows, sentences.TASKS[key][2])
+    return by_task
 
 
 def _judged() -> list[str]:
@@ -308,11 +316,11 @@ def _judged() -> list[str]:
     lines = [
         "## The default start",
         "",
-        f"The rule above counts cells of three seeds: it tells `copy` from `subtract`, which differ only by how far lam has moved. So a second "
-        f"one was written, again before its runs, for the starts near the top: lam {digits.JUDGED_LAM:g}, six rates from 1e-3 to 3e-1, "
-        f"{len(digits.JUDGED_SEEDS)} new seeds. A start's score is its mean over its best decade, three neighbouring rates; for each seed the "
-        "decade is chosen by the other seeds. **Rule:** a start takes the place of `subtract` if its mean gain over the tasks is more than twice "
-        "its standard error and on no task it loses more than twice its own; of several, the one that gains most.",
+        f"The rule above counts cells of three seeds. A second rule was written, again before its runs, and it decides. It compares "
+        f"{len(mean)} starts at lam {digits.JUDGED_LAM:g}, six rates from 1e-3 to 3e-1 and {len(digits.JUDGED_SEEDS)} new seeds. A start's score is its "
+        "mean over its best decade, three neighbouring rates; for each seed the decade is chosen by the other seeds. **Rule:** a start takes the "
+        "place of `subtract` if its mean gain over the tasks is more than twice its standard error and if on no task it loses more than twice the "
+        "standard error there; of several, the one that gains most.",
         "",
         "| start |" + "".join(f" {name} [%] | gain |" for name in tasks) + " mean gain |",
         "|---|" + "---|" * (2 * len(tasks) + 1),
@@ -334,8 +342,8 @@ def _widest(tasks: dict[str, Task]) -> list[str]:
     lines = ["## The default lam", "", "At how many rates each lam is near the best of `subtract`'s own cells:", ""]
     shares: dict[float, float] = {}
     for key, task in tasks.items():
-        told = ", ".join(f"lam {lam:g}: {n}" for lam, n in sorted(counts[key].items()))
-        lines.append(f"- {task.name} ({rates[key]} rates): {told}")
+        by_lam = ", ".join(f"lam {lam:g}: {n}" for lam, n in sorted(counts[key].items()))
+        lines.append(f"- {task.name} ({rates[key]} rates): {by_lam}")
         for lam, n in counts[key].items():
             shares[lam] = shares.get(lam, 0.0) + n / rates[key]
     common = {lam: share for lam, share in shares.items() if all(lam in c for c in counts.values())}
@@ -344,8 +352,8 @@ def _widest(tasks: dict[str, Task]) -> list[str]:
     return [
         *lines,
         "",
-        "Rule, fixed before: the lam with the most of them, as shares of the rates summed over the tasks; 8, as it is, if no other has "
-        f"more than its share by a tenth. Compared are those that every task has. **{'8 stays' if stays else f'{first:g} takes its place'}**: "
+        "Rule, fixed before: the lam with the most of these rates, as shares of all rates summed over the tasks; 8 stays unless another lam has more "
+        f"than its share by a tenth. Every lam that all tasks have is compared. **{'8 stays' if stays else f'{first:g} takes its place'}**: "
         f"{', '.join(f'{lam:g} has {share:.2f}' for lam, share in sorted(common.items()))}.",
         "",
     ]
@@ -362,15 +370,15 @@ def _rank() -> list[str]:
     ]
     for case in ("constant", "by rank"):
         for r in sentences.RANKS:
-            own = [row for row in rows if (row["case"], row["r"]) == (case, r)]
-            cells = [[100 * x.get("validation", 0.5) for x in own if x["lr"] == lr] for lr in sentences.RANK_RATES]
-            told = " | ".join(f"{fmean(c):.1f} ± {stdev(c):.1f}" for c in cells)
-            table.append(f"| {case} | {r} | {own[0]['lam']:g} | {told} |")
+            runs = [row for row in rows if (row["case"], row["r"]) == (case, r)]
+            cells = [[100 * run.get("validation", 0.5) for run in runs if run["lr"] == lr] for lr in sentences.RANK_RATES]
+            spreads = " | ".join(f"{fmean(c):.1f} ± {stdev(c):.1f}" for c in cells)
+            table.append(f"| {case} | {r} | {runs[0]['lam']:g} | {spreads} |")
     return [
         "## A rule for lam from the model",
         "",
-        "The change that is reached is about lam |W| / sqrt(r in), relative to |W|, so that at the same lam a larger rank changes less. Does "
-        "lam = 8 sqrt(r / 8) do better than 8 at ranks far from 8? Film reviews, three seeds, validation accuracy:",
+        "Directions that have nothing in common change W by about lam / sqrt(r in) of |W|: at the same lam a larger rank changes less. Does "
+        "lam = 8 sqrt(r / 8) do better than 8 at ranks far from 8? Film reviews, three seeds, validation accuracy [%]:",
         "",
         *table,
         "",
@@ -379,34 +387,40 @@ def _rank() -> list[str]:
     ]
 
 
-def _why(rows: list[dict[str, Any]]) -> list[str]:
+WATCHED = ("subtract", "paired", "soft 0.01", "soft 0.03", "soft 0.1", "zero")
+
+
+def _turning(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "## Why `soft` needs a lower rate",
+        "## How fast the columns of B turn, and where the change gathers",
         "",
-        "By how many degrees the columns of B turn in one step, and which share of the change lies in its largest direction (the spectral "
+        "By how many degrees the columns of B turn in one step, and which share of the change lies in its largest direction (the spectral norm "
         "over the Frobenius norm, means over the layers; 0.35 if all eight terms were orthogonal and equal, 1 if all were the same); turned "
         "digits without clipping, one seed.",
         "",
         "| start | lam | rate | turn at step 2 | at 6 | at 21 | largest direction at step 2 | at 21 | at 300 | score [%] |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for lam in (4.0, 16.0):
-        for lr in (1e-2, 1e-1):
-            for case in ("subtract", "paired", "soft 0.01", "soft 0.03", "soft 0.1", "zero"):
-                key = (case, lam, lr)
-                row = next(r for r in rows if (r["case"], strength(r), r["lr"]) == key and "trace" in r and not r.get("clip"))
-                at = {point["step"]: point for point in row["trace"]}
-                turns = " | ".join(f"{at[step]['turn_B']:.1f}°" for step in (2, 6, 21))
-                shares = " | ".join(f"{at[step]['spectral'] / at[step]['mean_distance']:.2f}" for step in (2, 21, 300))
-                lines.append(f"| {case} | {lam:g} | {lr:g} | {turns} | {shares} | {100 * row.get('validation', CHANCE):.1f} |")
+    first_turns: dict[tuple[str, float], list[float]] = {}  # at step 2, over lam
+    last_shares: dict[str, list[float]] = {}  # at step 300, over lam and the rate
+    for lam, lr, case in product((4.0, 16.0), rates := (1e-2, 1e-1), WATCHED):
+        key = (case, lam, lr)
+        row = next(r for r in rows if (r["case"], strength(r), r["lr"]) == key and "trace" in r and not r.get("clip"))
+        at = {point["step"]: point for point in row["trace"]}
+        turns = [at[step]["turn_B"] for step in (2, 6, 21)]
+        shares = [at[step]["spectral"] / at[step]["mean_distance"] for step in (2, 21, 300)]
+        cells = [*(f"{turn:.1f}°" for turn in turns), *(f"{share:.2f}" for share in shares)]
+        lines.append(f"| {case} | {lam:g} | {lr:g} | {' | '.join(cells)} | {100 * row.get('validation', CHANCE):.1f} |")
+        first_turns.setdefault((case, lr), []).append(turns[0])
+        last_shares.setdefault(case, []).append(shares[-1])
+    ratios = {(case, lr): fmean(first_turns[case, lr]) / fmean(first_turns["subtract", lr]) for case, lr in first_turns}
+    others = [case for case in WATCHED if case != "subtract"]
+    at_rate = [f"at rate {lr:g} " + ", ".join(f"`{case}` {ratios[case, lr]:.1f}" for case in others) for lr in rates]
     return [
         *lines,
         "",
-        "From B = 0 a column of B has no length that would slow its turning: at a rate of 1e-2 `soft` turns it in the second step by about "
-        "ten times the angle of `subtract` and `paired`. The terms start along one gradient, so the change gathers in its largest direction. "
-        "Which of the two makes `soft` fail at a high rate with a large lam? `paired` turns as slowly as `subtract`, gathers as `soft` does, "
-        "and in the map of the digits it falls where `soft` falls: that points at the gathering, a larger spectral norm at the same Frobenius "
-        "norm, and not at the angle. It is a comparison on one task, not a proof.",
+        f"Angle at step 2 over that of `subtract`, means over lam: {'; '.join(at_rate)}. Share of the largest direction at step 300, means over lam and "
+        f"the rate: {', '.join(f'`{case}` {fmean(values):.2f}' for case, values in last_shares.items())}. One seed on one task: no cause follows from it.",
     ]
 
 
@@ -420,30 +434,30 @@ def means(rows: Iterable[dict[str, Any]], case: str, chance: float = CHANCE) -> 
 
 
 def _setting(row: dict[str, Any]) -> str:
-    """An adapter's table in one line."""
+    """The adapter's method with its fields in one line."""
     adapter = dict(row["adapter"])
     fields = ", ".join(f"{k}={v}" for k, v in adapter.items() if k != "method")
     return f"`{adapter['method']}({fields})`"
 
 
 def _means_table(rows: list[dict[str, Any]], keys: dict[str, tuple[str, float]]) -> list[str]:
-    """A row for each case: its setting, and means ± standard deviation over seeds; ``keys``: heading and factor of each."""
+    """A row for each case: its setting, and means ± standard deviations over seeds; ``keys``: each score's heading and scale."""
     table = ["| | setting | rate | " + " | ".join(head for head, _ in keys.values()) + " | trainable |"]
     table.append("|---" * (len(keys) + 4) + "|")
     for case in dict.fromkeys(r["case"] for r in rows):
-        own = [r for r in rows if r["case"] == case]
+        runs = [r for r in rows if r["case"] == case]
         cells = []
         for key, (_, scale) in keys.items():
             by_seed: dict[int, list[float]] = {}
-            for r in own:
+            for r in runs:
                 if key in r:
                     by_seed.setdefault(r["seed"], []).append(scale * r[key])
             cells.append(_spread([fmean(values) for values in by_seed.values()]))
-        lost = sum("test" not in r for r in own)
-        name = case if not lost else f"{case} ({lost} of {len(own)} diverged)"
-        lr = own[0]["lr"]  # at 0: the model as it was
-        setting = f"{_setting(own[0])} | {lr:g}" if lr else "– | –"
-        trained = f"{own[0]['trainable']:,}" if lr else "0"
+        lost = sum("test" not in r for r in runs)
+        name = case if not lost else f"{case} ({lost} of {len(runs)} diverged)"
+        lr = runs[0]["lr"]  # 0: the model before training
+        setting = f"{_setting(runs[0])} | {lr:g}" if lr else "– | –"
+        trained = f"{runs[0]['trainable']:,}" if lr else "0"
         table.append(f"| {name} | {setting} | {' | '.join(cells)} | {trained} |")
     return table
 
@@ -479,12 +493,12 @@ def _subject_tables() -> list[str]:
 
 
 def _difference(rows: list[dict[str, Any]], case: str, other: str) -> str:
-    """The mean difference of two cases' scores over what both were run on, in words."""
+    """The mean difference of two cases' scores over the seeds and subjects of both, in words."""
     scores = [{(r["seed"], r.get("subject")): r.get("test", 0.0) for r in rows if r["case"] == c} for c in (case, other)]
     pairs = [100 * (scores[0][key] - scores[1][key]) for key in scores[0]]
     mean, error = fmean(pairs), stdev(pairs) / len(pairs) ** 0.5
-    told = "more than twice" if abs(mean) > 2 * error else "less than twice"
-    return f"{case} less {other}: {mean:+.1f} points, {told} its standard error of {error:.1f} over {len(pairs)} pairs."
+    size = "more than twice" if abs(mean) > 2 * error else "less than twice"
+    return f"{case} less {other}: {mean:+.1f} points, {size} its standard error of {error:.1f} over {len(pairs)} pairs."
 
 
 def _maps_table() -> list[str]:

@@ -1,8 +1,8 @@
-"""Robustness, starts and lam on rated sentences, with a pretrained sentence encoder, through the classification recipe.
+"""Robustness, starts and lam on rated sentences, with a pretrained sentence encoder, through the recipe for classification.
 
     python -m paper.studies.sentences [STUDY ...]
 
-1,000 training sentences. Base rates: the best by validation in the recipe `methods`; new seeds.
+There are 1,000 training sentences. Base rates are the best by validation in the recipe `methods`; the seeds are others.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ FIXED_LAM = 8.0
 
 @dataclass(frozen=True)
 class Job:
-    """One run of the classification recipe; ``adapter`` is its table of that name.
+    """One run of the recipe for classification; ``adapter`` is the recipe's table of that name.
 
-    ``short``: one epoch of `SHORT` sentences, computed in bfloat16, scored on the validation sentences alone.
+    ``short``: one epoch of `SHORT` sentences in bfloat16, scored on the validation sentences alone.
     """
 
     study: str
@@ -74,7 +74,7 @@ def robustness() -> Iterator[Job]:
 
 
 def judged() -> Iterator[Job]:
-    """The same at new seeds, for the rule R7, which was written after the two seeds of `robustness` and before these."""
+    """The same at new seeds. Rule R1 was set for sentences after the two seeds of `robustness` and before these runs."""
     for seed, factor, (case, (adapter, lr)) in product(JUDGED_SEEDS, JUDGED_FACTORS, METHODS.items()):
         yield Job("robustness-judged", case, adapter, lr * factor, seed, factor)
 
@@ -87,19 +87,19 @@ def starts(study: str, task: str, clip: float = 0.0) -> Iterator[Job]:
 
 
 def starts_judged(study: str, task: str) -> Iterator[Job]:
-    """As `digits.starts_judged`."""
+    """As `digits.starts_judged`, on sentences."""
     for seed, lr, case in product(digits.JUDGED_SEEDS, digits.JUDGED_RATES, digits.JUDGED):
         adapter = {"method": "delora", "r": 8, "lam": digits.JUDGED_LAM, **STARTS[case]}
         yield Job(study, case, adapter, lr, seed, task=task, short=True)
 
 
 def by_rank(r: int) -> float:
-    """The rule for lam from the rank: |dW| is about lam |W| / sqrt(r in), so lam grows with sqrt(r), and is 8 at rank 8."""
+    """lam as a function of the rank: |dW| is about lam |W| / sqrt(r in), so lam grows with sqrt(r), and is 8 at rank 8."""
     return FIXED_LAM * (r / 8) ** 0.5
 
 
 def ranks() -> Iterator[Job]:
-    """lam as a constant against lam by the rank, at ranks far from 8."""
+    """A constant lam against `by_rank`, at ranks far from 8."""
     for seed, r, lr, (case, lam) in product(
         RANK_SEEDS, RANKS, RANK_RATES, (("constant", lambda r: FIXED_LAM), ("by rank", by_rank))
     ):
@@ -144,13 +144,13 @@ def work(job: Job) -> dict[str, Any]:
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
         splits = classification.read_splits(experiment)
         result = classification.run(experiment, context, splits)
-    found = {
+    scores = {
         "validation": result.validation,
         "test": None if job.short else result.test,
         "distance": result.distance,
         "bound_used": result.bound_used,
     }
-    return job.key() | {k: v for k, v in found.items() if v is not None} | {"seconds": result.seconds}
+    return job.key() | {k: v for k, v in scores.items() if v is not None} | {"seconds": result.seconds}
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:

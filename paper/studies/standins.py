@@ -19,24 +19,24 @@ from delora.training.experiments import Outcome
 from delora.training.runs import CONFIG, Result, Row, best_rows
 
 RESULTS, PAGE = Path("paper/results/standins"), Path("paper/docs/standins.md")
-NEAR = 0.02  # protocol: DeLoRA within two points of LoRA, or better
+NEAR = 0.02  # the rule: DeLoRA at most two points below LoRA
 
 HEAD = """# Stand-ins for the language experiments
 
-Written by `python -m paper.studies.standins` from the rows in `paper/results/standins/`; nothing here is typed by hand. **Not the paper's models or
-data**: these are small packaged ones, through the same code as the paper's recipes, and none of these numbers belongs beside the paper's.
-They show that every method trains, is selected, scored and delivered as GLUE's are, and nothing about the ranking of methods that lie
-within each other's deviations: the settings are two rates for each method, the better one by validation.
+Written by `python -m paper.studies.standins`: every result on this page is computed from the rows in `paper/results/standins/`. **Not the paper's
+models or data**: these are small packaged ones, run by the same code as the paper's recipes, and no number here is comparable with the paper's.
+Every method is trained, selected, scored and delivered as in the recipes for GLUE. Its setting is the better one of two rates by validation.
+Methods that lie within each other's deviations are not ranked by these tables.
 """
 WHAT = {
     "sentences": "Film reviews, positive or negative (MiniLM, 800 training sentences, two epochs, 800 test sentences)",
-    "ratings": "How people rated product reviews, from -4 to 4: the average of Pearson and Spearman (MiniLM, 800, two epochs, 800)",
+    "ratings": "How people rated product reviews, from -4 to 4: the average of Pearson and Spearman (MiniLM, sizes as above)",
     "smollm2": "Instructions about film reviews (SmolLM2-135M-Instruct): multiple choice by likelihood; perplexity on editorials",
 }
 
 
 def keep(folder: Path) -> str:
-    """The results of a finished experiment as rows, beside how they came to be."""
+    """Keeps the results of a finished experiment as rows, with a file that says how they were made."""
     summary, config = Outcome.read(folder), json.loads((folder / CONFIG).read_text("utf-8"))
     name = config["name"].removesuffix("-standin")
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def _note(results: list[Result], about: dict[str, Any]) -> str:
         row.setting == tuned[row.name][-1] for row in best_rows(results) if row.name in tuned
     )  # the last is the largest rate
     searched = (
-        f"For {edge} of {len(tuned)} methods the larger of their rates was the better one: a wider search may do better, and the order may change. "
+        f"For {edge} of {len(tuned)} methods the larger of their rates was the better one. "
         if tuned
         else "No rate was searched for. "
     )
@@ -105,14 +105,14 @@ def _note(results: list[Result], about: dict[str, Any]) -> str:
     same = ", ".join(f"{kind} {count:,}" for kind, count in about["agreement"].items())
     return (
         f"Mean ± standard deviation over {len(seeds)} seed{'s' if len(seeds) > 1 else ''} "
-        f"({', '.join(map(str, seeds))}); sorted by validation. Rule fixed before: DeLoRA within two points of LoRA or better; it is "
-        f"{100 * difference:+.1f} points: **{judged}**. {searched}The delivered run, read back, has of {about['test']:,} predictions the same: "
-        f"{same}. {len(results)} runs, {about['minutes']:.0f} minutes of training on one core each, `{about['command']}`, "
+        f"({', '.join(map(str, seeds))}); sorted by validation. Rule, fixed before: DeLoRA is at most two points below LoRA. Its difference is "
+        f"{100 * difference:+.1f} points: **{judged}**. {searched}The delivered run was read back in each format; of {about['test']:,} predictions "
+        f"these are the same: {same}. {len(results)} runs, {about['minutes']:.0f} minutes of training on one core each, `{about['command']}`, "
         f"torch {about['torch']}."
     )
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        print("kept:", keep(Path(given)))
+    for folder in sys.argv[1:]:
+        print("kept:", keep(Path(folder)))
     write_atomically(PAGE, page().encode())

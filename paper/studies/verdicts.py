@@ -1,12 +1,12 @@
-"""The claims and the rules they are judged by. The rules were fixed before the runs; the seeds are new to them.
+"""The claims and the rules that judge them. The rules were fixed before the runs, whose seeds chose no setting.
 
-Accuracies are shares of the test pictures, means over the seeds; a run whose weights ceased to be numbers counts as chance.
+Accuracies are shares of the test pictures, means over the seeds; a run that diverged counts as chance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -16,11 +16,15 @@ CHANCE = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """``parts``: each condition in words with the numbers found, and whether it holds. All must."""
+    """``parts``: each condition in words, with its numbers, and whether it is met; the claim holds if all are.
+
+    ``notes``: what is reported beside the rule; it decides nothing.
+    """
 
     claim: str
     rule: str
     parts: tuple[tuple[str, bool], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -28,11 +32,11 @@ class Verdict:
 
 
 def mean(rows: Rows, case: str, factor: float, key: str, chance: float = CHANCE) -> float:
-    """Over the seeds; of a run that diverged the score is chance, anything else infinite."""
-    seen = [r for r in rows if r["case"] == case and r.get("factor", 1.0) == factor]
-    if not seen:
+    """The mean over the seeds. A run that diverged has the score of chance; every other value of it is infinite."""
+    runs = [r for r in rows if r["case"] == case and r.get("factor", 1.0) == factor]
+    if not runs:
         raise ValueError(f"there is no run of {case!r} at factor {factor}")
-    return fmean(r.get(key, chance if key == "test" else float("inf")) for r in seen)
+    return fmean(r.get(key, chance if key == "test" else float("inf")) for r in runs)
 
 
 def _factors(rows: Rows, case: str) -> list[float]:
@@ -81,13 +85,72 @@ def r2(rows: Rows) -> Verdict:
     bounded = [r | {"bound_used": r["distance"] / r["bound"]} if "bound" in r else r for r in rows]
     bounded = [r for r in bounded if "bound_used" in r]
     used = max(r["bound_used"] for r in bounded)
-    parts.append((f"no run of {len(bounded)} is beyond its bound: at most {100 * used:.1f} % of it", used <= 1 + 1e-4))
+    text = f"no run of {len(bounded)} is beyond its bound at the end: at most {100 * used:.1f} % of it (this cannot fail)"
+    parts.append((text, used <= 1 + 1e-4))
     return Verdict(
         "The distance from the base explodes for LoRA, saturates for DoRA, stays within the bound for DeLoRA (Figure 2, right)",
         "LoRA's distance grows at least fivefold from factor 1 to 16, DoRA's less than 1.5 times from 8 to 16; the largest "
-        "over all factors is less than twice the smallest for DeLoRA and ETHER+; no run exceeds its method's bound.",
+        "over all factors is less than twice the smallest for DeLoRA and ETHER+; no run exceeds its method's bound. The last "
+        "condition cannot fail by construction: the bound is computed from the lam at the end of the run, and for that lam it "
+        "holds whatever A and B are (ETHER+'s is a constant). It tests the code, not the claim.",
         tuple(parts),
     )
+
+
+def largest_column_norm(prolonged: Rows) -> float:
+    """max(c) of the drawn layer, from a run whose lam is fixed: its bound is 2 lam max(c)."""
+    fixed = next(r for r in prolonged if r["case"] == "DeLoRA, lam fixed")
+    return fixed["bound"] / (2 * strength(fixed))
+
+
+def beside_r2(robustness: Rows, decoupling: Rows, prolonged: Rows) -> tuple[str, ...]:
+    """What R2 does not ask, and what could fail: the distances against the bound of the first lam; how lam moves that bound.
+
+    A run that diverged counts as infinitely far.
+    """
+    runs = [r for r in (*robustness, *decoupling, *prolonged) if r.get("method", "").startswith("DeLoRA")]
+    start = 2 * strength(runs[0]) * largest_column_norm(prolonged)
+    far, end = max(r.get("distance", float("inf")) for r in runs), max(r["bound"] for r in runs if "bound" in r)
+    beyond = sum(r.get("distance", float("inf")) > start for r in runs)
+
+    def bounds(case: str, rows: Rows) -> str:
+        return _means_over_factors([r for r in rows if "bound" in r], case, lambda r: r["bound"], 1)
+
+    return (
+        f"The comparison that could fail is with the bound of the start, 2 lam0 max(c) = {start:.2f}. The largest distance "
+        f"of {len(runs)} runs of DeLoRA (of R2, R4 and R5) is {far:.2f}, {100 * far / start:.1f} % of it; runs beyond it: "
+        f"{beyond}.",
+        f"lam is learned, so the radius is learned too: the bound at the end is at most {end:.2f}, {end / start:.2f} times "
+        f"that of the start. Its mean over the seeds, if both rates are multiplied: {bounds('DeLoRA', robustness)}; if lam's "
+        f"rate alone is: {bounds('lam alone', decoupling)}.",
+    )
+
+
+def beside_r2_on_subjects(robustness: Rows, prolonged: Rows) -> tuple[str, ...]:
+    """As `beside_r2`, from rows that have only means over the layers: of the distance, and of the share of the bound."""
+    fixed = [p["bound"] for r in prolonged if r["case"] == "DeLoRA, lam fixed" for p in r["trace"] if "bound" in p]
+    runs = [r for r in robustness if r["case"] == "DeLoRA"]
+    if not fixed or not runs:
+        return ()
+    far = max(r.get("distance", float("inf")) for r in runs)
+    ratios = _means_over_factors([r for r in runs if "bound_used" in r], "DeLoRA", lambda r: r["distance"] / r["bound_used"], 2)
+    return (
+        "The comparison that could fail is with the bound of the start. These rows allow it only in the mean: they have "
+        "neither lam nor a layer's bound, but means over the layers of the distance and of the used share of the bound. The "
+        "ratio of the two is a mean of the layers' bounds, weighted by use. In the run of R4 whose lam stays at the start's it "
+        f"is {min(fixed):.2f} to {max(fixed):.2f}; the largest distance of {len(runs)} runs of DeLoRA is {far:.2f}, "
+        f"{100 * far / min(fixed):.1f} % of the lower of these.",
+        f"lam is learned, so the radius is learned too: the same ratio at the end, if both rates are multiplied: {ratios}.",
+    )
+
+
+def _means_over_factors(rows: Rows, case: str, value: Callable[[dict[str, Any]], float], digits: int) -> str:
+    """The mean of a value at each factor, in words."""
+    means = [fmean(value(r) for r in rows if r["case"] == case and r.get("factor", 1.0) == f) for f in _factors(rows, case)]
+    text = ", ".join(f"{m:.{digits}f} at {f:g}" for m, f in zip(means, _factors(rows, case), strict=True))
+    if means in (sorted(means), sorted(means, reverse=True)):
+        return f"{text} ({'rising' if means[-1] > means[0] else 'falling'} throughout)"
+    return f"{text} (neither rising nor falling throughout)"
 
 
 def r3(rows: Rows) -> Verdict:
@@ -104,7 +167,7 @@ def r3(rows: Rows) -> Verdict:
 
 
 def r4(rows: Rows, scored: bool = True) -> Verdict:
-    """``scored``: whether the traces have scores; else the distances alone are judged."""
+    """``scored``: whether the traces have scores; if not, the distances alone are judged."""
     cases = ("LoRA", "DoRA", "DeLoRA, lam fixed", "DeLoRA")
 
     def curve(case: str, key: str) -> list[float]:
@@ -161,13 +224,13 @@ def ladder(rows: Rows) -> Verdict:
     last = "E4" if "E4" in score else "L2"
     gains = {f"{a} to {b}": score[b] - score[a] for a, b in zip(ether, [*ether[1:], last], strict=True)}
     largest = max(gains, key=lambda step: gains[step])
-    told = ", ".join(f"{step} {100 * gain:+.1f}" for step, gain in gains.items())
+    steps = ", ".join(f"{step} {100 * gain:+.1f}" for step, gain in gains.items())
     return Verdict(
         "Each step from ETHER+ and from LoRA to DeLoRA counts (Tables 1 and 2)",
         "The step from E0 to E1 (the controllable boundary) is the largest on ETHER's side; weights-scaling (L1 to L2) gains; "
         "without it the additive form (L1) is below its multiplicative counterpart (E3).",
         (
-            (f"gains in points: {told}", largest == "E0 to E1"),
+            (f"gains in points: {steps}", largest == "E0 to E1"),
             (f"L1 {100 * score['L1']:.1f} %, L2 {100 * score['L2']:.1f} %", score["L2"] > score["L1"]),
             (f"L1 {100 * score['L1']:.1f} %, E3 {100 * score['E3']:.1f} %", score["L1"] < score["E3"]),
         ),
@@ -175,7 +238,7 @@ def ladder(rows: Rows) -> Verdict:
 
 
 def chat(rows: Rows, chance: float = 0.35) -> Verdict:
-    """``chance``: the mean of two answers to choose from and five."""
+    """``chance``: the mean over a task of two answers (1/2) and one of five (1/5)."""
 
     def lost(case: str, factor: float) -> float:
         return mean(rows, case, 1.0, "test", chance) - mean(rows, case, factor, "test", chance)
@@ -188,7 +251,7 @@ def chat(rows: Rows, chance: float = 0.35) -> Verdict:
     def fails(case: str, factor: float) -> bool:
         return lost(case, factor) >= 0.1 or forgotten(case, factor) >= 2
 
-    def told(case: str, factor: float) -> str:
+    def outcome(case: str, factor: float) -> str:
         grown = forgotten(case, factor)
         return f"{case} loses {100 * lost(case, factor):.1f} points, its perplexity is {grown:,.2f} times the base's"
 
@@ -196,12 +259,12 @@ def chat(rows: Rows, chance: float = 0.35) -> Verdict:
     both = [f for f in up if fails("LoRA", f) and fails("DoRA", f)]
     at = both[0] if both else up[-1]
     parts = [
-        (f"at {at:g} times its base rate {told(case, at)} (10 points, or 2 times)", fails(case, at))
+        (f"at {at:g} times its base rate {outcome(case, at)} (10 points, or 2 times)", fails(case, at))
         for case in ("LoRA", "DoRA")
     ]
     parts += [
         (
-            f"there {told(case, at)} (less than 5 points, and less than 1.5 times)",
+            f"there {outcome(case, at)} (less than 5 points, and less than 1.5 times)",
             lost(case, at) < 0.05 and forgotten(case, at) < 1.5,
         )
         for case in ("DeLoRA", "ETHER+")
@@ -218,7 +281,7 @@ def on_digits(read: Callable[[str], Rows]) -> dict[str, Verdict]:
     robustness = read("robustness")
     return {
         "R1": r1(robustness),
-        "R2": r2(robustness),
+        "R2": replace(r2(robustness), notes=beside_r2(robustness, read("decoupling"), read("prolonged"))),
         "R3": r3(robustness),
         "R4": r4(read("prolonged")),
         "R5": r5(read("decoupling"), robustness),
@@ -227,24 +290,25 @@ def on_digits(read: Callable[[str], Rows]) -> dict[str, Verdict]:
 
 
 def on_subjects(read: Callable[[str], Rows]) -> dict[str, Verdict]:
-    """The same rules with the subjects' score in the accuracy's place, and for R4 the distances alone; what is not complete is
-    not judged. Factor 1 of a sweep is in the study of all methods, of which the sweep's seeds are taken.
+    """The same rules with the subjects' score in place of the accuracy; R4 judges the distances alone. A study that is not
+    complete is not judged. A sweep has no runs at factor 1: those of its seeds in the study of all methods are taken.
     """
-    found: dict[str, Verdict] = {}
+    judged: dict[str, Verdict] = {}
     methods, robustness, decoupling = read("methods"), read("robustness"), read("decoupling")
     if robustness and methods:
         seeds = {r["seed"] for r in robustness}
         robustness = [*robustness, *(r for r in methods if r["seed"] in seeds)]
-        found |= {"R1": r1(robustness, 0.0), "R2": r2(robustness), "R3": r3(robustness)}
+        beside = beside_r2_on_subjects(robustness, read("prolonged"))
+        judged |= {"R1": r1(robustness, 0.0), "R2": replace(r2(robustness), notes=beside), "R3": r3(robustness)}
     if read("prolonged"):
-        found["R4"] = r4(read("prolonged"), scored=False)
+        judged["R4"] = r4(read("prolonged"), scored=False)
     if decoupling and robustness:
         first = [r for r in methods if r["case"] == "DeLoRA" and r["seed"] in {d["seed"] for d in decoupling}]
         base = [r | {"case": case} for r in first for case in ("lam alone", "A and B alone")]
-        found["R5"] = r5([*decoupling, *base], robustness)
+        judged["R5"] = r5([*decoupling, *base], robustness)
     if read("ladder"):
-        found["R6"] = ladder(read("ladder"))
-    return found
+        judged["R6"] = ladder(read("ladder"))
+    return judged
 
 
 # ---------------------------------------------------------------- which start, and lam
@@ -253,25 +317,25 @@ def on_subjects(read: Callable[[str], Rows]) -> dict[str, Verdict]:
 def near_best(rows: Rows, pictures: int = 398, chance: float = CHANCE) -> list[dict[str, Any]]:
     """The rows of all cells (start, clipping, lam, rate) that lie within one standard deviation of the best cell.
 
-    A cell's score is the mean validation accuracy over the seeds. The standard deviation is that of the best cell over its
-    seeds, or the binomial standard error of its accuracy on so many pictures if that is larger: three seeds can agree by
-    chance. A run that diverged counts as chance.
+    A cell's score is the mean validation accuracy over the seeds; a run that diverged counts as chance. The standard deviation
+    is the best cell's over its seeds, or the binomial standard error of its accuracy on so many ``pictures`` if that is
+    larger, because three seeds can agree by chance.
     """
     cells: dict[tuple[str, float, str, float], list[dict[str, Any]]] = {}
     for r in rows:
         cells.setdefault((r["case"], r.get("clip", 0.0), r["method"], r["lr"]), []).append(r)
-    scores = {cell: [r.get("validation", chance) for r in own] for cell, own in cells.items()}
+    scores = {cell: [r.get("validation", chance) for r in runs] for cell, runs in cells.items()}
     top = max(scores.values(), key=fmean)
     best = fmean(top)
     sd = max(stdev(top) if len(top) > 1 else 0.0, (best * (1 - best) / pictures) ** 0.5)
-    return [r for cell, own in cells.items() if fmean(scores[cell]) >= best - sd for r in own]
+    return [r for cell, runs in cells.items() if fmean(scores[cell]) >= best - sd for r in runs]
 
 
 def area(rows: Rows, pictures: int = 398, chance: float = CHANCE) -> dict[tuple[str, float], int]:
     """How many (lam, rate) cells of each start and clipping are `near_best`.
 
-    The rule for the library's default, fixed before the runs: the start with the largest area without clipping, summed over
-    the tasks as shares of their cells; `subtract`, as it is, if it is within one cell of the largest on every task.
+    The first rule for the library's default, fixed before the runs: the start with the largest area without clipping, summed
+    over the tasks as shares of their cells; `subtract` stays if it is within one cell of the largest on every task.
     """
     near = {(r["case"], r.get("clip", 0.0), r["method"], r["lr"]) for r in near_best(rows, pictures, chance)}
     groups = {(r["case"], r.get("clip", 0.0)) for r in rows}
@@ -288,7 +352,7 @@ class Gain:
 
 
 def decade(rows: Rows, case: str, chance: float) -> list[float]:
-    """For each seed the mean score over the best three neighbouring rates, which are chosen by all other seeds."""
+    """For each seed the mean score over three neighbouring rates: those that are best for all other seeds."""
     scores: dict[float, dict[int, float]] = {}
     for r in rows:
         if r["case"] == case:
@@ -300,36 +364,37 @@ def decade(rows: Rows, case: str, chance: float) -> list[float]:
     def over(window: list[float], chosen: Sequence[int]) -> float:
         return fmean(scores[lr][seed] for lr in window for seed in chosen)
 
-    found = []
+    held_out = []
     for seed in seeds:
         others = [s for s in seeds if s != seed]
-        found.append(over(max(windows, key=lambda w: over(w, others)), [seed]))
-    return found
+        held_out.append(over(max(windows, key=lambda w: over(w, others)), [seed]))
+    return held_out
 
 
 def gains(rows: Rows, chance: float) -> dict[str, Gain]:
+    """Every start's gain over `subtract`, seed by seed."""
     base = decade(rows, "subtract", chance)
-    found = {}
+    by_start = {}
     for case in dict.fromkeys(r["case"] for r in rows):
-        own = decade(rows, case, chance)
-        differences = [a - b for a, b in zip(own, base, strict=True)]
-        found[case] = Gain(fmean(own), fmean(differences), stdev(differences) / len(differences) ** 0.5)
-    return found
+        scores = decade(rows, case, chance)
+        differences = [a - b for a, b in zip(scores, base, strict=True)]
+        by_start[case] = Gain(fmean(scores), fmean(differences), stdev(differences) / len(differences) ** 0.5)
+    return by_start
 
 
 def start(tasks: Sequence[dict[str, Gain]]) -> tuple[str, dict[str, Gain]]:
     """The library's default start, and each start's mean over the tasks.
 
-    The second rule, fixed before its runs, because the first (`area`) counted cells on three seeds and told `copy` from
-    `subtract`, which differ only by how far lam has moved: at lam 8 and ten new seeds, a start's score is that of its best
-    decade. A start takes the place of `subtract` if its mean gain over the tasks is more than twice its standard error and on
-    no task it loses more than twice its own; of several, the one that gains most.
+    The second rule, fixed before its runs: at lam 8 and ten new seeds, a start's score is that of its best decade. A start
+    takes the place of `subtract` if its mean gain over the tasks is more than twice its standard error and if on no task it
+    loses more than twice the standard error there; of several, the one that gains most. The first rule (`area`) counted cells
+    on three seeds, and gave `copy` and `subtract` different counts, though these differ only by how far lam has moved.
     """
     mean = {}
     for case in tasks[0]:
-        own = [task[case] for task in tasks]
-        error = sum(g.error**2 for g in own) ** 0.5 / len(own)
-        mean[case] = Gain(fmean(g.score for g in own), fmean(g.gain for g in own), error)
+        gains = [task[case] for task in tasks]
+        error = sum(g.error**2 for g in gains) ** 0.5 / len(gains)
+        mean[case] = Gain(fmean(g.score for g in gains), fmean(g.gain for g in gains), error)
     passed = [
         case
         for case, g in mean.items()
@@ -339,14 +404,14 @@ def start(tasks: Sequence[dict[str, Gain]]) -> tuple[str, dict[str, Gain]]:
 
 
 def widest(rows: Rows, start: str, pictures: int = 398, chance: float = CHANCE) -> dict[float, int]:
-    """Of one start without clipping: at how many rates each lam is near the best of that start's own cells.
+    """At how many rates each lam of one start without clipping is near the best of that start's cells.
 
-    The rule for the library's default lam, fixed before the runs: the lam with the most of them, as shares of the rates summed
-    over the tasks; 8, as it is, if no other has more than its share by a tenth.
+    The rule for the library's default lam, fixed before the runs: the lam with the most of these rates, as shares of all rates
+    summed over the tasks; 8 stays unless another lam has more than its share by a tenth.
     """
-    own = [r for r in rows if r["case"] == start and not r.get("clip")]
-    near = {(r["method"], r["lr"]) for r in near_best(own, pictures, chance)}
-    methods = {r["method"]: strength(r) for r in own}
+    runs = [r for r in rows if r["case"] == start and not r.get("clip")]
+    near = {(r["method"], r["lr"]) for r in near_best(runs, pictures, chance)}
+    methods = {r["method"]: strength(r) for r in runs}
     return {lam: sum(method == name for name, _ in near) for method, lam in methods.items()}
 
 
@@ -356,15 +421,15 @@ def strength(row: dict[str, Any]) -> float:
 
 
 def by_rank(rows: Rows, chance: float = 0.5) -> Verdict:
-    """Whether lam by the rank does better than a constant: each at its own best rate, the mean over ranks and seeds."""
+    """Whether a lam set by the rank does better than a constant one, each at its best rate; means over ranks and seeds."""
     scores: dict[str, list[float]] = {"constant": [], "by rank": []}
     for case, values in scores.items():
         for r in sorted({row["r"] for row in rows}):
-            own: dict[float, list[float]] = {}
+            by_rate: dict[float, list[float]] = {}
             for row in rows:
                 if (row["case"], row["r"]) == (case, r):
-                    own.setdefault(row["lr"], []).append(row.get("validation", chance))
-            values += max(own.values(), key=fmean)
+                    by_rate.setdefault(row["lr"], []).append(row.get("validation", chance))
+            values += max(by_rate.values(), key=fmean)
     pairs = [b - a for a, b in zip(*scores.values(), strict=True)]
     gain, error = fmean(pairs), stdev(pairs) / len(pairs) ** 0.5
     return Verdict(

@@ -15,7 +15,24 @@ from paper.studies import chat as chat_study
 from paper.studies import standins
 from paper.studies.digits import best, read, run
 from paper.studies.page import CLAIMS, STARTS, claims, starts
-from paper.studies.verdicts import CHANCE, Gain, area, by_rank, chat, decade, gains, ladder, r1, r2, r3, r4, r5, start, widest
+from paper.studies.verdicts import (
+    CHANCE,
+    Gain,
+    area,
+    beside_r2,
+    by_rank,
+    chat,
+    decade,
+    gains,
+    ladder,
+    r1,
+    r2,
+    r3,
+    r4,
+    r5,
+    start,
+    widest,
+)
 
 JOB = Job("study", "case", DeLoRA(r=2, lam=4.0), lr=1e-2, lam_lr=5e-3, seed=3, steps=4)
 
@@ -31,8 +48,8 @@ def test_the_parts_of_the_data():
     whole = [data.pretrain, data.validation, data.test]
     assert [len(y) for _, y in whole] == [1000, 398, 399]
     assert len(data.train[1]) == 100
-    seen = [picture.numpy().tobytes() for x, _ in whole for picture in x]
-    assert len(set(seen)) == len(seen) == 1797  # no picture twice, so none in two parts
+    pictures = [picture.numpy().tobytes() for x, _ in whole for picture in x]
+    assert len(set(pictures)) == len(pictures) == 1797  # no picture twice, so none in two parts
     assert torch.equal(data.train[0], data.pretrain[0][:100])
     assert all(x.min() == 0 and x.max() == 1 for x, _ in whole)
 
@@ -180,6 +197,32 @@ def test_r2():
     assert not r2(made(HOLDING, FAR, 1.8)).holds  # beyond the bound
 
 
+def in_a_ball(distance, bounds):
+    """Runs of DeLoRA with lam 4 at two factors, with these bounds at the end; the bound of the start is 4."""
+    method = "DeLoRA(r=2, lam=4.0, )"
+    ends = zip((1.0, 2.0), bounds, strict=True)
+    rows = [{"case": "DeLoRA", "method": method, "factor": f, "distance": distance, "bound": bound} for f, bound in ends]
+    alone = [{**row, "case": "lam alone"} for row in rows]
+    return rows, alone, [{"case": "DeLoRA, lam fixed", "method": method, "distance": 1.0, "bound": 4.0}]
+
+
+def test_the_bound_of_the_start_is_reported_beside_r2():
+    within, radius = beside_r2(*in_a_ball(3.0, (5.0, 10.0)))
+    assert "2 lam0 max(c) = 4.00. The largest distance of 5 runs" in within
+    assert within.endswith("is 3.00, 75.0 % of it; runs beyond it: 0.")
+    assert "at most 10.00, 2.50 times that of the start" in radius
+    assert radius.count("5.0 at 1, 10.0 at 2 (rising throughout)") == 2
+    beyond, radius = beside_r2(*in_a_ball(6.0, (10.0, 5.0)))
+    assert beyond.endswith("is 6.00, 150.0 % of it; runs beyond it: 4.")
+    assert "(falling throughout)" in radius
+
+
+def test_a_run_that_diverged_is_beyond_the_bound_of_the_start():
+    robustness, alone, prolonged = in_a_ball(3.0, (5.0, 10.0))
+    gone = {"case": "DeLoRA", "method": robustness[0]["method"], "factor": 2.0, "diverged": True}
+    assert beside_r2([*robustness, gone], alone, prolonged)[0].endswith("runs beyond it: 1.")
+
+
 def test_r3():
     assert r3(made(HOLDING, FAR)).holds
     assert not r3(made(HOLDING, changed(FAR, "DoRA", 6, 8.5))).holds
@@ -256,10 +299,10 @@ def test_a_seed_is_not_judged_by_the_decade_that_it_chose():
     # The last seed would choose the upper decade, the others choose the lower one for it. A run that diverged is chance.
     rows = over_a_sweep("soft", [(0.6, 0.6, 0.6, 0.45), (0.6, 0.6, 0.6, 0.45), (0.0, 0.6, None, 0.9)])
     assert decade(rows, "soft", 0.3) == pytest.approx([0.55, 0.55, 0.3])
-    found = gains([*rows, *over_a_sweep("subtract", [(0.5, 0.5, 0.5, 0.5)] * 3)], 0.3)
-    assert found["subtract"] == Gain(pytest.approx(0.5), 0.0, 0.0)
-    assert found["soft"].gain == pytest.approx(-0.1 / 3)
-    assert found["soft"].error == pytest.approx(0.25 / 3)  # of 0.05, 0.05, -0.2: a deviation of 0.25 / sqrt(3), over sqrt(3)
+    by_start = gains([*rows, *over_a_sweep("subtract", [(0.5, 0.5, 0.5, 0.5)] * 3)], 0.3)
+    assert by_start["subtract"] == Gain(pytest.approx(0.5), 0.0, 0.0)
+    assert by_start["soft"].gain == pytest.approx(-0.1 / 3)
+    assert by_start["soft"].error == pytest.approx(0.25 / 3)  # of 0.05, 0.05, -0.2: a deviation of 0.25 / sqrt(3), over sqrt(3)
 
 
 def test_a_start_takes_the_place_of_subtract_by_its_gain_alone():
@@ -299,20 +342,20 @@ def spoken(**other):
 def test_every_run_of_the_chat_study_is_the_recipe(tmp_path, monkeypatch):
     """The recipe of the stand-in trains each method at the rate that the study chose."""
     monkeypatch.chdir(CLAIMS.resolve().parents[2])
-    asked = {}
+    settings = {}
     for job in chat_study.robustness():
         run = chat_study.experiment(job, tmp_path)
         assert (run.train.lr, run.train.lam_lr, run.seed) == (job.lr, job.lr / 2, job.seed)
         if job.factor == 1 and job.seed == chat_study.SEEDS[0]:
-            asked[job.case] = run
-    assert [case for case, run in asked.items() if run.evaluate.before] == ["LoRA"]
+            settings[job.case] = run
+    assert [case for case, run in settings.items() if run.evaluate.before] == ["LoRA"]
     trained = {variant.name: run for variant, run in chat_study.read(chat_study.RECIPE, ["seeds=[10]"]).runs()}
-    assert set(trained) == set(asked)
+    assert set(trained) == set(settings)
     for case, run in trained.items():
         assert (run.adapter.build(), run.train.lr, run.data) == (
-            asked[case].adapter.build(),
-            asked[case].train.lr,
-            asked[case].data,
+            settings[case].adapter.build(),
+            settings[case].train.lr,
+            settings[case].data,
         )
 
 

@@ -41,18 +41,18 @@ def made(tmp_path) -> Path:
 
 
 def test_the_files_are_read_as_they_were_written(made):
-    found = fashion.read("test", made)
+    clothes = fashion.read("test", made)
     torch.manual_seed(0)
-    assert torch.equal((found.items * 255).round().byte(), torch.randint(256, (5, 28, 28), dtype=torch.uint8))
-    assert found.labels.tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal((clothes.items * 255).round().byte(), torch.randint(256, (5, 28, 28), dtype=torch.uint8))
+    assert clothes.labels.tolist() == [0, 1, 2, 3, 4]
 
 
 def test_files_that_are_not_what_they_should_be(made, tmp_path):
     file = made / "t10k-images-idx3-ubyte.gz"
     whole = gzip.decompress(file.read_bytes())
     for damaged, words in (
-        (gzip.compress(whole[:-1]), "no IDX file of bytes in 3 dimensions, or a damaged one"),
-        (gzip.compress(b""), "no IDX file"),
+        (gzip.compress(whole[:-1]), "is not an IDX file of bytes in 3 dimensions, or is damaged"),
+        (gzip.compress(b""), "is not an IDX file"),
         (gzip.compress(whole)[:-20], "cannot be read"),
         (b"no", "cannot be read"),
         (gzip.compress(idx(torch.zeros(4, 28, 28, dtype=torch.uint8))), "4, 28, 28.* 5 labels"),
@@ -82,12 +82,12 @@ def test_looks_do_what_they_say():
     measured = {key: value.item() for key, value in fashion.measures(fashion.placed(box(20, 20), looks())).items()}
     assert measured == pytest.approx({"small": 20, "dark": 0.5, "narrow": 1.0}, abs=0.02)
 
-    def seen(**changed):
+    def measured_of(**changed):
         return {key: value.item() for key, value in fashion.measures(fashion.placed(box(20, 20), looks(**changed))).items()}
 
-    assert seen(scale=0.6)["small"] == pytest.approx(12, abs=1)  # to a pixel
-    assert seen(stretch=1.44)["narrow"] == pytest.approx(1.44, rel=0.12)
-    assert seen(gamma=2.0)["dark"] == pytest.approx(0.25, abs=0.02)
+    assert measured_of(scale=0.6)["small"] == pytest.approx(12, abs=1)  # to a pixel
+    assert measured_of(stretch=1.44)["narrow"] == pytest.approx(1.44, rel=0.12)
+    assert measured_of(gamma=2.0)["dark"] == pytest.approx(0.25, abs=0.02)
     moved = fashion.placed(box(8, 8), looks(shift=(5.0, -3.0)))[0]
     there = fashion.placed(box(8, 8), looks())[0]
     torch.testing.assert_close(moved, there.roll((-3, 5), (0, 1)), atol=1e-5, rtol=0)
@@ -112,16 +112,16 @@ def test_captions_say_only_what_is_true():
     generator = torch.Generator().manual_seed(0)
     attribute = [0, -1, 1]
     allowed = {"a", "photo", "of", "small", "wide", "bag"}
-    strange, said = 0, set()
+    strange, used = 0, set()
     for _ in range(300):
         words = fashion.caption(CLASSES.index("bag"), attribute, generator).split()
         assert words[:3] == ["a", "photo", "of"]
         assert words[-1] == "bag"
         other = [word for word in words if word not in allowed]
         assert all(len(word) == 3 and word not in WORDS for word in other)
-        strange, said = strange + len(other), said | set(words)
+        strange, used = strange + len(other), used | set(words)
     assert 10 <= strange <= 55  # 30 are expected; four deviations
-    assert {"small", "wide"} <= said
+    assert {"small", "wide"} <= used
 
 
 def test_patterns_are_different_and_unknown_ones_refused():
@@ -138,9 +138,9 @@ def test_patterns_are_different_and_unknown_ones_refused():
 @needed
 def test_the_real_pictures():
     for part, count in (("train", 60_000), ("test", 10_000)):
-        own = fashion.read(part)
-        assert own.items.shape == (count, 28, 28)
-        assert own.labels.bincount().tolist() == [count // 10] * 10
+        clothes = fashion.read(part)
+        assert clothes.items.shape == (count, 28, 28)
+        assert clothes.labels.bincount().tolist() == [count // 10] * 10
 
 
 @needed
@@ -153,14 +153,14 @@ def test_every_attribute_is_common_among_the_looks():
 
 @needed
 def test_subjects_are_in_dreambooths_form():
-    found = {s.name: s for s in dreambooth.read(str(fashion.subjects()))}
-    assert set(found) == set(fashion.SUBJECTS)
-    assert set(fashion.CHOOSING) < set(found)
-    for name, own in found.items():
-        assert (own.word, len(own.images)) == (fashion.SUBJECTS[name][0], fashion.VIEWS)
-        assert own.prompts == fashion.PROMPTS
-        assert {word for prompt in own.prompts for word in prompt.split()} >= {w for pair in ATTRIBUTES for w in pair}
-        assert dreambooth.open_image(own.images[0]).size == (SIZE, SIZE)
+    by_name = {s.name: s for s in dreambooth.read(str(fashion.subjects()))}
+    assert set(by_name) == set(fashion.SUBJECTS)
+    assert set(fashion.CHOOSING) < set(by_name)
+    for name, learned in by_name.items():
+        assert (learned.word, len(learned.images)) == (fashion.SUBJECTS[name][0], fashion.VIEWS)
+        assert learned.prompts == fashion.PROMPTS
+        assert {word for prompt in learned.prompts for word in prompt.split()} >= {w for pair in ATTRIBUTES for w in pair}
+        assert dreambooth.open_image(learned.images[0]).size == (SIZE, SIZE)
 
 
 @needed

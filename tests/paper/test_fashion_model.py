@@ -24,13 +24,13 @@ MODEL = ROOT / "paper" / "standins" / "weights" / "fashion"
 
 
 def test_the_card_says_what_was_measured():
-    found = json.loads((MODEL / recipe.GATES_FILE).read_text())
-    assert found["samples"] >= recipe.GATES["samples"]
-    assert found["maps"] >= recipe.GATES["maps"]
+    scores = json.loads((MODEL / recipe.GATES_FILE).read_text())
+    assert scores["samples"] >= recipe.GATES["samples"]
+    assert scores["maps"] >= recipe.GATES["maps"]
     card = (MODEL / "README.md").read_text()
     for key in ("samples", "attributes", "real", "maps"):
-        assert f"{100 * found[key]:.1f} %" in card
-    assert f"{found['psnr']:.1f} dB" in card
+        assert f"{100 * scores[key]:.1f} %" in card
+    assert f"{scores['psnr']:.1f} dB" in card
 
 
 @pytest.mark.slow
@@ -59,8 +59,8 @@ def test_the_stand_ins_recipes_run(name, tmp_path, monkeypatch):
         ],
         "fashion-maps": ["semantic_map.maps=3", "semantic_map.steps=2", "train.batch_size=2"],
     }[name]
-    asked = [f"out={tmp_path / 'out'}", "seeds=[0]", "variants=[]", "train.steps=2", *few]
-    experiment = read(ROOT / "paper/standins/recipes" / f"{name}.toml", asked)
+    settings = [f"out={tmp_path / 'out'}", "seeds=[0]", "variants=[]", "train.steps=2", *few]
+    experiment = read(ROOT / "paper/standins/recipes" / f"{name}.toml", settings)
     engine = subject if name == "fashion-subject" else semantic_map
     summary = experiments.train(engine, experiment, Console(quiet=True))
     (result,) = summary.results

@@ -35,12 +35,12 @@ def test_no_subject_both_chooses_and_judges():
 
 def test_every_setting_is_a_recipe(tmp_path):
     for study in ("methods-tuning", "ladder-tuning"):
-        seen = {json.dumps(job.adapter): job for job in fashion.STUDIES[study]()}
-        for job in seen.values():
-            asked = experiment(job, tmp_path)
-            assert (asked.train.lr, asked.train.lam_lr, asked.seed) == (job.lr, job.lam_lr, job.seed)
-            assert asked.adapter.method == job.adapter["method"]
-            assert asked.task == ("semantic_map" if job.subject is None else "subject")
+        by_setting = {json.dumps(job.adapter): job for job in fashion.STUDIES[study]()}
+        for job in by_setting.values():
+            settings = experiment(job, tmp_path)
+            assert (settings.train.lr, settings.train.lam_lr, settings.seed) == (job.lr, job.lam_lr, job.seed)
+            assert settings.adapter.method == job.adapter["method"]
+            assert settings.task == ("semantic_map" if job.subject is None else "subject")
 
 
 def test_the_best_setting_is_that_of_both_subjects(tmp_path, monkeypatch):
@@ -53,21 +53,21 @@ def test_the_best_setting_is_that_of_both_subjects(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("recipe", ["fashion-methods", "fashion-ladder", "fashion-maps"])
 def test_the_recipes_are_what_the_studies_chose(recipe):
-    asked = {v.name: run for v, run in read(ROOT / "paper/standins/recipes" / f"{recipe}.toml", ["seeds=[10]"]).runs()}
+    runs = {v.name: run for v, run in read(ROOT / "paper/standins/recipes" / f"{recipe}.toml", ["seeds=[10]"]).runs()}
     chosen = best("methods-tuning", fashion.METHODS)
     if recipe != "fashion-methods":  # "DeLoRA: + weight norms (L2)"
-        asked = {name.partition("(")[2].rstrip(")"): run for name, run in asked.items()}
+        runs = {name.partition("(")[2].rstrip(")"): run for name, run in runs.items()}
         chosen = {"L0": chosen["LoRA"]} | best("ladder-tuning", fashion.LADDER)
-    assert set(asked) == set(chosen)
+    assert set(runs) == set(chosen)
     for case, (adapter, lr) in chosen.items():
         subject = None if recipe == "fashion-maps" else "striped_boot"
         run = experiment(Job("study", case, adapter, lr, lr * fashion.LAM_SHARE, 10, subject), Path("runs"))
-        assert (asked[case].adapter.build(), asked[case].train.lr) == (run.adapter.build(), lr)
-        assert asked[case].adapter.targets == run.adapter.targets
+        assert (runs[case].adapter.build(), runs[case].train.lr) == (run.adapter.build(), lr)
+        assert runs[case].adapter.targets == run.adapter.targets
         if "lam" in adapter:
-            assert asked[case].train.lam_lr == run.train.lam_lr
+            assert runs[case].train.lam_lr == run.train.lam_lr
         kind = "semantic_map" if recipe == "fashion-maps" else "subject"
-        assert getattr(asked[case], kind) == getattr(run, kind)
+        assert getattr(runs[case], kind) == getattr(run, kind)
 
 
 def test_the_trace_has_every_hundredth_step(tmp_path):
@@ -99,10 +99,10 @@ def test_factor_one_is_that_of_the_sweeps_own_seeds():
         for s in (10, 11, 12)
     ]
     studies = {"methods": base, "robustness": sweep}
-    found = on_subjects(lambda study: studies.get(study, []))
-    assert set(found) == {"R1", "R2", "R3"}
-    assert found["R1"].holds
-    assert "LoRA loses 50.0 points" in found["R1"].parts[0][0]
+    judged = on_subjects(lambda study: studies.get(study, []))
+    assert set(judged) == {"R1", "R2", "R3"}
+    assert judged["R1"].holds
+    assert "LoRA loses 50.0 points" in judged["R1"].parts[0][0]
 
 
 @pytest.mark.slow
@@ -114,9 +114,9 @@ def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path, monkeypatch):
     monkeypatch.setattr(fashion, "RESULTS", tmp_path / "results")
 
     def small(job, out, real=experiment):
-        found = real(job, out)
-        few = found.subject.model_copy(update={"class_images": 2, "images": 1, "steps": 2})
-        return found.model_copy(update={"subject": few})
+        settings = real(job, out)
+        few = settings.subject.model_copy(update={"class_images": 2, "images": 1, "steps": 2})
+        return settings.model_copy(update={"subject": few})
 
     monkeypatch.setattr(fashion, "experiment", small)
     job = Job("study", "LoRA", fashion.LORA, 1e-3, 1e-3, 3, "striped_boot", steps=2)
