@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from delora.layer import Copy, attach
+from delora.layer import Placed, attach
 from delora.methods import METHODS, RUNGS
 
 FILE = Path(__file__).with_name("methods.md")
@@ -146,10 +146,11 @@ def section(name: str) -> str:
 def derived(method: type) -> list[str]:
     """What follows from the class itself, at its default settings on a layer of 768 x 768."""
     torch.manual_seed(0)
-    adapter = attach(method(), nn.Linear(768, 768))
+    layer = nn.Linear(768, 768)
+    adapter = Placed(attach(method(), layer), layer)
     count = sum(p.numel() for p in adapter.parameters())
     lines = [f"Trains {count:,} numbers in a layer of 768 x 768 at its default settings."]
-    if isinstance(adapter, Copy):
+    if adapter.whole:
         return lines
     factors = adapter.low_rank()
     if factors is not None:

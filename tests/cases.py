@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import delora
 from delora import ETHER, IA3, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
+from delora.layer import Placed, attach
 from examples.own_layer import HeadwiseLinear
 from examples.own_method import VeRA
 
@@ -114,6 +116,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def adapted(layer: Layer, method: object, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
     return delora.inject(layer.model(dtype), method, ["layer"], dropout=dropout)  # type: ignore[arg-type]
+
+
+def placed(method: object, layer: nn.Module, *args: object) -> Placed:
+    """A new adapter with the layer that it is for."""
+    return Placed(attach(method, layer, *args), layer)  # type: ignore[arg-type]
+
+
+def plain(adapter: Placed) -> nn.Module:
+    """A copy of the layer with the change in its weights."""
+    layer = copy.deepcopy(adapter.base)
+    for name, tensor in adapter.changed().items():
+        setattr(layer, name, tensor)
+    return layer
 
 
 @torch.no_grad()

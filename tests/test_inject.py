@@ -101,7 +101,8 @@ def test_adapters_have_names_and_one_is_active():
     assert {n.split(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"a"}
     delora.activate(model, "b")
     assert torch.equal(model(x), out_b)
-    delora.eject(model, "b")
+    with pytest.warns(UserWarning, match=r"'b' was the active adapter: none is active now; delora.activate one of \['a'\]"):
+        delora.eject(model, "b")
     assert torch.equal(model(x), base)
     assert list(adapted_layers(model)) == ["q", "classifier"]
     with pytest.raises(ValueError, match=r"no adapter is active: delora.activate one of \['a'\]"):
@@ -111,7 +112,7 @@ def test_adapters_have_names_and_one_is_active():
     delora.eject(model)
     assert torch.equal(model(x), base)
     assert not adapted_layers(model)
-    assert "_delora_frozen" not in model.__dict__
+    assert "_delora" not in model.__dict__
 
 
 def test_an_adapter_that_went_astray_can_be_turned_off():
@@ -235,9 +236,7 @@ BAD = [
     (dict(targets=["query"], name=""), ValueError, "an adapter's name is made of"),
     (dict(targets=["grouped"]), ValueError, "grouped: cannot adapt a Conv2d with groups = 2: its weight is not one matrix"),
     (dict(targets=["capped"]), ValueError, "capped: cannot adapt an Embedding with max_norm"),
-    (dict(targets=["attention.out_proj"]), ValueError, "nn.MultiheadAttention reads the weights of its layers itself"),
     (dict(targets=["attention"]), TypeError, "attention: cannot adapt a MultiheadAttention"),
-    (dict(targets=["linear1"]), ValueError, r"fast path of nn.TransformerEncoderLayer .*set_fastpath_enabled\(False\)"),
     (dict(targets=["scaled"]), TypeError, "cannot adapt a Scaled: it has a forward of its own"),
     (dict(targets=["bytes"]), TypeError, "bytes: cannot adapt a Linear whose weight is torch.uint8: it seems to be quantised"),
 ]

@@ -28,10 +28,9 @@ from delora import (
     Reflections,
 )
 from delora.diagnostics import inspect
-from delora.layer import attach
 from examples.own_method import VeRA
 from tests.cases import METHODS as CASES
-from tests.cases import Holder, Net, ids, shake
+from tests.cases import Holder, Net, ids, placed, shake
 from tests.oracles import slow
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -39,7 +38,7 @@ EXACT = dict(rtol=1e-12, atol=1e-12)
 
 def right(method, W):
     """S of W' = W S, densely, for tensors that moved from their start."""
-    made = attach(method, linear(W))
+    made = placed(method, linear(W))
     with torch.no_grad():
         for tensor in made.saved().values():
             tensor.add_(torch.randn_like(tensor))
@@ -75,7 +74,7 @@ def test_ether_is_a_reflection_in_every_block(W, blocks):
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_ether_plus_starts_at_the_identity_and_goes_no_farther_than_two(W, blocks):
     method = EtherPlus(blocks, two_sided=False)
-    torch.testing.assert_close(attach(method, linear(W)).update().merge(W), W, **EXACT)
+    torch.testing.assert_close(placed(method, linear(W)).update().merge(W), W, **EXACT)
     H, _ = right(method, W)
     assert 0 < (H - torch.eye(12)).norm() <= 2 * math.sqrt(blocks)
 
@@ -108,7 +107,7 @@ def test_constrained_oft_stays_in_its_ball(W):
 
 @pytest.mark.parametrize("name", [name for name, method in CASES.items() if hasattr(method, "bound")])
 def test_no_tensors_leave_the_bound(W, name):
-    made = attach(CASES[name], linear(W))
+    made = placed(CASES[name], linear(W))
     with torch.no_grad():
         for size in (1e-3, 1.0, 1e3):
             for key, tensor in made.saved().items():
@@ -119,7 +118,7 @@ def test_no_tensors_leave_the_bound(W, name):
 
 
 def test_the_first_rung_is_ether_plus(W):
-    ours, theirs = attach(Reflections(r=2, lam=2.0), linear(W)), attach(EtherPlus(two_sided=False), linear(W))
+    ours, theirs = placed(Reflections(r=2, lam=2.0), linear(W)), placed(EtherPlus(two_sided=False), linear(W))
     u, v = torch.randn(2, 1, 12, dtype=torch.float64)
     for made, names in ((ours, "UV"), (theirs, "uv")):
         made.put(names[0], u)
@@ -180,7 +179,7 @@ def test_multiplication_does_not_read_the_weight(method):
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_the_rows_of_dora_have_the_norms_it_says(W, fixed):
-    made = attach(DoRA(r=3, fixed_magnitude=fixed), linear(W))
+    made = placed(DoRA(r=3, fixed_magnitude=fixed), linear(W))
     with torch.no_grad():
         for tensor in made.saved().values():
             tensor.add_(torch.rand_like(tensor))
@@ -311,7 +310,7 @@ def test_an_output_that_is_not_what_the_last_parameter_says(method):
 # ---------------------------------------------------------------- export
 
 
-LOW_RANK = [name for name, m in CASES.items() if attach(m, nn.Linear(8, 8)).low_rank() is not None]
+LOW_RANK = [name for name, m in CASES.items() if placed(m, nn.Linear(8, 8)).low_rank() is not None]
 
 
 def test_the_change_is_low_rank_of_the_additive_methods_and_the_reflections_alone():
@@ -351,8 +350,8 @@ def test_the_rest_is_refused_and_merging_named_as_the_way_out(name, tmp_path):
 def test_low_rank_changes_of_different_methods_blend_exactly():
     net = shake(delora.inject(Net().double(), ETHER(blocks=2), ["q"], name="a"))
     shake(delora.inject(net, DeLoRA(r=2), ["q"], name="b"))
-    W = net.q.adapters["a"].host.weight()
-    changes = [net.q.adapters[key].update().merge(W) - W for key in "ab"]
+    W = net.q.placed("a").host.weight()
+    changes = [net.q.placed(key).update().merge(W) - W for key in "ab"]
     delora.blend(net, {"a": 0.3, "b": 2.0}, "ab")
     torch.testing.assert_close(net.q.adapter.update().merge(W), W + 0.3 * changes[0] + 2 * changes[1])
 

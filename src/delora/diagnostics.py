@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delora.layer import Adapter, Copy
+from delora.layer import Placed
 from delora.methods.base import bound, reachable
 from delora.models import adapters
 from delora.updates import LowRank
@@ -34,13 +34,13 @@ def singular_values(update: LowRank) -> Tensor:
 
 
 @torch.no_grad()
-def _changed(adapter: Adapter | Copy) -> tuple[float, float, Tensor | None] | None:
+def _changed(adapter: Placed) -> tuple[float, float, Tensor | None] | None:
     """|W' - W|_F, |W|_F, and the singular values of W' - W if it is low-rank (else None); None if no weight changes.
 
     A change that is not low-rank is measured from the whole matrices, and that of the bias counts with it.
     """
-    if isinstance(adapter, Copy):
-        base, new = adapter.host.layer.state_dict(), adapter.at_strength()
+    if adapter.whole:
+        base, new = dict(adapter.base.named_parameters()) | dict(adapter.base.named_buffers()), adapter.at_strength()
         pairs = [(base[k].double(), t.double()) for k, t in new.items() if t.is_floating_point()]
         return _norm(new - old for old, new in pairs), _norm(old for old, _ in pairs), None
     W, factors = adapter.host.weight(), adapter.low_rank()
@@ -113,7 +113,7 @@ class LayerReport:
 
 
 @torch.no_grad()
-def report(adapter: Adapter | Copy) -> LayerReport:
+def report(adapter: Placed) -> LayerReport:
     """Measure the change of one layer's adapter.
 
     >>> import delora
@@ -123,16 +123,16 @@ def report(adapter: Adapter | Copy) -> LayerReport:
     """
     change, base, spectrum = _changed(adapter) or (None, 0.0, None)
     lam = getattr(adapter, "lam", None)
-    unscaled = bound(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
+    unscaled = bound(adapter.method, adapter.tensors()) if not adapter.whole else None
     limit = None if unscaled is None else unscaled.item() * adapter.strength
-    expected = reachable(adapter.method, adapter.tensors()) if isinstance(adapter, Adapter) else None
+    expected = reachable(adapter.method, adapter.tensors()) if not adapter.whole else None
     effective = None
     if spectrum is not None:
         share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
         effective = torch.special.entr(share).sum().exp().item() if change else 0.0
     return LayerReport(
         method=str(adapter.method),
-        shape=tuple(adapter.host.matrix().shape) if isinstance(adapter, Adapter) else None,
+        shape=tuple(adapter.host.matrix().shape) if not adapter.whole else None,
         parameters=sum(p.numel() for p in adapter.parameters()),
         r=getattr(adapter.method, "r", None),
         lam=None if lam is None else lam.item(),
@@ -190,7 +190,7 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.adapters = [a for a in adapters(model).values() if isinstance(a, Adapter)]
+        self.adapters = [a for a in adapters(model).values() if not a.whole]
         self.base = [_norm([a.host.weight()]) for a in self.adapters]
         self.directions = self._directions()
 

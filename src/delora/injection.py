@@ -3,47 +3,73 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from delora.ambient import apart
 from delora.layer import Adapted, Adapter, Copy, attach
 from delora.methods import Full, Method
-from delora.methods.base import edits_output, has_dropout, is_number
-from delora.models import active_adapter, adapted_layers, adapter_names, adapters, unwrapped, walk
-from delora.targets import Patterns, resolve
+from delora.methods.base import has_dropout, is_number
+from delora.models import (
+    State,
+    active_adapter,
+    adapted_layers,
+    adapter_names,
+    adapters,
+    inner,
+    open_context,
+    refuse_inside,
+    states,
+    unwrapped,
+    walk,
+)
+from delora.targets import Patterns, rank_limit, resolve, told
+from delora.ties import rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
 
-__all__ = ["activate", "check_name", "disabled", "eject", "inject", "install", "put_back", "strength", "swap"]
+__all__ = [
+    "activate",
+    "check_name",
+    "disabled",
+    "eject",
+    "inject",
+    "install",
+    "put_back",
+    "refuse_parallel",
+    "strength",
+    "swap",
+]
 
 
 def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) -> dict[str, Adapter | Copy]:
     modules = dict(walk(model))
-    built = {}
+    built: dict[str, Adapter | Copy] = {}
     for name, method in plan.items():
         module = modules[name]
-        if not isinstance(module, Adapted) and (inside := list(adapted_layers(module))):
+        base = module.base if isinstance(module, Adapted) else module
+        if isinstance(method, Full) and (inside := list(adapted_layers(base))):
             raise ValueError(f"{name}: {inside[0]!r} inside it is adapted already; delora.eject or delora.merge that first")
         try:
-            built[name] = attach(method, module.base if isinstance(module, Adapted) else module, dropout)
+            built[name] = attach(method, base, dropout)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        _check_rank(name, built[name])
+            raise type(error)(f"{name}: {error}; to leave it out: exclude=[{name!r}]") from error
+        if isinstance(built[name], Adapter):
+            if (limit := rank_limit(method, base)) is not None:
+                raise ValueError(
+                    f"{name}: {limit}; leave it out with exclude=[{name!r}], or give it a rank of its own with overrides="
+                )
+            bad = [key for key, t in cast(Adapter, built[name]).tensors().items() if not t.is_meta and not t.isfinite().all()]
+            if bad:
+                raise ValueError(f"{name}: its weight holds NaN or infinity: load the model's weights anew")
+    share_copies({name: (modules[name], made) for name, made in built.items()})
     return built
 
 
-def _check_rank(name: str, adapter: Adapter | Copy) -> None:
-    if isinstance(adapter, Adapter):
-        shape = tuple(adapter.host.matrix().shape)
-        shape = shape[:1] if edits_output(adapter.method) else shape
-        r = getattr(adapter.method, "r", 0)
-        if r > min(shape):
-            what = "an output of" if len(shape) == 1 else "a matrix of shape"
-            raise ValueError(f"{name}: r = {r} is more than {what} {list(shape)} can have, which is {min(shape)}")
-
-
+@apart
 def inject(
     model: nn.Module,
     method: Method | Full,
@@ -80,14 +106,19 @@ def inject(
     27 of the base model's 30 parameters: 90.000%
     """
     root = unwrapped(model)
-    plan = resolve(root, method, targets, also_train, exclude, overrides)
+    refuse_parallel(model, "inject")
+    refuse_inside(root, "inject")
+    plan, left_out = resolve(root, method, targets, also_train, exclude, overrides)
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout!r}: must be a probability, at least 0 and below 1")
     for layer, each in plan.items():
         if dropout and not isinstance(each, Full) and not has_dropout(each):
             raise ValueError(f"{layer}: dropout = {dropout!r}, but {type(each).__name__} does not support dropout")
     check_name(root, name)
-    install(root, _build(root, plan, float(dropout)), name)
+    plan = with_ties(root, plan)
+    install(root, _build(root, plan, float(dropout)), name, left_out)
+    if left_out:
+        warnings.warn(told(root, left_out), stacklevel=3)
     return model
 
 
@@ -106,7 +137,9 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"this model already has an adapter named {name!r}: choose another name=, or delora.eject it first")
 
 
-def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str) -> None:
+def install(
+    model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, left_out: Mapping[str, str] | None = None
+) -> None:
     """Put adapters into their layers, make them active, and freeze everything else.
 
     >>> from delora.methods import LoRA
@@ -116,15 +149,16 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str) ->
     'a'
     """
     modules = dict(walk(model))
-    if not adapted_layers(model):
-        model._delora_frozen = [n for n, p in model.named_parameters() if p.requires_grad]  # type: ignore[assignment]
+    if "_delora" not in model.__dict__:
+        model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad])
+    model.__dict__["_delora"].left_out = dict(left_out or {})
     swap(model, {modules[layer]: Adapted(modules[layer]) for layer in built if not isinstance(modules[layer], Adapted)})
     for layer, module in adapted_layers(model).items():
         if layer in built:
             module.adapters[name] = built[layer].train(module.training)
     model.requires_grad_(False)
+    rename_declared(model)
     activate(model, name)
-    watch(model, adapted_layers(model).values())
 
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
@@ -136,10 +170,10 @@ def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
     >>> model[0] is new, model[1][0] is new
     (True, True)
     """
-    for parent in [model, *(module for _, module in walk(model) if not isinstance(module, Adapted))]:
+    for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if child is not None and child in new:
-                parent._modules[key] = new[child]
+            if child is not None and unwrapped(child) in new:
+                parent._modules[key] = new[unwrapped(child)]
 
 
 def activate(model: nn.Module, name: str) -> None:
@@ -152,11 +186,16 @@ def activate(model: nn.Module, name: str) -> None:
     >>> model[0].active
     'a'
     """
+    refuse_parallel(model, "activate")
+    refuse_inside(model, "activate")
     adapters(model, name)
-    for layer in adapted_layers(model).values():
+    layers = adapted_layers(model)
+    for layer in layers.values():
         layer.active = name if name in layer.adapters else None
+        layer.ran = False
         for key, adapter in layer.adapters.items():
             adapter.requires_grad_(key == name)
+    watch(unwrapped(model), layers)
 
 
 def eject(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -168,9 +207,11 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
     >>> delora.eject(model)[0] is layer
     True
     """
+    refuse_inside(model, "eject")
     if name is not None:
         adapters(model, name)
     layers = adapted_layers(model)
+    was_active = any(layer.active == name for layer in layers.values())
     for layer in layers.values():
         for key in list(layer.adapters) if name is None else [name]:
             if key in layer.adapters:
@@ -178,6 +219,8 @@ def eject(model: nn.Module, name: str | None = None) -> nn.Module:
             if layer.active == key:
                 layer.active = None
     put_back(model, {layer: layer.base for layer in layers.values() if not len(layer.adapters)})
+    if was_active and (left := adapter_names(model)):
+        warnings.warn(f"{name!r} was the active adapter: none is active now; delora.activate one of {left}", stacklevel=2)
     return model
 
 
@@ -194,15 +237,17 @@ def put_back(model: nn.Module, plain: Mapping[Adapted, nn.Module]) -> None:
     for layer, module in plain.items():
         module.train(layer.training)
     swap(root, plain)
-    for owner in root.modules():
-        unwatch(owner)
+    rename_declared(root)
+    unwatch(root)
     if left := adapted_layers(root):
-        watch(root, left.values())
+        watch(root, left)
     else:
-        for owner in root.modules():
-            frozen = set(owner.__dict__.pop("_delora_frozen", ()))
+        for owner in list(root.modules()):
+            state = owner.__dict__.pop("_delora", None)
+            restore_declared(owner, state)
+            trained = set(() if state is None else state.trained)
             for key, parameter in owner.named_parameters():
-                if key in frozen:
+                if key in trained:
                     parameter.requires_grad_(True)
 
 
@@ -217,16 +262,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
     ...     bool((model(x) == model[0].base(x)).all())
     True
     """
-    active_adapter(model)
+    refuse_inside(model, "disabled", "merged")
+    if open_context(model) is None:
+        active_adapter(model)
     layers = adapted_layers(model).values()
     before = [layer.active for layer in layers]
+    opened = states(model)
     try:
+        for state in opened:
+            state.contexts.append("disabled")
         for layer in layers:
             layer.active = None
         yield
     finally:
         for layer, active in zip(layers, before, strict=True):
             layer.active = active
+        for state in opened:
+            state.contexts.pop()
 
 
 def strength(model: nn.Module, s: float, name: str | None = None) -> None:
@@ -241,5 +293,20 @@ def strength(model: nn.Module, s: float, name: str | None = None) -> None:
     """
     if not is_number(s) or s < 0:
         raise ValueError(f"strength {s!r}: must be a finite number, at least 0")
-    for adapter in adapters(model, name).values():
-        adapter.strength = float(s)
+    refuse_inside(model, "strength")
+    for placed in adapters(model, name).values():
+        placed.adapter.strength = float(s)
+
+
+def refuse_parallel(model: nn.Module, what: str) -> None:
+    """Raise a ValueError if ``what`` would change the structure of a model that is wrapped to train in several processes.
+
+    >>> refuse_parallel(nn.Linear(2, 2), "inject")
+    """
+    while (inside := inner(model)) is not None:
+        if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            raise ValueError(
+                f"{what} of a {type(model).__name__}: it knows the parameters already, and new ones would not be kept equal "
+                f"between processes; call delora.{what} first, then wrap the model"
+            )
+        model = inside

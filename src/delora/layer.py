@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,13 +13,34 @@ from delora.hosts import Host, any_host, host
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, measure, reads_weight
 from delora.methods.full import Full
+from delora.reading import ReadWeight, reading
 from delora.together import built
 from delora.updates import LowRank, Update, wide
 
-__all__ = ["Adapted", "Adapter", "Copy", "attach", "on_meta"]
+__all__ = ["Adapted", "Adapter", "Copy", "Placed", "attach", "on_meta"]
 
 
-class Adapter(nn.Module):
+class _Kept(nn.Module):
+    """What an adapter of any kind keeps: its method and tensors, and nothing of the layer, which every call is given."""
+
+    strength: float
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Kept:
+        """Move the tensors as ``fn`` does, but never to a narrower dtype: what trains stays in float32.
+
+        A strength of 8.0 in bfloat16 could not learn: the next number is 8.06.
+        """
+
+        def move(t: Tensor) -> Tensor:
+            moved: Tensor = fn(t)
+            narrower = t.is_floating_point() and torch.finfo(moved.dtype).bits < torch.finfo(t.dtype).bits
+            return t.to(moved.device) if narrower else moved
+
+        super()._apply(move, recurse)
+        return self
+
+
+class Adapter(_Kept):
     """A method's tensors for one layer, in float32 or wider whatever the dtype of the layer.
 
     >>> from delora import LoRA
@@ -31,10 +53,10 @@ class Adapter(nn.Module):
         """With ``blank`` the initial tensors are on the meta device, until `put` gives them values."""
         super().__init__()
         self.method = method
-        self.host = host
+        self.kind = type(host)  # makes a look at the layer of each call
         self.dropout = dropout
         self.strength = 1.0
-        start, measured = self._start(blank)
+        start, measured = self._start(host, blank)
         for name, tensor in start.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
@@ -42,16 +64,21 @@ class Adapter(nn.Module):
                 self.register_buffer(name, tensor)
         for name, tensor in measured.items():
             self.register_buffer(name, tensor, persistent=False)
+        self.names = (*start, *measured)
 
-    def _start(self, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        W = self.host.weight()
+    def _start(self, host: Host, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        W = host.weight()
         with torch.no_grad():
-            return self.method.init(W.to("meta") if blank else W), measure(self.method, W)
+            start = self.method.init(W.to("meta") if blank else W)
+            # A method may make its tensors without looking where W is.
+            device = torch.device("meta") if blank else W.device
+            moved = {name: t if t.device == device else _moved(t, device) for name, t in start.items()}
+            return moved, measure(self.method, W)
 
-    def put(self, name: str, value: Tensor) -> None:
-        """Set a tensor to a value from elsewhere, such as a file."""
+    def put(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
+        """Set a tensor to a value from elsewhere, such as a file; on a device, if it is to be moved there."""
         old = self.tensors()[name]
-        self._put(name, value.to(self.host.matrix().device, old.dtype))
+        self._put(name, value.to(device or old.device, old.dtype))
 
     def _put(self, name: str, value: Tensor) -> None:
         if name in self._parameters:
@@ -61,15 +88,18 @@ class Adapter(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: those that train, those that stay fixed, and those measured from W."""
-        return {k: t for k, t in (*self._parameters.items(), *self._buffers.items()) if t is not None}
+        known = self._parameters | self._buffers
+        # A replica of nn.DataParallel has its tensors as plain attributes.
+        return {name: t for name in self.names if (t := known.get(name, self.__dict__.get(name))) is not None}
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors that belong in a file: all but those measured from W."""
         return {k: t for k, t in self.tensors().items() if k not in self._non_persistent_buffers_set}
 
-    def refresh(self, redraw: bool) -> None:
+    def refresh(self, layer: nn.Module, redraw: bool) -> None:
         """Measure W again and, if ``redraw``, initialise the other tensors again, too."""
-        start, measured = self._start() if redraw else ({}, measure(self.method, self.host.weight()))
+        host = self.kind(layer)
+        start, measured = self._start(host) if redraw else ({}, measure(self.method, host.weight()))
         current = self.tensors()
         for name, tensor in (start | measured).items():
             if current[name].device == tensor.device:
@@ -77,42 +107,34 @@ class Adapter(nn.Module):
             else:
                 self._put(name, tensor)
 
-    def update(self) -> Update:
-        """The change of the layer at the current strength, computed in float32 or wider even under autocast."""
-        update = (None if traced() else built(self)) or self._own_update()
+    def update(self, host: Host) -> Update:
+        """The change of a layer at the current strength, computed in float32 or wider even under autocast."""
+        update = (None if traced() else built(self)) or self._own_update(host)
         return update if self.strength == 1 else update.scaled(self.strength)
 
-    def _own_update(self) -> Update:
+    def _own_update(self, host: Host) -> Update:
         p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
         # Not converted to float32: an update computes a few products with W, which need no copy of it.
-        W = self.host.matrix().detach() if reads_weight(self.method) else None
+        W = host.read() if reads_weight(self.method) else None
         with without_autocast(next(iter(p.values()))):
             return self.method.update(W, p)
 
-    @torch.no_grad()
-    def low_rank(self) -> LowRank | None:
-        """W' - W at the current strength as exact low-rank factors, or None if it is not low-rank."""
-        return self.update().low_rank(self.host.weight())
-
-    def mergeable(self) -> bool:
-        """Whether the layer's weights can express the change."""
-        return self.host.weight_name is not None and self.update().mergeable
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.strength == 0:
-            return self.host.layer(*args, **kwargs)
-        return self.update().forward(self.host, self.dropout if self.training else 0.0, *args, **kwargs)
-
-    def plain(self) -> nn.Module:
-        """A layer of the original type with the change in its weights; a ValueError if no weight can express it."""
-        return self.host.layer if self.strength == 0 else self.host.plain(self.update())
+            return layer(*args, **kwargs)
+        host = self.kind(layer)
+        if not args and len(kwargs) == 1 and host.weight_name is not None:  # layer(input=x)
+            args, kwargs = tuple(kwargs.values()), {}
+        return self.update(host).forward(host, self.dropout if self.training else 0.0, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.method}, dropout={self.dropout}, strength={self.strength}"
 
 
-class Copy(nn.Module):
+class Copy(_Kept):
     """The adapter of `Full`: a copy of a layer of any kind, which trains while the original stays fixed.
+
+    The copy of a layer in half precision is kept, and trains, in float32; it is computed in the layer's own dtype.
 
     >>> from delora import Full
     >>> adapter = attach(Full(), nn.Linear(4, 3))
@@ -120,49 +142,145 @@ class Copy(nn.Module):
     ['weight', 'bias']
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.method = Full()
-        self.host = host
         self.strength = 1.0
-        self.module = copy.deepcopy(host.layer).requires_grad_(True)
+        self.dropout = 0.0
+        self.module = _trainable(layer)
 
     def saved(self) -> dict[str, Tensor]:
+        """The tensors of the copy, as its own state dict names them."""
         return dict(self.module.state_dict(keep_vars=True))
 
-    def put(self, name: str, value: Tensor) -> None:
+    def put(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
+        """Set a tensor to a value from elsewhere."""
         self.saved()[name].data.copy_(value)
 
-    def refresh(self, redraw: bool) -> None:
+    def refresh(self, layer: nn.Module, redraw: bool) -> None:
+        """Take the layer's tensors again if ``redraw``."""
         if redraw and on_meta(self.module):
-            self.module = copy.deepcopy(self.host.layer).requires_grad_(True)
+            self.module = _trainable(layer)
         elif redraw:
-            self.module.load_state_dict(self.host.layer.state_dict())
+            self.module.load_state_dict(layer.state_dict())
 
-    def at_strength(self) -> dict[str, Tensor]:
-        """W + strength (W' - W) for every floating-point tensor of the layer."""
-        base = self.host.layer.state_dict(keep_vars=True)
-        return {
-            name: torch.lerp(base[name], tensor, self.strength) if tensor.is_floating_point() else tensor
-            for name, tensor in self.saved().items()
-        }
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.strength == 0:
-            return self.host.layer(*args, **kwargs)
-        if self.strength == 1:
-            return self.module(*args, **kwargs)
-        return torch.func.functional_call(self.module, self.at_strength(), args, kwargs)
-
-    def plain(self) -> nn.Module:
-        new = copy.deepcopy(self.host.layer)
-        if self.strength != 0:
-            with torch.no_grad():
-                new.load_state_dict(self.at_strength())
+    def at_strength(self, layer: nn.Module) -> dict[str, Tensor]:
+        """W + strength (W' - W) for every floating-point tensor of the layer, in the layer's dtype."""
+        base, new = _tensors(layer), _tensors(self.module)
+        for name, tensor in new.items():
+            old = base[name]
+            if tensor.is_floating_point() and (self.strength != 1 or tensor.dtype != old.dtype):
+                new[name] = torch.lerp(old.to(tensor.dtype), tensor, self.strength).to(old.dtype)
         return new
+
+    def forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if self.strength == 0:
+            return layer(*args, **kwargs)
+        if self.strength == 1 and _dtype(self.module) == _dtype(layer):
+            return self.module(*args, **kwargs)
+        return torch.func.functional_call(self.module, self.at_strength(layer), args, kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.method}, strength={self.strength}"
+
+
+def _moved(t: Tensor, device: torch.device) -> Tensor:
+    return nn.Parameter(t.data.to(device)) if isinstance(t, nn.Parameter) else t.to(device)
+
+
+def _trainable(layer: nn.Module) -> nn.Module:
+    module = copy.deepcopy(layer).requires_grad_(True)
+    for t in (*module.parameters(), *module.buffers()):
+        if t.dtype in (torch.float16, torch.bfloat16):
+            t.data = t.data.float()
+    return module
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers; of a replica of nn.DataParallel, which has no parameters, the tensors in their place."""
+    tensors: dict[str, Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        for registry in (part.__dict__.get("_former_parameters", {}), part._parameters, part._buffers):
+            tensors |= {f"{path}.{key}" if path else key: t for key, t in registry.items() if t is not None}
+    return tensors
+
+
+def _dtype(module: nn.Module) -> torch.dtype | None:
+    return next((t.dtype for t in _tensors(module).values() if t.is_floating_point()), None)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """An adapter together with the layer it changes: for one look, kept by nobody.
+
+    What is asked of it and concerns the adapter alone (``method``, ``strength``, its tensors) is the adapter's.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), delora.LoRA(r=2), ["0"])
+    >>> placed = model[0].adapter
+    >>> placed.method.r, placed.host.matrix().shape
+    (2, torch.Size([3, 4]))
+    """
+
+    adapter: Adapter | Copy
+    base: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("adapter", "base"):  # being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self.adapter, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.adapter(self.base, *args, **kwargs)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the layer is trained whole (`Full`)."""
+        return isinstance(self.adapter, Copy)
+
+    @property
+    def host(self) -> Host:
+        """A look at the layer."""
+        return Host(self.base) if isinstance(self.adapter, Copy) else self.adapter.kind(self.base)
+
+    def update(self) -> Update:
+        """The change of the layer at the current strength."""
+        assert isinstance(self.adapter, Adapter)
+        return self.adapter.update(self.host)
+
+    @torch.no_grad()
+    def low_rank(self) -> LowRank | None:
+        """W' - W at the current strength as exact low-rank factors, or None if it is not low-rank."""
+        return None if self.whole else self.update().low_rank(self.host.weight())
+
+    def mergeable(self) -> bool:
+        """Whether the layer's weights can express the change."""
+        return self.whole or (self.host.weight_name is not None and self.update().mergeable)
+
+    def at_strength(self) -> dict[str, Tensor]:
+        """Of a layer that is trained whole, its tensors at the current strength."""
+        assert isinstance(self.adapter, Copy)
+        kept = self.adapter.saved()
+        return {name: t for name, t in self.adapter.at_strength(self.base).items() if name in kept}
+
+    @torch.no_grad()
+    def changed(self) -> dict[str, Tensor]:
+        """The layer's tensors with the change in them, by name; only those that change.
+
+        Raises:
+            ValueError: no weight of the layer can express the change.
+        """
+        if self.strength == 0:
+            return {}
+        if not self.whole:
+            return dict(self.host.changed(self.update()))
+        base = _tensors(self.base)
+        return {
+            name: nn.Parameter(t.detach().clone(), base[name].requires_grad)
+            if isinstance(base[name], nn.Parameter)
+            else t.clone()
+            for name, t in self.at_strength().items()
+        }
 
 
 def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank: bool = False) -> Adapter | Copy:
@@ -173,11 +291,11 @@ def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank:
 
     >>> from delora import DeLoRA
     >>> layer, x = nn.Linear(4, 3), torch.ones(1, 4)
-    >>> torch.allclose(attach(DeLoRA(r=2), layer)(x), layer(x), atol=1e-6)  # training starts at the base
+    >>> torch.allclose(attach(DeLoRA(r=2), layer)(layer, x), layer(x), atol=1e-6)  # training starts at the base
     True
     """
     if isinstance(method, Full):
-        return Copy(Host(layer))
+        return Copy(layer)
     return Adapter(method, any_host(layer) if edits_output(method) else host(layer), dropout, blank)
 
 
@@ -185,7 +303,8 @@ class Adapted(nn.Module):
     """``base`` with named ``adapters``; ``active`` is the name of the one in use, or None for the base alone.
 
     Attributes that it does not have itself (``weight``, ``in_features``, ...) are those of the base, or of the active copy
-    (`Full`), because some models read them. A checkpoint of the base saved before injection loads into it.
+    (`Full`), because some models read them; a weight that is read while a forward runs is the adapted one (`delora.reading`).
+    What is set on such a name is set on the base. A checkpoint of the base saved before injection loads into it.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), delora.LoRA(r=2), ["0"])
@@ -198,49 +317,87 @@ class Adapted(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.ran = False  # whether it has run, or its weight was read, since its adapter was made active
         self._blank = False  # moved here from the meta device: the adapters' memory is not initialised
         self._arrived = (False, False)  # whether the state dict being loaded holds the base, the adapters
         self.train(base.training)
         self.register_load_state_dict_post_hook(_refresh_after_load)
 
+    def placed(self, name: str) -> Placed:
+        """The adapter ``name`` with the base."""
+        return Placed(cast("Adapter | Copy", self.adapters[name]), self.base)
+
     @property
-    def adapter(self) -> Adapter | Copy | None:
-        """The active adapter, or None."""
-        return None if self.active is None else cast("Adapter | Copy", self.adapters[self.active])
+    def adapter(self) -> Placed | None:
+        """The active adapter with the base, or None."""
+        return None if self.active is None else self.placed(self.active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.ran and not traced():
+            self.ran = True
         if self._blank:
             self.refresh()
         if self.active is None:
             return self.base(*args, **kwargs)
-        return self.adapters[self.active](*args, **kwargs)
-
-    def plain(self) -> nn.Module:
-        """The base layer, or one of its type with the active change in its weights."""
-        if self._blank:
-            self.refresh()
-        adapter = self.adapter
-        return self.base if adapter is None else adapter.plain()
+        return self.adapters[self.active](self.base, *args, **kwargs)
 
     def refresh(self) -> None:
         """Measure the frozen weight again. Call this after you changed that weight by hand."""
         for adapter in self.adapters.values():
-            cast("Adapter | Copy", adapter).refresh(redraw=self._blank)
+            cast("Adapter | Copy", adapter).refresh(self.base, redraw=self._blank)
         self._blank = False
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base" not in self.__dict__.get("_modules", {}):  # being copied or unpickled
+            if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):  # the class's own, or being copied
                 raise
-            adapter = self.adapter
-            return getattr(adapter.module if isinstance(adapter, Copy) else self.base, name)
+        active = self.__dict__.get("active")
+        if active is None:
+            return getattr(self.base, name)
+        adapter = self.adapters[active]
+        if isinstance(adapter, Copy):
+            if reading() and name in ("weight", "bias"):
+                self.ran = True
+                return adapter.at_strength(self.base).get(name, getattr(adapter.module, name))
+            return getattr(adapter.module, name)
+        value = getattr(self.base, name)
+        if name in ("weight", "bias") and isinstance(value, Tensor) and reading():
+            return self._read(cast(Adapter, adapter), name, value)
+        return value
+
+    def _read(self, adapter: Adapter, name: str, value: Tensor) -> Tensor:
+        host = adapter.kind(self.base)
+        if host.weight_name is None or adapter.strength == 0:
+            return value
+
+        def compute() -> Tensor:
+            self.ran = True
+            update = adapter.update(host)
+            if name == host.weight_name:
+                return host.as_weight(update.merge(host.weight())).to(value.dtype)
+            new = update.bias(host.bias())
+            return value if new is None else new.to(value.dtype)
+
+        trains = any(p.requires_grad for p in adapter.tensors().values())
+        return ReadWeight.of(value, compute, trains)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        base = self.__dict__.get("_modules", {}).get("base")
+        if base is not None and (name in base._parameters or name in base._buffers):
+            value = value.parameter if isinstance(value, ReadWeight) else value
+            if value is not getattr(self, name):  # what was read from here and is set again changes nothing
+                setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
-        was_meta = on_meta(self.adapters)
+        was_meta, dtype = on_meta(self.adapters), _dtype(self.base)
         super()._apply(fn, recurse)
         self._blank |= was_meta and not on_meta(self.adapters)
+        if _dtype(self.base) != dtype and not on_meta(self):  # what was measured of W is measured of the W that is there now
+            self.refresh()
         return self
 
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -31,7 +31,7 @@ def traced() -> bool:
     >>> _ = torch.func.vmap(lambda x: print(traced()) or x)(torch.ones(2))
     True
     """
-    return torch.compiler.is_compiling() or transforms_active()
+    return torch.compiler.is_compiling() or transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def under_autocast(x: Tensor) -> bool:
@@ -127,6 +127,8 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, down: Tensor, up: Tensor, dropout: float, seed: int
     ) -> Tensor:
         y = F.linear(x, W, b)
+        # The same memory as a tensor that is no view: a view that comes out of here could not be written to by what follows.
+        y = torch.empty(0, dtype=y.dtype, device=y.device).set_(y.untyped_storage(), y.storage_offset(), y.shape, y.stride())
         h = _add(y, x, down, up, dropout, seed)
         ctx.save_for_backward(x, W, down, up, h)
         ctx.dropout, ctx.seed = dropout, seed

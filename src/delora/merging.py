@@ -2,35 +2,50 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from delora.injection import check_name, install, put_back, swap
-from delora.layer import Adapted, Adapter, Copy
+from delora.ambient import apart, put_aside
+from delora.injection import check_name, install, put_back, refuse_parallel, swap
+from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.methods import LoRA
 from delora.methods.base import is_number
-from delora.models import active_adapter, adapted_layers, adapters, unwrapped
+from delora.models import active_adapter, adapted_layers, adapters, refuse_inside, states, unwrapped
+from delora.ties import untie
+from delora.together import watched
+from delora.updates import wide
 
 __all__ = ["blend", "merge", "merged"]
 
 
-def _plain(model: nn.Module) -> dict[Adapted, nn.Module]:
-    """A plain, finite layer for every adapted one; nothing in the model is changed."""
+def _changes(model: nn.Module, unused: bool) -> dict[str, tuple[Adapted, dict[str, Tensor]]]:
+    """The new, finite tensors of every adapted layer; nothing in the model is changed."""
     active_adapter(model)
-    plain = {}
-    for name, layer in adapted_layers(model).items():
+    changes = {}
+    layers = adapted_layers(model)
+    hooks = watched(unwrapped(model))
+    seen = hooks is not None and hooks.finished and any(layer.ran for layer in layers.values())
+    for name, layer in layers.items():
+        if seen and layer.active and not layer.ran and not unused:
+            raise ValueError(
+                f"cannot merge {name!r}: it did not run in the forwards so far, where its adapter changed nothing; merged, it "
+                "might. Leave it out (delora.inject(..., exclude=...)), or say unused=True to merge it nevertheless"
+            )
+        if layer._blank:
+            layer.refresh()
         try:
-            plain[layer] = layer.plain()
+            new = {} if layer.adapter is None else layer.adapter.changed()
         except ValueError as error:
             raise ValueError(f"cannot merge {name!r}: {error}") from error
-        bad = [key for key, p in plain[layer].named_parameters() if not _finite(p)]
+        bad = [key for key, t in new.items() if t.is_floating_point() and not _finite(t)]
         if bad:
             raise ValueError(f"cannot merge {name!r}: its new {bad[0]} would hold NaN or infinity")
-    return plain
+        changes[name] = layer, new
+    return changes
 
 
 def _finite(t: Tensor) -> bool:
@@ -38,22 +53,46 @@ def _finite(t: Tensor) -> bool:
     return bool(t.sum().isfinite() or t.isfinite().all())
 
 
-def _unties(model: nn.Module, plain: Mapping[Adapted, nn.Module]) -> bool:
-    """Whether a weight to be replaced is also in another layer (as in an embedding and the output head)."""
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    kept = {id(p) for module in plain.values() for p in module.parameters()}
-    return any(owners[id(p)] > 1 and id(p) not in kept for layer in plain for p in layer.base.parameters())
+def _put(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Set tensors of a layer by their dotted names; the old ones are returned."""
+    old: dict[str, Tensor | None] = {}
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        owner = layer.get_submodule(path)
+        registry: Any = owner._buffers if key in owner._buffers else owner._parameters
+        old[name] = registry.get(key)
+        registry[key] = tensor
+    return old
 
 
-def merge(model: nn.Module) -> nn.Module:
+@contextmanager
+def _untied(configs: list[tuple[Any, bool]], again: bool) -> Iterator[None]:
+    """Set ``tie_word_embeddings`` to False; within the context alone if ``again``."""
+    for config, _ in configs:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config, tied in configs if again else ():
+            config.tie_word_embeddings = tied
+
+
+@apart
+def merge(model: nn.Module, *, unused: bool = False) -> nn.Module:
     """Replace W by W', computed in float32 or wider, in plain layers of the original types. Returns the changed model.
 
-    The active adapter is merged at its current strength; other adapters are dropped. A layer that shared its weight with a
-    merged one, and was not adapted itself, keeps the old weight: the two are untied, and a transformers
-    ``config.tie_word_embeddings`` becomes False, so that a saved checkpoint loads as the same model.
+    The active adapter is merged at its current strength; other adapters are dropped. The layers are the very ones that were
+    there before `inject`, with new parameters, so that their hooks go on working. A layer that shared its weight with a merged
+    one, and was not adapted itself, keeps the old weight: the two are untied, and a transformers ``config.tie_word_embeddings``
+    becomes False, so that a saved checkpoint loads as the same model.
+
+    Args:
+        unused: merge also adapters of layers that were seen not to run.
 
     Raises:
-        ValueError: no weight can express the change, or a new weight is not finite; nothing is changed then.
+        ValueError: no weight can express the change, a new weight is not finite, the model would tie the weights again when it
+        is
+            loaded, or a layer was seen not to run; nothing is changed then.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.ETHER(), ["0"])
@@ -61,19 +100,23 @@ def merge(model: nn.Module) -> nn.Module:
     >>> torch.allclose(delora.merge(model)(torch.eye(4)), y, atol=1e-6), type(model[0]).__name__
     (True, 'Linear')
     """
+    refuse_inside(model, "merge")
     root = unwrapped(model)
-    plain = _plain(model)
-    if _unties(root, plain) and hasattr(root, "config"):
-        root.config.tie_word_embeddings = False  # type: ignore[union-attr]
-    put_back(model, plain)
+    changes = _changes(model, unused)
+    configs = untie(root, {f"{name}.{key}" for name, (_, new) in changes.items() for key in new})
+    with _untied(configs, again=False):
+        for layer, new in changes.values():
+            _put(layer.base, new)
+        put_back(model, {layer: layer.base for layer, _ in changes.values()})
     return model
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
+def merged(model: nn.Module, *, unused: bool = False) -> Iterator[nn.Module]:
     """A context in which the change is in the model's weights, in plain layers; afterwards it is as before, bit for bit.
 
-    ``with merged(model): model.save_pretrained(path)`` writes a plain checkpoint and keeps the adapter.
+    ``with merged(model): model.save_pretrained(path)`` writes a plain checkpoint and keeps the adapter. ``unused`` and the
+    errors are those of `merge`.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
@@ -81,21 +124,29 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     ...     list(model.state_dict())
     ['0.weight', '0.bias']
     """
+    refuse_inside(model, "merged")
     root = unwrapped(model)
-    plain = _plain(model)
-    config = getattr(root, "config", None) if _unties(root, plain) else None
-    tied = getattr(config, "tie_word_embeddings", None)
-    try:
-        if tied:
-            config.tie_word_embeddings = False  # type: ignore[union-attr]
-        swap(root, plain)
-        yield model
-    finally:
-        swap(root, {module: layer for layer, module in plain.items()})
-        if tied:
-            config.tie_word_embeddings = tied  # type: ignore[union-attr]
+    with put_aside():
+        changes = _changes(model, unused)
+        configs = untie(root, {f"{name}.{key}" for name, (_, new) in changes.items() for key in new})
+    opened = states(model)
+    old: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    with _untied(configs, again=True):
+        try:
+            for state in opened:
+                state.contexts.append("merged")
+            old += [(layer.base, _put(layer.base, new)) for layer, new in changes.values()]
+            swap(root, {layer: layer.base for layer, _ in changes.values()})
+            yield model
+        finally:
+            swap(root, {layer.base: layer for layer, _ in changes.values()})
+            for base, tensors in old:
+                _put(base, tensors)
+            for state in opened:
+                state.contexts.pop()
 
 
+@apart
 def blend(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """Add an active adapter whose change is exactly the weighted sum of other adapters' changes.
 
@@ -113,13 +164,15 @@ def blend(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     ('ab', 2)
     """
     root = unwrapped(model)
+    refuse_parallel(model, "blend")
+    refuse_inside(root, "blend")
     check_name(root, name)
     if not weights:
         raise ValueError("blend needs at least one adapter: {'a': 0.7, 'b': 0.3}")
     for key, w in weights.items():
         if not is_number(w):
             raise ValueError(f"the weight of {key!r} is {w!r}: must be a finite number")
-    parts: dict[str, list[tuple[float, Adapter | Copy]]] = {}
+    parts: dict[str, list[tuple[float, Placed]]] = {}
     for key, w in weights.items():
         for layer, adapter in adapters(root, key).items():
             parts.setdefault(layer, []).append((float(w), adapter))
@@ -127,24 +180,25 @@ def blend(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
 
 
 @torch.no_grad()
-def _blended(layer: str, terms: list[tuple[float, Adapter | Copy]]) -> Adapter | Copy:
+def _blended(layer: str, terms: list[tuple[float, Placed]]) -> Adapter | Copy:
     first = terms[0][1]
-    if isinstance(first, Copy):
-        new = Copy(first.host)
-        base = first.host.layer.state_dict()
-        total = {key: t.clone() for key, t in base.items()}
-        for w, adapter in terms:
-            for key, t in adapter.at_strength().items():  # type: ignore[operator]
-                if t.is_floating_point():
-                    total[key] += w * (t - base[key])
-        new.module.load_state_dict(total)
+    if first.whole:
+        new = Copy(first.base)
+        base = dict(first.base.named_parameters()) | dict(first.base.named_buffers())
+        total = {key: t.detach().to(wide(t.dtype)).clone() if t.is_floating_point() else t for key, t in base.items()}
+        for w, placed in terms:
+            for key, t in placed.at_strength().items():
+                if t.is_floating_point() and key in total:
+                    total[key] += w * (t.to(total[key].dtype) - base[key].to(total[key].dtype))
+        for key, t in (*new.module.named_parameters(), *new.module.named_buffers()):
+            t.data.copy_(total[key])
         return new
     ups: list[Tensor] = []
     downs: list[Tensor] = []
-    for w, adapter in terms:
-        factors = adapter.low_rank()  # type: ignore[operator]
+    for w, placed in terms:
+        factors = placed.low_rank()
         if factors is None:
-            raise ValueError(f"cannot blend {layer!r}: {adapter.method} is not a low-rank change; merge it instead")
+            raise ValueError(f"cannot blend {layer!r}: {placed.method} is not a low-rank change; merge it instead")
         ups.append(factors.up * w)
         downs.append(factors.down)
     up, down = torch.cat(ups, dim=1), torch.cat(downs)

@@ -1,44 +1,129 @@
-"""Finds things in a model: its modules by name, its adapted layers, its adapters."""
+"""Finds things in a model: its modules by name, its adapted layers, its adapters, and what is known of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from delora.layer import Adapted, Adapter, Copy
+from delora.layer import Adapted, Placed
 
-__all__ = ["active_adapter", "adapted_layers", "adapter_names", "adapters", "unwrapped", "walk"]
+__all__ = [
+    "State",
+    "active_adapter",
+    "adapted_layers",
+    "adapter_names",
+    "adapters",
+    "clean_name",
+    "inner",
+    "open_context",
+    "refuse_inside",
+    "states",
+    "unwrapped",
+    "walk",
+]
+
+
+@dataclass
+class State:
+    """What is known of the adapters of a model: one object, on the module that `inject` was called on.
+
+    ``trained``: the parameters that trained before the first `inject`; ``contexts``: the open `merged` and `disabled`,
+    outermost first; ``left_out``: what ``targets="all-linear"`` could not adapt, and why.
+    """
+
+    trained: list[str]
+    contexts: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    declared_ties: dict[str, str] | None = None  # transformers' own account of tied weights, as it was
+
+
+def states(model: nn.Module) -> list[State]:
+    """The states of a model and of everything in it.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
+    >>> [state.trained for state in states(model)]
+    [['0.weight', '0.bias']]
+    """
+    return [module.__dict__["_delora"] for module in model.modules() if "_delora" in module.__dict__]
+
+
+def open_context(model: nn.Module) -> str | None:
+    """The name of the innermost open context of `delora.merged` or `delora.disabled`, or None."""
+    return next((state.contexts[-1] for state in states(model) if state.contexts), None)
+
+
+def refuse_inside(model: nn.Module, what: str, *contexts: str) -> None:
+    """Raise a ValueError if ``what`` is called within one of the open contexts (of any, if none is named).
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
+    >>> with delora.merged(model):
+    ...     refuse_inside(model, "eject")
+    Traceback (most recent call last):
+    ValueError: eject inside delora.merged(model): leave that context first
+    """
+    inside = open_context(model)
+    if inside is not None and (not contexts or inside in contexts):
+        raise ValueError(f"{what} inside delora.{inside}(model): leave that context first")
+
+
+# The wrappers that put a module inside another one, by the name that they give it there. None of these names is in a file.
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")  # which call it "module"
+
+
+def inner(module: nn.Module) -> nn.Module | None:
+    """The module inside a wrapper (torch.compile's, a checkpointed or a parallel one), or None if it is no wrapper.
+
+    >>> import torch
+    >>> layer = nn.Linear(2, 2)
+    >>> inner(torch.compile(layer)) is layer, inner(layer) is None
+    (True, True)
+    """
+    names = ("module", *WRAPPERS) if type(module).__name__ in PARALLEL else WRAPPERS
+    return next((child for key in names if (child := module._modules.get(key)) is not None), None)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of torch.compile and DistributedDataParallel.
+    """The model inside any number of wrappers, such as those of torch.compile and DistributedDataParallel.
 
     >>> import torch
     >>> model = nn.Linear(2, 2)
     >>> unwrapped(torch.compile(model)) is model
     True
     """
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
+    while (inside := inner(model)) is not None:
+        model = inside
+    return model
+
+
+def clean_name(name: str) -> str:
+    """A module's name without those that wrappers add.
+
+    >>> clean_name("module.layers.0._orig_mod.q"), clean_name("module")
+    ('layers.0.q', 'module')
+    """
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    return ".".join(parts[1:] if parts[0] == "module" and len(parts) > 1 else parts)
 
 
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their dotted names, a shared module once per name. The inside of an `Adapted` is left out.
+    """All modules with their dotted names, a shared module once per name.
+
+    Wrappers are looked through and have no part in a name. The inside of an `Adapted` is left out, but for its base, if that
+    has modules of its own: these have the names that they had before.
 
     >>> [name for name, _ in walk(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()))]
     ['0', '0.0', '1']
     """
-    for key, child in model._modules.items():
+    for key, child in unwrapped(model)._modules.items():
         if child is not None:
-            yield prefix + key, child
-            if not isinstance(child, Adapted):
-                yield from walk(child, f"{prefix}{key}.")
+            module = unwrapped(child)
+            yield prefix + key, module
+            yield from walk(module.base if isinstance(module, Adapted) else module, f"{prefix}{key}.")
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
@@ -79,13 +164,15 @@ def active_adapter(model: nn.Module) -> str:
     for layer in layers:
         if layer.active is not None:
             return layer.active
+    if (inside := open_context(model)) is not None:
+        raise ValueError(f"inside delora.{inside}(model) no adapter is active: leave that context first")
     if layers:
         raise ValueError(f"no adapter is active: delora.activate one of {adapter_names(model)}")
     raise ValueError("this model has no adapter: delora.inject or delora.load one first")
 
 
-def adapters(model: nn.Module, name: str | None = None) -> dict[str, Adapter | Copy]:
-    """The adapter of each layer under the name ``name`` (the active one, if None).
+def adapters(model: nn.Module, name: str | None = None) -> dict[str, Placed]:
+    """The adapter called ``name`` (the active one, if None) of each layer, with the layer.
 
     Raises:
         ValueError: there is no adapter of this name.
@@ -96,7 +183,7 @@ def adapters(model: nn.Module, name: str | None = None) -> dict[str, Adapter | C
     {'0': LoRA(r=2, alpha=16.0, rslora=False)}
     """
     name = active_adapter(model) if name is None else name
-    by_layer = {layer: module.adapters[name] for layer, module in adapted_layers(model).items() if name in module.adapters}
+    by_layer = {layer: module.placed(name) for layer, module in adapted_layers(model).items() if name in module.adapters}
     if not by_layer:
         raise ValueError(f"no adapter is named {name!r}: this model has {adapter_names(model) or 'none'}")
-    return by_layer  # type: ignore[return-value]
+    return by_layer

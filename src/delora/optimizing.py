@@ -9,7 +9,8 @@ from torch import nn
 
 from delora.layer import Adapted, Copy
 from delora.methods.base import is_number
-from delora.models import active_adapter, adapted_layers
+from delora.models import active_adapter, adapted_layers, states
+from delora.targets import told
 
 __all__ = ["Summary", "param_groups", "summary"]
 
@@ -76,6 +77,7 @@ class Summary:
     rows: tuple[tuple[str, int, int], ...]  # method, layers, trainable parameters
     other: int  # trainable parameters outside the adapters
     base: int
+    left_out: str = ""  # what targets="all-linear" could not adapt, by kind
 
     @property
     def trainable(self) -> int:
@@ -91,6 +93,7 @@ class Summary:
         if self.other:
             lines.append(f"{'outside the adapters':<{width}}  {'':>12}  {self.other:>13,} trainable")
         lines.append(f"{self.trainable:,} of the base model's {self.base:,} parameters: {self.share:.3%}")
+        lines += [self.left_out] if self.left_out else []
         return "\n".join(lines)
 
 
@@ -104,6 +107,7 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = adapted_layers(model)
     active_adapter(model)
+    left_out = {name: why for state in states(model) for name, why in state.left_out.items()}
     in_adapters = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
     counts: dict[str, list[int]] = {}
     for layer in layers.values():
@@ -112,4 +116,5 @@ def summary(model: nn.Module) -> Summary:
             counts.setdefault(str(layer.adapter.method), []).append(n)
     rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
     rest = [p for p in model.parameters() if id(p) not in in_adapters]
-    return Summary(rows, sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest))
+    trainable, total = sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest)
+    return Summary(rows, trainable, total, told(model, left_out) if left_out else "")

@@ -7,16 +7,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from delora.hosts import host_type
+from delora.hosts import any_host, host, host_type
 from delora.layer import Adapted
 from delora.methods import Full, Method
-from delora.methods.base import checked_replace
+from delora.methods.base import checked_replace, edits_output
 from delora.models import walk
 
-__all__ = ["Patterns", "resolve"]
+__all__ = ["Patterns", "rank_limit", "resolve", "told"]
 
 Patterns = str | Sequence[str]
 
@@ -56,17 +55,95 @@ def _select(patterns: Patterns, names: Sequence[str], what: str) -> set[str]:
     return selected
 
 
-def _all_linear(model: nn.Module, modules: Mapping[str, nn.Module]) -> set[str]:
-    """Every linear layer but the output head: in a transformers model, those inside its ``base_model``."""
-    base = getattr(model, "base_model", model)
-    inside = {id(m) for _, m in walk(base)}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return {
-        name
-        for name, module in modules.items()
-        if id(module) in inside and module is not head and getattr(host_type(_layer_type(module)), "linear", False)
-    }
+def _all_linear(
+    model: nn.Module, method: Method | Full, modules: Mapping[str, nn.Module], out: set[str]
+) -> tuple[set[str], dict[str, str]]:
+    """Every linear layer but the output head that the method can adapt; and what is left out, with the reason."""
+    heads = _heads(model)
+    inside = {id(m) for _, m in walk(_body(model))}
+    chosen, left_out = set(), {}
+    for name, module in modules.items():
+        base = module.base if isinstance(module, Adapted) else module
+        if id(module) not in inside or id(base) in heads or name in out or not out.isdisjoint(_outer(name)):
+            continue
+        kind = host_type(type(base))
+        own = [key for key, p in base._parameters.items() if p is not None and p.ndim > 1]
+        if getattr(kind, "linear", False):
+            try:
+                host(base)
+            except (TypeError, ValueError) as error:
+                left_out[name] = str(error).partition(";")[0]
+                continue
+            limit = rank_limit(method, base)
+            if limit is None:
+                chosen.add(name)
+            else:
+                left_out[name] = limit
+        elif own and not isinstance(base, (nn.Embedding, nn.EmbeddingBag)):
+            why = f"a {type(base).__name__} is no linear layer" if kind else f"a {type(base).__name__} keeps its weights itself"
+            left_out[name] = why
+    return chosen, left_out
+
+
+def _body(model: nn.Module) -> nn.Module:
+    """A model without its head: what transformers calls its ``base_model``."""
+    body = getattr(model, "base_model", model)
+    return body if isinstance(body, nn.Module) else model
+
+
+def _heads(model: nn.Module) -> set[int]:
+    """The ids of the layers that put out the model's answer: transformers' output embeddings, and the linear layers that a task
+    model of it (``...For...``) has beside its body."""
+    heads = set()
+    for ask in ("get_output_embeddings", "get_input_embeddings"):
+        get = getattr(model, ask, None)
+        try:
+            layer = get() if callable(get) else None
+        except (AttributeError, NotImplementedError):  # the model has none
+            layer = None
+        if isinstance(layer, nn.Module):
+            heads.add(id(layer.base if isinstance(layer, Adapted) else layer))
+    if _body(model) is model and hasattr(model, "base_model_prefix") and "For" in type(model).__name__:
+        for child in model._modules.values():
+            base = child.base if isinstance(child, Adapted) else child
+            parts = base.modules() if isinstance(base, (nn.ModuleList, nn.Sequential)) else [base]
+            heads |= {id(m) for m in parts if m is not None and getattr(host_type(type(m)), "linear", False)}
+    return heads
+
+
+def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
+    """Why the method's rank is too high for a layer, or None.
+
+    >>> from delora.methods import LoRA
+    >>> rank_limit(LoRA(r=4), nn.Linear(8, 2))
+    'r = 4 is more than a matrix of shape [2, 8] can have, which is 2'
+    """
+    r = getattr(method, "r", 0)
+    if isinstance(method, Full) or not isinstance(r, int):
+        return None
+    edits = edits_output(method)
+    shape = tuple((any_host(layer) if edits else host(layer)).matrix().shape)[: 1 if edits else None]
+    if r <= min(shape):
+        return None
+    what = "an output of" if len(shape) == 1 else "a matrix of shape"
+    return f"r = {r} is more than {what} {list(shape)} can have, which is {min(shape)}"
+
+
+def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
+    """What ``targets="all-linear"`` left out, by kind of layer and reason, with its share of the model's weights."""
+    modules = dict(walk(model))
+    total = sum(p.numel() for p in model.parameters())
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for name, why in left_out.items():
+        module = modules[name]
+        kinds.setdefault((type(module.base if isinstance(module, Adapted) else module).__name__, why), []).append(name)
+    lines = []
+    for (kind, why), names in kinds.items():
+        count = sum(
+            p.numel() for n in names for p in getattr(modules[n], "base", modules[n])._parameters.values() if p is not None
+        )
+        lines.append(f"{len(names)} {kind} ({count / total:.1%} of the weights; {why}), such as {names[0]!r}")
+    return 'targets="all-linear" left out: ' + "; ".join(lines)
 
 
 def _outer(name: str) -> Iterator[str]:
@@ -76,24 +153,6 @@ def _outer(name: str) -> Iterator[str]:
         yield name
 
 
-def _layer_type(module: nn.Module) -> type:
-    return type(module.base if isinstance(module, Adapted) else module)
-
-
-def _refuse_bypass(name: str, parent: nn.Module) -> None:
-    """Raise an error if the parent module reads the layer's weights itself, so that an adapter would have no effect."""
-    if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"cannot adapt {name!r}: nn.MultiheadAttention reads the weights of its layers itself and would bypass the "
-            f"adapter; leave it out with exclude=[{name!r}]"
-        )
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        raise ValueError(
-            f"cannot adapt {name!r}: the fast path of nn.TransformerEncoderLayer reads the weights of its layers itself in "
-            "evaluation and would bypass the adapter; call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-
-
 def resolve(
     model: nn.Module,
     method: Method | Full,
@@ -101,8 +160,8 @@ def resolve(
     also_train: Patterns = (),
     exclude: Patterns = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Method | Full]:
-    """The method of each layer for the arguments of `inject`, after they are checked.
+) -> tuple[dict[str, Method | Full], dict[str, str]]:
+    """The method of each layer for the checked arguments of `inject`; and what "all-linear" leaves out, with the reason.
 
     Raises:
         TypeError, ValueError: an argument is wrong; the message says which and why.
@@ -110,10 +169,17 @@ def resolve(
     >>> from delora.methods import LoRA
     >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "key": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
     >>> resolve(model, LoRA(r=2), ["query"], also_train=["head"])
-    {'query': LoRA(r=2, alpha=16.0, rslora=False), 'head': Full()}
+    ({'query': LoRA(r=2, alpha=16.0, rslora=False), 'head': Full()}, {})
     """
     if not isinstance(method, (Method, Full)) or isinstance(method, type):
         raise TypeError(f"expected a method such as DeLoRA(r=8), got {method!r}")
+    if type(model).__module__.partition(".")[0] == "peft":
+        raise TypeError(
+            f"a {type(model).__name__} has PEFT's adapters in it: give delora the model itself (model.unload(), or "
+            "model.merge_and_unload() to keep their change)"
+        )
+    if targets is None or (not isinstance(targets, str) and not isinstance(targets, Sequence)):
+        raise TypeError(f"targets={targets!r}: must be a list of names, a regular expression, or 'all-linear'")
     modules = dict(walk(model))
     names = list(modules)
     if not names:
@@ -122,15 +188,19 @@ def resolve(
         )
     whole = _select(also_train, names, "also_train") if also_train else set()
     out = _select(exclude, names, "exclude") if exclude else set()
+    left_out: dict[str, str] = {}
     if targets == "all-linear":
-        chosen = {n for n in _all_linear(model, modules) if n not in whole and whole.isdisjoint(_outer(n))}
+        chosen, left_out = _all_linear(model, method, modules, whole | out)
     else:
         chosen = _select(targets, names, "targets")
     chosen -= out
     if not chosen:
-        raise ValueError(f"targets={targets!r} with exclude={exclude!r} leaves no layer to adapt")
+        reasons = f": {told(model, left_out)}" if left_out else ""
+        raise ValueError(f"targets={targets!r} with exclude={exclude!r} leaves no layer to adapt{reasons}")
     named = chosen | whole
-    nested = [n for n in named if any(outer in named for outer in _outer(n))]
+    nested = [
+        n for n in named if any(outer in whole for outer in _outer(n)) or (n in whole and any(o in named for o in _outer(n)))
+    ]
     if both := sorted((chosen & whole) | set(nested)):
         raise ValueError(f"{both[0]!r} is named twice: it, or a module that contains it, is also a target or in also_train")
 
@@ -146,19 +216,21 @@ def resolve(
             )
         for name in hits:
             plan[name] = checked_replace(plan[name], dict(changes), f"overrides[{pattern!r}]")
-    for name in plan:
-        _refuse_bypass(name, modules.get(name.rpartition(".")[0], model))
     plan |= {first[id(modules[n])]: Full() for n in names if n in whole}
     expanded: dict[str, Method | Full] = {}
     for name, each in plan.items():
         parts = _called(name, modules) if isinstance(each, Full) else [name]
         expanded |= {first[id(modules[part])]: each for part in parts}
-    return expanded
+    return expanded, left_out
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
     """The modules that run when a module is used: the module itself or, for a container without a forward, its items."""
     module = modules[name]
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        raise ValueError(
+            f"also_train: {name!r} is a {type(module).__name__}, which is never called: name the module that uses it"
+        )
     if type(module).forward is not nn.Module.forward:
         return [name]
     return [part for key, child in module._modules.items() if child is not None for part in _called(f"{name}.{key}", modules)]

@@ -8,7 +8,8 @@ hand in between always takes effect.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from delora.lowrank import traced, without_autocast
+from delora.reading import Reading, readers
 from delora.torch_private import saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
-__all__ = ["Together", "built", "unwatch", "watch"]
+__all__ = ["Together", "built", "unwatch", "watch", "watched"]
 
 
 @dataclass
@@ -40,58 +42,93 @@ _current: ContextVar[_Forward | None] = ContextVar("delora_forward", default=Non
 
 
 class Together:
-    """The hooks around a model's forward. ``layers`` are its adapted layers.
+    """The hooks around the forward of the model that `inject` was called on. ``layers`` are its adapted layers by name.
+
+    After the first whole forward it names, once, the active layers that did not run.
 
     >>> import delora
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     >>> model = delora.inject(model, delora.DeLoRA(r=2), ["0", "1"])
-    >>> hooks = Together(model)
+    >>> hooks = Together(model, {"0": model[0], "1": model[1]})
     >>> hooks.before(model, ())
-    >>> built(model[0].adapter) is not None, built(model[0].adapter) is not None  # for one call only
+    >>> adapter = model[0].adapters["default"]
+    >>> built(adapter) is not None, built(adapter) is not None  # for one call only
     (True, False)
     >>> hooks.after(model, (), None)
     """
 
-    def __init__(self, layers: Iterable[Any]) -> None:
-        self.layers = list(layers)
+    def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
+        self.model, self.layers = model, dict(layers)
+        self.finished = False  # whether a whole forward has run since the adapter was made active
 
     def before(self, model: nn.Module, args: Any) -> None:
         if not traced():
             forward = _Forward(self, _current.get())
             _current.set(forward)
-            forward.updates = _build(layer.adapter for layer in self.layers if not layer._blank)
+            # A replica of the model (nn.DataParallel) has layers of its own, which build their updates themselves.
+            layers = self.layers.values() if model is self.model else ()
+            forward.updates = _build(layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank)
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if not traced():
             forward = _current.get()
             if forward is not None and forward.model is self:
                 _current.set(forward.outer)
+            if model is self.model and output is not None and not self.finished:
+                self.finished = True
+                self._tell()
+
+    def _tell(self) -> None:
+        active = {name: layer for name, layer in self.layers.items() if layer.active is not None}
+        silent = [name for name, layer in active.items() if not layer.ran]
+        if silent and len(silent) < len(active):
+            some = ", ".join(map(repr, silent[:5])) + (" ..." if len(silent) > 5 else "")
+            warnings.warn(
+                f"{len(silent)} of {len(active)} adapted layers did not run in the first forward, so their adapters changed "
+                f"nothing and get no gradient: {some}. If the model never calls them, leave them out with exclude=; parts for "
+                "other inputs (experts, a decoder, another modality) may run later",
+                stacklevel=2,
+            )
 
 
-def watch(model: nn.Module, layers: Iterable[Any]) -> None:
-    """Build the updates of these layers together whenever the model is called. `inject` does this.
+def watch(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """Put hooks around the forward of a model, and of those modules in it that may read the weights of its adapted layers.
 
     >>> model = nn.Sequential()
-    >>> watch(model, [])
+    >>> watch(model, {})
     >>> len(model._forward_pre_hooks)
-    1
+    2
     """
     unwatch(model)
-    together = Together(layers)
+    together, reading = Together(model, layers), Reading()
     model.register_forward_pre_hook(together.before)
     model.register_forward_hook(together.after, always_call=True)
+    for module in (model, *readers(model, layers.values())):
+        module.register_forward_pre_hook(reading.before)
+        module.register_forward_hook(reading.after, always_call=True)
 
 
 def unwatch(model: nn.Module) -> None:
     """Undo `watch`.
 
     >>> model = nn.Sequential()
-    >>> watch(model, [])
+    >>> watch(model, {})
     >>> unwatch(model)
     >>> len(model._forward_pre_hooks)
     0
     """
-    unhook(model, Together)
+    for module in model.modules():
+        unhook(module, (Together, Reading))
+
+
+def watched(model: nn.Module) -> Together | None:
+    """The hooks that `watch` put around this model's forward, or None.
+
+    >>> watched(nn.Sequential()) is None
+    True
+    """
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Together)), None)
 
 
 def built(adapter: Any) -> LowRank | None:
@@ -115,7 +152,9 @@ def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
         if adapter is None or not getattr(adapter.method, "stacks", False):
             continue
         tensors = adapter.tensors()
-        if all(type(t) in (Tensor, nn.Parameter) and t.numel() and not t.is_inference() for t in tensors.values()):
+        if all(
+            type(t) in (Tensor, nn.Parameter) and t.numel() and not t.is_inference() and not t.is_meta for t in tensors.values()
+        ):
             kind = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
             groups.setdefault((adapter.method, kind), []).append((adapter, tensors))
     by_adapter = {}
@@ -125,6 +164,11 @@ def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
             for (adapter, tensors), update in zip(members, updates, strict=True):
                 by_adapter[adapter] = versions(tensors.values()), update
     return by_adapter
+
+
+def _plain(t: Tensor) -> bool:
+    """Whether a tensor can be stacked with others: it is here and whole, not sharded, offloaded or made in inference mode."""
+    return type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and not t.is_inference() and not t.is_meta
 
 
 def _updates(method: Any, layers: list[dict[str, Tensor]]) -> list[LowRank]:

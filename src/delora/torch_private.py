@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["conv", "is_view", "saved_tensors_hooks", "transforms_active", "unhook", "versions"]
+__all__ = [
+    "conv",
+    "is_view",
+    "saved_tensors_hooks",
+    "transforms_active",
+    "unhook",
+    "versions",
+    "without_subclass",
+    "wrapper_tensor",
+]
 
 
 def transforms_active() -> bool:
@@ -79,7 +88,7 @@ def conv(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
     return result
 
 
-def unhook(module: nn.Module, owner: type) -> None:
+def unhook(module: nn.Module, owner: type | tuple[type, ...]) -> None:
     """Remove the forward hooks that are methods of an instance of ``owner``.
 
     Fallback for the list of hooks that are always called: its entry stays, and torch skips it, since the hook is gone.
@@ -98,3 +107,30 @@ def unhook(module: nn.Module, owner: type) -> None:
             if isinstance(getattr(hook, "__self__", None), owner):
                 del hooks[key]
                 getattr(module, "_forward_hooks_always_called", {}).pop(key, None)
+
+
+def wrapper_tensor(kind: Any, like: Tensor, requires_grad: bool) -> Any:
+    """A tensor of a subclass with the shape, dtype and device of another and no memory. Fallback: None.
+
+    >>> class Wrapper(Tensor):
+    ...     @classmethod
+    ...     def __torch_dispatch__(cls, *args, **kwargs):
+    ...         raise TypeError("it holds nothing")
+    >>> wrapper_tensor(Wrapper, torch.ones(2, 3), False).shape
+    torch.Size([2, 3])
+    """
+    make = getattr(Tensor, "_make_wrapper_subclass", None)
+    if make is None or like.layout != torch.strided:
+        return None
+    options = {"strides": like.stride(), "storage_offset": like.storage_offset(), "dtype": like.dtype}
+    return make(kind, like.shape, device=like.device, requires_grad=requires_grad, **options)
+
+
+def without_subclass(func: Any, args: Any, kwargs: Any) -> Any:
+    """``func`` as for plain tensors, whatever ``__torch_function__`` their class has. It is as old as that: no fallback.
+
+    >>> without_subclass(Tensor.dim, (torch.ones(2, 3),), {})
+    2
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)

@@ -97,14 +97,35 @@ class LowRank(Update):
 
     def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
         if x.is_floating_point():
-            return host.with_branch(x, self.down.to(x.dtype), self.up.to(x.dtype), dropout)
+            up, down = self._in(x.dtype)
+            return host.with_branch(x, down, up, dropout)
         return self.onto(host.layer(x), host, dropout, x)
+
+    def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both factors in the dtype that is computed in."""
+        even = self.evened() if dtype == torch.float16 else self
+        return even.up.to(dtype), even.down.to(dtype)
+
+    def evened(self) -> LowRank:
+        """The same product of factors that are of one size, column by row.
+
+        A factor alone may leave the range of float16 (65,504) although the change is small.
+
+        >>> even = LowRank(up=torch.tensor([[1e6]]), down=torch.tensor([[1e-8]])).evened()
+        >>> round(even.up.item(), 3), round(even.down.item(), 3)
+        (0.1, 0.1)
+        """
+        with torch.no_grad():
+            u, d = self.up.abs().amax(-2).double(), self.down.abs().amax(-1).double()
+            size = (u * d).sqrt()
+            to_up, to_down = (torch.where(size > 0, size / each, 0).to(self.up.dtype) for each in (u, d))
+        return LowRank(self.up * to_up[..., None, :], self.down * to_down[..., None])
 
     def onto(self, y: Tensor, host: Any, dropout: float, x: Tensor) -> Tensor:
         """y + up down drop(x), for an output y of the layer."""
         # Token ids do not tell the dtype to compute in; the layer's output does.
-        dtype = x.dtype if x.is_floating_point() else y.dtype
-        return host.branch(y, x, self.down.to(dtype), self.up.to(dtype), dropout)
+        up, down = self._in(x.dtype if x.is_floating_point() else y.dtype)
+        return host.branch(y, x, down, up, dropout)
 
     def scaled(self, strength: float) -> LowRank:
         return LowRank(self.up, self.down * strength)

@@ -210,7 +210,7 @@ def test_a_base_checkpoint_from_before_injection_loads_and_the_adapter_keeps_its
     other.load_state_dict(before)
     delora.inject(other, method, ["layer"])
     for key, tensor in kept.items():
-        other.layer.adapter.put(key, tensor)
+        other.layer.adapter.put(key, tensor, torch.device("cpu"))
     assert torch.equal(model(x := layer.x()), other(x))
 
 

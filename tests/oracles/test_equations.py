@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from delora import ETHER, IA3, METHODS, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
-from delora.layer import attach
-from tests.cases import NORMS, STARTS
+from tests.cases import NORMS, STARTS, placed, plain
 from tests.oracles import slow
 
 OUT, IN = 8, 6
@@ -17,7 +16,7 @@ OUT, IN = 8, 6
 def adapter(method):
     """The method on a linear layer, all its tensors at random values, lam0 != lam."""
     layer = nn.Linear(IN, OUT).double().requires_grad_(False)
-    made = attach(method, layer)
+    made = placed(method, layer)
     for key, tensor in made.saved().items():
         positive = key.startswith("lam")
         made.put(key, torch.rand(1, dtype=torch.float64) + 0.5 if positive else torch.randn_like(tensor))
@@ -43,7 +42,7 @@ def check(method, equation, prepare=lambda p: None):
     with torch.no_grad():
         prepare(made.saved())
     p = trained(made)
-    W, b, x = made.host.layer.weight, made.host.layer.bias, torch.randn(3, IN, dtype=torch.float64)
+    W, b, x = made.base.weight, made.base.bias, torch.randn(3, IN, dtype=torch.float64)
     compare(made.update().merge(W), equation(W, p), p)
     compare(made(x), x @ equation(W, p).T + b, p)
 
@@ -53,7 +52,7 @@ def check_output(method, equation):
     made = adapter(method)
     p = trained(made)
     x = torch.randn(2, 3, IN, dtype=torch.float64)
-    y = made.host.layer(x)
+    y = made.base(x)
     expected = torch.stack([torch.stack([equation(row, p) for row in rows]) for rows in y])
     compare(made(x), expected, p)
     return made, x, expected
@@ -126,7 +125,7 @@ SHIFTS = {
 @pytest.mark.parametrize("method", SHIFTS, ids=str)
 def test_scales_and_shifts_of_the_output(method):
     made, x, expected = check_output(method, SHIFTS[method])
-    torch.testing.assert_close(made.plain()(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(plain(made)(x), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_loreft_replaces_what_lies_in_the_span_of_the_rows():

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from delora.ambient import apart
 from delora.formats.files import write_atomically
 from delora.formats.peft import as_lora
-from delora.layer import Adapter, Copy
 from delora.models import adapted_layers, adapters
 
 __all__ = ["write"]
@@ -22,6 +22,7 @@ FILE = "pytorch_lora_weights.safetensors"
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2", "transformer": "lora_transformer"}
 
 
+@apart
 @torch.no_grad()
 def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, kohya: bool = False) -> Path:
     """Write the adapters of an image model, at their current strength, as one exact LoRA file, and return its path.
@@ -66,14 +67,14 @@ def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, k
 
 def _named(part: str, module: nn.Module, name: str | None, kohya: bool) -> dict[str, Tensor]:
     chosen = adapters(module, name)
-    whole = [layer for layer, a in chosen.items() if isinstance(a, Copy)]
+    whole = [layer for layer, a in chosen.items() if a.whole]
     if whole:
         raise ValueError(
             f"{part}.{whole[0]} is trained whole, which a LoRA file cannot hold; delora.merge writes it into the weights"
         )
     if kohya and part not in KOHYA:
         raise ValueError(f"kohya's names know {', '.join(KOHYA)}, not {part!r}")
-    _, tensors = as_lora({layer: a for layer, a in chosen.items() if isinstance(a, Adapter)})
+    _, tensors = as_lora({layer: a for layer, a in chosen.items() if not a.whole})
     named: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         layer, _, end = key.partition(".lora_")

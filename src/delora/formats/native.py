@@ -21,14 +21,17 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from delora.ambient import apart
 from delora.diagnostics import report
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
 from delora.formats.peft import read as read_peft
-from delora.injection import check_name, install
-from delora.layer import Adapted, Adapter, Copy, attach
+from delora.injection import check_name, install, refuse_parallel
+from delora.layer import Adapted, Adapter, Copy, Placed, attach
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, name_of
-from delora.models import active_adapter, adapted_layers, adapter_names, adapters, unwrapped, walk
+from delora.models import active_adapter, adapted_layers, adapter_names, adapters, refuse_inside, unwrapped, walk
+from delora.ties import share_copies
+from delora.updates import wide
 from delora.version import __version__
 
 __all__ = ["JSON", "fingerprint", "is_adapter", "load", "require_adapter", "save"]
@@ -69,6 +72,7 @@ def _same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
 # ---------------------------------------------------------------- saving
 
 
+@apart
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write an adapter (the active one, if ``name`` is None) and the modules trained with it to a folder.
 
@@ -89,7 +93,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
     data = to_bytes({key: t.clone() for key, t in tensors.items()})  # clones: safetensors refuses shared memory
     digest = hashlib.sha256(data).hexdigest()
-    first = next((a.method for a in chosen.values() if isinstance(a, Adapter)), Full())
+    first = next((a.method for a in chosen.values() if not a.whole), Full())
     config = getattr(unwrapped(model), "config", None)
     text = json.dumps(
         {
@@ -97,8 +101,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
             "schema": SCHEMA,
             "method": name_of(first),
             "fields": fields_of(first),
-            "layers": {layer: _layer_entry(a, first) for layer, a in chosen.items() if isinstance(a, Adapter)},
-            "also_train": {layer: {"strength": a.strength} for layer, a in chosen.items() if isinstance(a, Copy)},
+            "layers": {layer: _layer_entry(a, first) for layer, a in chosen.items() if not a.whole},
+            "also_train": {layer: {"strength": a.strength} for layer, a in chosen.items() if a.whole},
             "base_model": getattr(config, "_name_or_path", None) or None,
             "tensors": {"file": f"adapter-{digest[:16]}.safetensors", "bytes": len(data), "sha256": digest},
             "versions": {"delora": __version__, "torch": str(torch.__version__)},
@@ -117,11 +121,11 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     return folder
 
 
-def _layer_entry(adapter: Adapter, first: Any) -> dict[str, Any]:
+def _layer_entry(adapter: Placed, first: Any) -> dict[str, Any]:
     """The JSON entry of one layer. Its ``report`` lets people inspect an adapter without its base model."""
     common, fields = fields_of(first), fields_of(adapter.method)
-    W = adapter.host.matrix()
-    norm, probe = fingerprint(adapter.host.weight())
+    W = adapter.host.read()
+    norm, probe = fingerprint(W.to(wide(W.dtype)))
     r = report(adapter)
     entry: dict[str, Any] = {"shape": list(W.shape)}
     if type(adapter.method) is not type(first):
@@ -145,6 +149,7 @@ def _layer_entry(adapter: Adapter, first: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- loading
 
 
+@apart
 def load(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -178,13 +183,18 @@ def load(
     True
     """
     root, folder = unwrapped(model), Path(folder)
+    refuse_inside(root, "load")
     classes = [*methods, *(type(a.method) for layer in adapted_layers(root).values() for a in layer.adapters.values())]
     saved = _open(folder, {name_of(kind): kind for kind in classes} | METHODS)
-    built = {layer: _rebuilt(root, layer, entry, saved, allow_other_base) for layer, entry in _located(root, saved).items()}
+    modules = dict(walk(root))
+    located = _located(root, saved)
+    built = {layer: _rebuilt(modules[layer], layer, entry, saved, allow_other_base) for layer, entry in located.items()}
     if name in adapter_names(root):
         _overwrite(adapters(root, name), built, name)
     else:
+        refuse_parallel(model, "load")
         check_name(root, name)
+        share_copies({layer: (modules[layer], made) for layer, made in built.items()})
         install(root, built, name)
     return model
 
@@ -318,16 +328,15 @@ def _located(model: nn.Module, saved: Saved) -> dict[str, SavedLayer]:
     return saved.layers
 
 
-def _rebuilt(model: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> Adapter | Copy:
+def _rebuilt(module: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> Adapter | Copy:
     """The adapter of one layer, with the tensors of the file, after all checks."""
-    module = model.get_submodule(name)
     layer = module.base if isinstance(module, Adapted) else module
     try:
         adapter = attach(entry.method, layer, entry.dropout, blank=True)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{saved.source}: {name}: {error}") from error
     if isinstance(adapter, Adapter):
-        _check_base(name, adapter, entry, saved, allow_other_base)
+        _check_base(name, Placed(adapter, layer), entry, saved, allow_other_base)
     expected = adapter.saved()
     stored = entry.tensors
     for key, tensor in expected.items():
@@ -343,13 +352,15 @@ def _rebuilt(model: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow
         value = saved.file.read(file_key)
         if value.is_floating_point() != expected[key].is_floating_point():
             raise AdapterError(f"{saved.file.path}: {name}.{key} is {value.dtype}, expected {expected[key].dtype}")
-        adapter.put(key, value.reshape(shape))
+        # A tensor of its own: a view of the file's memory may be aligned otherwise, and then a product rounds otherwise.
+        device = Placed(adapter, layer).host.read().device
+        adapter.put(key, value.reshape(shape).clone(), device)
     adapter.strength = entry.strength
     return adapter
 
 
-def _check_base(name: str, adapter: Adapter, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> None:
-    W = adapter.host.matrix()
+def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> None:
+    W = adapter.host.read()
     if entry.shape is not None and entry.shape != tuple(W.shape):
         raise AdapterError(
             f"{saved.source}: {name} is {list(W.shape)} in this model, the adapter was made for {list(entry.shape)}"
@@ -362,7 +373,7 @@ def _check_base(name: str, adapter: Adapter, entry: SavedLayer, saved: Saved, al
         norms, c = saved.file.read(entry.base["columns"]).to(W.device), adapter.tensors()["c"]
         same = norms.shape == c.shape and bool((norms.to(c.dtype) - c).norm() <= torch.finfo(torch.bfloat16).eps * c.norm())
     else:
-        same = _same_base(entry.base, adapter.host.weight(), str(W.dtype).removeprefix("torch."))
+        same = _same_base(entry.base, W.to(wide(W.dtype)), str(W.dtype).removeprefix("torch."))
     if not same:
         made_for = f" ({saved.base_model})" if saved.base_model else ""
         raise AdapterError(
@@ -371,7 +382,7 @@ def _check_base(name: str, adapter: Adapter, entry: SavedLayer, saved: Saved, al
         )
 
 
-def _overwrite(current: Mapping[str, Adapter | Copy], new: Mapping[str, Adapter | Copy], name: str) -> None:
+def _overwrite(current: Mapping[str, Placed], new: Mapping[str, Adapter | Copy], name: str) -> None:
     """Copy the new values in place, so that an optimizer keeps its parameters."""
     if {k: a.method for k, a in current.items()} != {k: a.method for k, a in new.items()}:
         raise AdapterError(
@@ -379,7 +390,7 @@ def _overwrite(current: Mapping[str, Adapter | Copy], new: Mapping[str, Adapter 
             "choose another name=, or delora.eject it first"
         )
     with torch.no_grad():
-        for layer, adapter in current.items():
-            adapter.strength = new[layer].strength
+        for layer, placed in current.items():
+            placed.adapter.strength = new[layer].strength
             for key, tensor in new[layer].saved().items():
-                adapter.saved()[key].copy_(tensor)
+                placed.saved()[key].copy_(tensor)

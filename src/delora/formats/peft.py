@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from delora.ambient import apart
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
 from delora.hosts import Conv1D, Convolution, Embedding
-from delora.layer import Adapter, Copy
+from delora.layer import Placed
 from delora.methods import DeLoRA, Full, LoRA
 from delora.models import active_adapter, adapted_layers, adapters, unwrapped, walk
 
@@ -31,6 +32,7 @@ __all__ = ["CONFIG", "as_lora", "read", "write"]
 # ---------------------------------------------------------------- writing
 
 
+@apart
 @torch.no_grad()
 def write(
     model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, kind: Literal["lora", "delora"] = "lora"
@@ -58,8 +60,8 @@ def write(
         raise ValueError(f"kind = {kind!r}: must be 'lora' or 'delora'")
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
-    weights = {layer: a for layer, a in chosen.items() if isinstance(a, Adapter)}
-    whole = {layer: a for layer, a in chosen.items() if isinstance(a, Copy)}
+    weights = {layer: a for layer, a in chosen.items() if not a.whole}
+    whole = {layer: a for layer, a in chosen.items() if a.whole}
     if not weights:
         raise ValueError("this adapter trains whole modules only: there is no low-rank change to export; use delora.merge")
     config, tensors = as_lora(weights) if kind == "lora" else _as_delora(weights)
@@ -85,7 +87,7 @@ def write(
     return folder
 
 
-def as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def as_lora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's configuration of type LORA and the tensors by name, for low-rank adapters by layer.
 
     >>> from delora.layer import attach
@@ -123,16 +125,16 @@ def as_lora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tenso
     return config, tensors
 
 
-def _as_delora(layers: dict[str, Adapter]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _as_delora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     lams: dict[str, float] = {}
     for layer, adapter in layers.items():
         m = adapter.method
-        if not (isinstance(m, DeLoRA) and m.start == "zero" and m.norm == "columns" and type(adapter.host.layer) is nn.Linear):
+        if not (isinstance(m, DeLoRA) and m.start == "zero" and m.norm == "columns" and type(adapter.base) is nn.Linear):
             raise ValueError(
                 f"{layer}: PEFT's DELORA is DeLoRA(start='zero', norm='columns') on nn.Linear, this is {m} on a "
-                f"{type(adapter.host.layer).__name__}; kind='lora' writes it as an exact LoRA"
+                f"{type(adapter.base).__name__}; kind='lora' writes it as an exact LoRA"
             )
         p = adapter.tensors()
         ranks[layer], lams[layer] = m.r, float(m.lam)

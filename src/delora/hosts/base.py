@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import singledispatch
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 from delora.torch_private import is_view
 from delora.updates import Update, wide
 
-__all__ = ["BY_NAME", "Host", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
+__all__ = ["BY_NAME", "Host", "Hosts", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
 
 
 class Host:
-    """A module of any kind whose output [..., channels], or the first element of an output tuple, can be edited.
+    """A look at one layer, made anew for each call and kept by nobody: a replica, a copy or a moved layer is looked at itself.
+
+    This one is for a module of any kind whose output [..., channels], or the first element of an output tuple, can be edited.
 
     The number of channels is the length of the module's last parameter: the scale or bias of its last norm, or the number
     of rows of its last matrix.
@@ -33,14 +34,26 @@ class Host:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
 
+    def check(self) -> None:
+        """Find out whether the layer can be adapted; asked once, when an adapter is made.
+
+        Raises:
+            TypeError, ValueError: it cannot; the message says why.
+        """
+
     def matrix(self) -> Tensor:
         """The weight as a matrix [out, in], a view where possible; of other modules any matrix with one row per channel."""
         last = [p for p in self.layer.parameters() if p.is_floating_point()][-1]
         return last.reshape(len(last), -1)
 
+    def read(self) -> Tensor:
+        """The matrix [out, in], detached: its numbers, also where a hook keeps the layer's weights elsewhere (offloading)."""
+        with _held(self.layer):
+            return self.matrix().detach()
+
     def weight(self) -> Tensor:
         """The matrix [out, in] to compute with: detached, in float32 or wider."""
-        W = self.matrix().detach()
+        W = self.read()
         return W.to(wide(W.dtype))
 
     def as_weight(self, W: Tensor) -> Tensor:
@@ -49,8 +62,9 @@ class Host:
 
     def bias(self) -> Tensor | None:
         """The bias [out], detached, in float32 or wider."""
-        b = getattr(self.layer, "bias", None) if self.weight_name else None
-        return b.detach().to(wide(b.dtype)) if isinstance(b, Tensor) else None
+        with _held(self.layer):
+            b = getattr(self.layer, "bias", None) if self.weight_name else None
+            return b.detach().to(wide(b.dtype)) if isinstance(b, Tensor) else None
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The pair (W, b); for a layer without a bias parameter, the pair (W + b, None), which computes the same."""
@@ -89,41 +103,55 @@ class Host:
         return self.channels_last(y, lambda y: fn(y) + shift.to(y.dtype))
 
     @torch.no_grad()
-    def plain(self, update: Update) -> nn.Module:
-        """A layer of the original type with the change in its weights; it shares everything else with the original.
+    def changed(self, update: Update) -> dict[str, nn.Parameter]:
+        """The layer's parameters with the change in them, by name; only those that change.
+
+        They are new tensors, because other layers may share the old ones. The layer keeps its own until it is given these, so
+        that its hooks, and whatever forward was set on it, run with either.
 
         Raises:
             ValueError: no weight of the layer can express the change.
+
+        >>> from delora.updates import LowRank
+        >>> linear = host(nn.Linear(2, 3))
+        >>> list(linear.changed(LowRank(up=torch.ones(3, 1), down=torch.ones(1, 2))))
+        ['weight']
         """
         if self.weight_name is None:
             raise ValueError(f"a {type(self.layer).__name__} has no weight that could express the change: it cannot be merged")
+        if self.layer.get_parameter(self.weight_name).is_meta:
+            raise ValueError(
+                "its weight is kept elsewhere by a hook (offloading), or was never loaded: keep the adapter beside it"
+            )
         W, b = self.weight(), self.bias()
         new_W, new_b = self.fold(update.merge(W), update.bias(b))
-        new = _shallow(self.layer)
         old = self.layer.get_parameter(self.weight_name)
-        # New parameters, because other layers may share the old ones; but only where the value changed, so that what does
-        # not change stays shared.
+        new = {}
         if new_W is not W:
-            _put(new, self.weight_name, self.as_weight(new_W), old)
+            new[self.weight_name] = _parameter(self.as_weight(new_W), old)
         if new_b is not None and new_b is not b:
-            _put(new, "bias", new_b, old if self.layer.bias is None else self.layer.bias)
+            new["bias"] = _parameter(new_b, old if self.layer.bias is None else self.layer.bias)
         return new
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """A copy of a module that shares its tensors; setting a parameter of the copy leaves the original unchanged."""
-    new = copy.copy(module)
-    for registry in ("_parameters", "_buffers", "_modules"):
-        new.__dict__[registry] = module.__dict__[registry].copy()
-    return new
+def _held(layer: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which the weights of a layer that accelerate offloads are where it computes."""
+    if "_hf_hook" not in layer.__dict__ or not any(p.is_meta for p in layer._parameters.values() if p is not None):
+        return nullcontext()
+    from accelerate.utils import align_module_device  # the hook is accelerate's
+
+    context: AbstractContextManager[Any] = align_module_device(layer)
+    return context
 
 
-def _put(module: nn.Module, name: str, value: Tensor, like: Tensor) -> None:
-    """Set a parameter to ``value`` in the dtype of ``like`` and, if the shapes agree, in its memory layout."""
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A parameter with ``value`` in the dtype of ``like`` and, if the shapes agree, in its memory layout."""
+    if not like.is_floating_point():
+        raise ValueError(f"its weight is {like.dtype}, which cannot hold the new values")
     fresh = not value.requires_grad and not is_view(value)  # shares its memory with no other tensor
     if not (fresh and value.dtype == like.dtype and value.shape == like.shape and value.stride() == like.stride()):
         value = (torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)).copy_(value)
-    setattr(module, name, nn.Parameter(value, requires_grad=like.requires_grad))
+    return nn.Parameter(value, requires_grad=like.requires_grad)
 
 
 def is_bare(layer: nn.Module) -> bool:
@@ -169,18 +197,22 @@ class MatrixHost(Host):
 
     weight_name = "weight"
 
-    def __init__(self, layer: Any) -> None:
-        kind: Any = type(layer)
+    def check(self) -> None:
+        super().check()
+        kind: Any = type(self.layer)
         known: Any = next(base for base in kind.__mro__ if base in host.registry)
+        if not self.matrix().is_floating_point():
+            raise TypeError(f"cannot adapt a {kind.__name__} whose weight is {self.matrix().dtype}: it seems to be quantised")
         # A subclass that computes something else would be adapted wrongly, without an error.
-        if kind.forward is not known.forward:
+        if kind.forward is not known.forward and not self.is_product():
             raise TypeError(
                 f"cannot adapt a {kind.__name__}: it has a forward of its own, which {known.__name__}'s host does not know; "
                 f"if it still multiplies by one matrix, register a host for it: delora.host.register({kind.__name__}, ...)"
             )
-        super().__init__(layer)
-        if not self.matrix().is_floating_point():
-            raise TypeError(f"cannot adapt a {kind.__name__} whose weight is {self.matrix().dtype}: it seems to be quantised")
+
+    def is_product(self) -> bool:
+        """Whether a forward of the layer's own computes what this host does. Only a linear layer can tell, by being run."""
+        return False
 
     def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
         """The k features ``down drop(x)``, for ``down [k, in]`` in place of W and no bias."""
@@ -208,21 +240,43 @@ class MatrixHost(Host):
 BY_NAME: dict[str, type[MatrixHost]] = {}
 
 
-@singledispatch
-def host(layer: nn.Module) -> MatrixHost:
-    """The host of a layer, found by its type.
+class Hosts:
+    """The host of a layer, found by its type: ``host(layer)``; of a type of your own: ``host.register(MyLayer, MyHost)``.
 
     Raises:
-        TypeError: the type is unknown; the message lists the known ones.
+        TypeError, ValueError: the type is unknown (the message lists the known ones), or the layer cannot be adapted.
 
     >>> host(nn.Conv2d(2, 4, kernel_size=3)).matrix().shape
     torch.Size([4, 18])
     """
-    make = host_type(type(layer))
-    if make is not None:
-        return make(layer)
-    names = {kind.__name__ for kind in host.registry if kind is not object} | {n.rpartition(".")[2] for n in BY_NAME}
-    raise TypeError(f"cannot adapt a {type(layer).__name__}: known layers are {', '.join(sorted(names))}")
+
+    def __init__(self) -> None:
+        self.registry: dict[type, type[MatrixHost]] = {}
+
+    def register(self, kind: type, make: type[MatrixHost]) -> None:
+        """Let layers of a type, and of types derived from it that have the same forward, have this host.
+
+        >>> class Projection(nn.Linear):
+        ...     pass
+        >>> host.register(Projection, type(host(nn.Linear(2, 2))))
+        """
+        if not (isinstance(make, type) and issubclass(make, MatrixHost)):
+            raise TypeError(
+                f"host.register({kind.__name__}, ...): expected a class derived from hosts.MatrixHost, got {make!r}"
+            )
+        self.registry[kind] = make
+
+    def __call__(self, layer: nn.Module) -> MatrixHost:
+        make = host_type(type(layer))
+        if make is None:
+            names = {kind.__name__ for kind in self.registry} | {n.rpartition(".")[2] for n in BY_NAME}
+            raise TypeError(f"cannot adapt a {type(layer).__name__}: known layers are {', '.join(sorted(names))}")
+        made = make(layer)
+        made.check()
+        return made
+
+
+host = Hosts()
 
 
 def any_host(layer: nn.Module) -> Host:
@@ -242,8 +296,8 @@ def any_host(layer: nn.Module) -> Host:
     return Norm(layer) if is_norm else Host(layer)
 
 
-def host_type(kind: type) -> Callable[[Any], MatrixHost] | None:
-    """The host's constructor for layers of this type, or None if the type is unknown.
+def host_type(kind: type) -> type[MatrixHost] | None:
+    """The host's class for layers of this type, or None if the type is unknown.
 
     >>> host_type(nn.ReLU) is None
     True
@@ -252,5 +306,4 @@ def host_type(kind: type) -> Callable[[Any], MatrixHost] | None:
         known = BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if known is not None and base not in host.registry:
             host.register(base, known)
-    make = host.dispatch(kind)
-    return None if make is host.registry[object] else make
+    return next((host.registry[base] for base in kind.__mro__ if base in host.registry), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,8 +22,9 @@ class Convolution(MatrixHost):
 
     dims: ClassVar[int]
 
-    def __init__(self, layer: Any) -> None:
-        super().__init__(layer)
+    def check(self) -> None:
+        super().check()
+        layer = self.layer
         if layer.groups != 1:
             raise ValueError(
                 f"cannot adapt a {type(layer).__name__} with groups = {layer.groups}: "

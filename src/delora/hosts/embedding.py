@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from delora.hosts.base import MatrixHost
 
@@ -19,9 +19,9 @@ class Embedding(MatrixHost):
     torch.Size([4, 10])
     """
 
-    def __init__(self, layer: nn.Embedding) -> None:
-        super().__init__(layer)
-        if layer.max_norm is not None:
+    def check(self) -> None:
+        super().check()
+        if self.layer.max_norm is not None:
             raise ValueError("cannot adapt an Embedding with max_norm: it rewrites its own weight at every look-up")
 
     def matrix(self) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from delora.hosts.base import MatrixHost, is_bare
 from delora.lowrank import add_low_rank, can_add_in_place, can_fuse, linear
+from delora.torch_private import is_view
 
 __all__ = ["Conv1D", "Linear"]
 
@@ -27,11 +28,27 @@ class Linear(MatrixHost):
     def as_weight(self, W: Tensor) -> Tensor:
         return W
 
+    @torch.no_grad()
+    def is_product(self) -> bool:
+        """Whether ``layer(x) = W x + b``, tried on two rows of fixed numbers; on the meta device, where nothing runs, yes."""
+        W, b = self.matrix(), self.layer.bias
+        if W.is_meta:
+            return True
+        rows = torch.arange(2 * W.shape[1], device=W.device).reshape(2, -1)
+        x = torch.cos(rows.float()).to(W.dtype)
+        expected = F.linear(x, W, b)
+        try:
+            y = type(self.layer).forward(self.layer, x)
+        except Exception:  # whatever another forward raises, given one plain input
+            return False
+        close = torch.finfo(W.dtype).eps ** 0.5
+        return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=close, atol=close)
+
     def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
         if not can_add_in_place(y, x):
             return super().branch(y, x, down, up, dropout)
         # A hook may have kept the layer's output.
-        return add_low_rank(y if is_bare(self.layer) else y.clone(), x, down, up, dropout)
+        return add_low_rank(y if is_bare(self.layer) and not is_view(y) else y.clone(), x, down, up, dropout)
 
     def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
         layer = self.layer

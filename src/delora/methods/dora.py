@@ -68,6 +68,8 @@ class DoRA:
 
     def _row_norms(self, W: Tensor, squares: Tensor, change: LowRank) -> Tensor:
         """The norm of each row of W + B A, [out]: sqrt of the row sums of W^2 (``squares``) + 2 (W A^T) * B + (B A A^T) * B."""
+        if W.dtype == torch.float16:
+            change = change.evened()
         A, B = change.down, change.up
         cross = (W @ A.T.to(W.dtype)).to(B.dtype)  # [out, r]
         return (squares + ((2 * cross + B @ (A @ A.T)) * B).sum(dim=1)).clamp_min(TINY**2).sqrt()

@@ -309,7 +309,7 @@ def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | No
 def norms(experiment: Experiment, out: Path) -> Drawn:
     """Figure 4: the mean column norms of an experiment's frozen targets, by kind and depth. Its model is loaded for it."""
     model, adapter = tasks.find(experiment.task).base(experiment), experiment.adapter
-    names = resolve(model, adapter.build(), adapter.targets, exclude=adapter.exclude)
+    names = resolve(model, adapter.build(), adapter.targets, exclude=adapter.exclude)[0]
     png, _ = figures.save(figures.column_norm_profile(model, list(names)), out / f"{slug(experiment.model)}-norms")
     note = "The mean norm of the frozen weights' columns, which DeLoRA scales its directions with, by kind of layer and depth."
     return Drawn(f"{experiment.model}: column norms", png, note)

@@ -22,7 +22,6 @@ from delora.data import glue, sentences
 from delora.data.examples import Example, Splits, TextTask
 from delora.evaluation import text
 from delora.formats.native import is_adapter
-from delora.layer import Copy
 from delora.models import adapters
 from delora.training import delivery
 from delora.training.config import ConfigError, Count, Experiment, Strict
@@ -154,7 +153,7 @@ def check(experiment: Settings) -> Splits[Example]:
     labels = text_task(experiment).labels
     model = skeleton(experiment.model, labels)
     adapt(model, experiment)
-    trained_whole = [name for name, adapter in adapters(model).items() if isinstance(adapter, Copy)]
+    trained_whole = [name for name, adapter in adapters(model).items() if adapter.whole]
     for key in drawn(experiment.model, labels):
         if not any(key.startswith(name + ".") for name in trained_whole):
             head = key.rpartition(".")[0]

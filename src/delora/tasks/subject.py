@@ -31,7 +31,6 @@ from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Encoder, Words, own_pairs, pairs
 from delora.evaluation.pictures import write
 from delora.formats.files import read_json
-from delora.layer import Adapter
 from delora.models import adapters
 from delora.training.config import ConfigError, Count, Experiment, Rate, Strict, slug
 from delora.training.experiments import adapt, begin, finish, fit, reached
@@ -417,7 +416,7 @@ def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path)
         if subject is first:
             agreement["adapter"] = _alike(experiment, pipe, subject, made)
         parts = list(adapters(pipe.unet).values())
-        if all(isinstance(a, Adapter) and a.low_rank() is not None for a in parts):
+        if all(not a.whole and a.low_rank() is not None for a in parts):
             delora.export.diffusers(pipe, out / "diffusers" / slug(subject.name))
             if subject is first and importlib.util.find_spec("peft"):  # which diffusers reads LoRA files with
                 fresh = pipeline(experiment.model, experiment.train.weights)

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import set_seed
 
 import delora
-from delora.layer import Adapter
 from delora.models import adapters
 from delora.training.config import Experiment
 from delora.training.models import loading, save_merged
@@ -41,7 +40,7 @@ def deliver(
     model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
     model.config.save_pretrained(out / "adapter")
     agreement = {"adapter": same("adapter", model)}
-    changed = [a for a in adapters(model).values() if isinstance(a, Adapter)]
+    changed = [a for a in adapters(model).values() if not a.whole]
     if changed and all(a.low_rank() is not None for a in changed):
         delora.export.peft(model, out / "peft")
         agreement["peft"] = same("peft", read_peft(fresh(), out / "peft"))
