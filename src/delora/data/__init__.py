@@ -1,1 +1,12 @@
-"""Real models and data, fetched when they are used; no row of data lies in this repository."""
+"""Models and data, fetched when they are used; the repository itself holds no data.
+
+===============  ===============================================================================
+``examples``     what all readers share: examples of texts, their tasks, their three parts
+``packages``     models and data inside packages of pip or apt, unpacked once into a cache
+``sentences``    sentences whose sentiment was rated by people
+``glue``         GLUE's eight tasks, with the split of the published runs
+``alpaca``       instructions in the form of Alpaca
+``dreambooth``   photographs of subjects, with the prompts by which they are judged
+``maps``         pictures with their label maps and captions
+===============  ===============================================================================
+"""

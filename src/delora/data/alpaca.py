@@ -1,4 +1,4 @@
-"""Instructions in the form of Alpaca (Taori et al. 2023): read, put into the template, made into tokens with labels."""
+"""Instructions in the form of Alpaca (Taori et al. 2023): reading, the prompt template, tokens with labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 
 from delora.data.examples import DataError
 
-# The archive that the published runs were trained on, of the repository tloen/alpaca-lora: 51,759 instructions.
+__all__ = ["FILE", "IGNORED", "Instruction", "encode", "read", "split"]
+
+# The archive that the published runs were trained on, from the GitHub repository tloen/alpaca-lora: 51,759 instructions.
 FILE = "alpaca_data_cleaned_archive.json"
 IGNORED = -100  # a label that the loss leaves out
 
@@ -30,6 +32,12 @@ _WITHOUT_INPUT = (
 
 @dataclass(frozen=True)
 class Instruction:
+    """An instruction, perhaps with an input, and the response to it.
+
+    >>> Instruction("Name a primary colour.", "Red.").prompt.splitlines()[-1]
+    '### Response:'
+    """
+
     instruction: str
     output: str
     input: str = ""
@@ -44,7 +52,14 @@ def read(source: str) -> list[Instruction]:
     """The instructions of a ``.json`` (a list) or ``.jsonl`` file, of a folder with `FILE` in it, or of a Hub data set.
 
     Raises:
-        DataError: there are none, or one lacks a key; says what to fetch.
+        DataError: there are none, or one lacks a key; the message says what to fetch.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "mine.jsonl")
+    ...     _ = file.write_text('{"instruction": "Name a primary colour.", "output": "Red."}')
+    ...     read(str(file))
+    [Instruction(instruction='Name a primary colour.', output='Red.', input='')]
     """
     path = Path(source)
     file = path / FILE if path.is_dir() else path
@@ -71,27 +86,32 @@ def _hub(source: str) -> list[Any]:
 
     try:
         if source.count("/") != 1 or Path(source).suffix in (".json", ".jsonl") or Path(source).exists():
-            raise OSError("it is no name on the Hub")
+            raise OSError("it is not a name on the Hub")
         return list(load_dataset(source, split="train"))
     except (OSError, ValueError) as error:
         raise DataError(
             f"there are no instructions at {source!r}: it is no file, no folder that holds {FILE}, and the Hugging Face Hub "
-            f"did not give it ({error}). Fetch {FILE} from the GitHub repository tloen/alpaca-lora and give its path as "
+            f"did not provide it ({error}). Fetch {FILE} from the GitHub repository tloen/alpaca-lora and give its path as "
             "data.source"
         ) from error
 
 
 def _instruction(row: Any, where: str) -> Instruction:
-    given = row if isinstance(row, dict) else {}
-    values = {"input": given.get("input") or ""} | {key: given.get(key) for key in ("instruction", "output")}
+    texts = row if isinstance(row, dict) else {}
+    values = {"input": texts.get("input") or ""} | {key: texts.get(key) for key in ("instruction", "output")}
     for key, value in values.items():
         if not isinstance(value, str):
-            raise DataError(f"{where}: expected instruction, output and perhaps input as texts; {key} is {value!r}")
+            raise DataError(f"{where}: expected the texts instruction, output and, optionally, input; {key} is {value!r}")
     return Instruction(**values)
 
 
 def split(instructions: Sequence[Instruction], seed: int = 42, test: int = 2000) -> tuple[list[Instruction], list[Instruction]]:
-    """Train and test part, that of torch's `random_split`, as in the published runs (seed 42, 2,000 for the test)."""
+    """A training and a test part, divided as by torch's `random_split`; the published runs use seed 42 and test on 2,000.
+
+    >>> train, test = split([Instruction("Count.", str(number)) for number in range(5)], test=2)
+    >>> len(train), len(test)
+    (3, 2)
+    """
     train = len(instructions) - test
     if train < 1:
         raise DataError(f"there are {len(instructions):,} instructions: {test:,} for the test leave none to train on")
@@ -100,9 +120,16 @@ def split(instructions: Sequence[Instruction], seed: int = 42, test: int = 2000)
 
 
 def encode(item: Instruction, tokenizer: Any, max_tokens: int = 256, response_only: bool = False) -> dict[str, list[int]]:
-    """Prompt, response and end token, cut to ``max_tokens``; a start token if the tokenizer adds one.
+    """The token ids of prompt, response and end token, cut to ``max_tokens``; with a start token if the tokenizer adds one.
 
-    Every token is a label, as in the published runs; ``response_only`` leaves out as many as the prompt alone has.
+    Every token is a label, as in the published runs. With ``response_only`` the prompt's tokens are not.
+
+    >>> class Letters:
+    ...     eos_token_id = 0
+    ...     def __call__(self, text):
+    ...         return {"input_ids": [ord(letter) for letter in text]}
+    >>> encode(Instruction("Say hi.", "hi"), Letters(), response_only=True)["labels"][-4:]
+    [-100, 104, 105, 0]
     """
     ids = [*tokenizer(item.prompt + item.output)["input_ids"], tokenizer.eos_token_id][:max_tokens]
     hidden = min(len(tokenizer(item.prompt)["input_ids"]), len(ids)) if response_only else 0

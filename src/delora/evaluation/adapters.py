@@ -15,13 +15,19 @@ from delora.formats.native import JSON, require_adapter
 from delora.formats.peft import read
 from delora.methods import Full
 
+__all__ = ["Description", "describe"]
+
 HEADER = ("shape", "r", "lam", "|dW|/|W|", "bound used", "effective rank")
 PEFT_HEADER = ("shape", "r", "lam", "|dW|", "effective rank")
 
 
 @dataclass(frozen=True)
 class Description:
-    """A table of the layers, and what there is to say beside it."""
+    """A table of the layers, with notes.
+
+    >>> Description("LoRA(r=2)", ("layer", "r"), [("0", "2")], ["base model: not recorded"]).rows
+    [('0', '2')]
+    """
 
     title: str
     header: tuple[str, ...]
@@ -30,10 +36,16 @@ class Description:
 
 
 def describe(folder: Path) -> Description:
-    """Our adapters from ``adapter.json`` alone; PEFT's of type LORA or DELORA from their factors.
+    """What an adapter does to each layer: ours from ``adapter.json`` alone, PEFT's LORA or DELORA from their factors.
 
     Raises:
         AdapterError: the folder holds neither, or is damaged.
+
+    >>> import delora, tempfile
+    >>> model = delora.inject(torch.nn.Sequential(torch.nn.Linear(4, 3)), delora.LoRA(r=2), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     describe(delora.save(model, folder)).rows[0][:3]
+    ('0', '3 x 4', '2')
     """
     require_adapter(folder)
     return _ours(folder / JSON) if (folder / JSON).is_file() else _peft(read(folder))
@@ -46,12 +58,12 @@ def _ours(file: Path) -> Description:
     fields, layers = get(data, "fields", dict, file), get(data, "layers", dict, file)
     whole, tensors = get(data, "also_train", dict, file), get(data, "tensors", dict, file)
     rows = {name: _our_row(name, entry, fields, file) for name, entry in layers.items()}
-    said = ", ".join(f"{key}={value!r}" for key, value in fields.items())
+    settings = ", ".join(f"{key}={value!r}" for key, value in fields.items())
     notes = [
         f"base model: {data.get('base_model') or 'not recorded'}; {get(tensors, 'bytes', int, file) / 1000:,.0f} kB of tensors"
     ]
     notes += [f"trained whole: {', '.join(whole)}"] if whole else []
-    return _table(f"{get(data, 'method', str, file)}({said})", HEADER, rows, notes)
+    return _table(f"{get(data, 'method', str, file)}({settings})", HEADER, rows, notes)
 
 
 def _our_row(name: str, entry: Any, fields: dict[str, Any], file: Path) -> tuple[str, ...]:
@@ -59,16 +71,16 @@ def _our_row(name: str, entry: Any, fields: dict[str, Any], file: Path) -> tuple
         raise AdapterError(f"{file}, {name!r}: must be an object, got {entry!r}")
     at = f"{file}, {name!r}"
     report = get(entry, "report", dict, at, {})
-    own = fields | get(entry, "fields", dict, at, {})
-    numbers = [get(report, key, (int, float), at, None) for key in ("lam", "relative", "bound_used", "effective_rank")]
-    shown = [_number(value, places) for value, places in zip(numbers, (2, 3, 3, 1), strict=True)]
-    return _shape(get(entry, "shape", list, at)), str(own.get("r", "–")), *shown
+    settings = fields | get(entry, "fields", dict, at, {})
+    values = [get(report, key, (int, float), at, None) for key in ("lam", "relative", "bound_used", "effective_rank")]
+    shown = [_number(value, places) for value, places in zip(values, (2, 3, 3, 1), strict=True)]
+    return _shape(get(entry, "shape", list, at)), str(settings.get("r", "–")), *shown
 
 
 def _peft(saved: Saved) -> Description:
     whole = [name for name, layer in saved.layers.items() if isinstance(layer.method, Full)]
     rows = {name: _peft_row(name, layer, saved) for name, layer in saved.layers.items() if name not in whole}
-    notes = [f"base model: {saved.base_model or 'not recorded'}; |dW|/|W| needs its weights and is not shown"]
+    notes = [f"base model: {saved.base_model or 'not recorded'}; |dW|/|W| needs its weights and is left out"]
     notes += [f"trained whole: {', '.join(whole)}"] if whole else []
     return _table(f"PEFT: {saved.file.path.parent}", PEFT_HEADER, rows, notes)
 
@@ -90,7 +102,7 @@ def _peft_row(name: str, layer: SavedLayer, saved: Saved) -> tuple[str, ...]:
 
 
 def _table(title: str, header: tuple[str, ...], rows: dict[str, tuple[str, ...]], notes: list[str]) -> Description:
-    """The layers by name; what all names begin with stands in the header, once."""
+    """The layers by name; the part that all names begin with is moved into the header."""
     parts = zip(*(name.split(".")[:-1] for name in rows), strict=False)
     common = ".".join(same[0] for same in takewhile(lambda column: len(set(column)) == 1, parts)) if len(rows) > 1 else ""
     first = f"layer of {common}" if common else "layer"

@@ -12,11 +12,16 @@ import delora
 from delora.evaluation.pictures import grid
 from delora.training.models import loading
 
+__all__ = ["SOLVERS", "pipeline", "sample", "strengths"]
+
 SOLVERS: dict[str, Any] = {"dpm": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}
 
 
 def pipeline(model: str, weights: str = "fp32") -> Any:
-    """The frozen pipeline of a folder or a name on the Hub, on the accelerator if there is one, without a safety checker."""
+    """A frozen pipeline without a safety checker, on the accelerator if there is one.
+
+    ``model``: a folder, or a name on the Hugging Face Hub. ``weights``: "fp32" or "bf16".
+    """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     pipe = loading(DiffusionPipeline, model, dtype=dtype, safety_checker=None).to(device or torch.device("cpu"))
@@ -37,15 +42,15 @@ def sample(
     resolution: int | None = None,
     solver: str = "dpm",
 ) -> list[Any]:
-    """Pictures for a prompt, always from the noise of ``seed``; or for several, each with a seed. The pipeline stays as it was.
+    """``count`` pictures for a prompt, always from the noise of ``seed``; or for several prompts, each with its own seed.
 
-    ``solver``: "dpm", the multistep one, or "ddim", without noise added in between.
+    ``solver``: "dpm" (multistep) or "ddim" (deterministic). The pipeline's own scheduler is put back afterwards.
     """
     kept, training = pipe.scheduler, pipe.unet.training
     pipe.scheduler = SOLVERS[solver].from_config(kept.config)
     pipe.unet.eval()
     try:
-        seen = pipe(
+        output = pipe(
             prompt,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -56,7 +61,7 @@ def sample(
             height=resolution,
             width=resolution,
         )
-        return list(seen.images)
+        return list(output.images)
     finally:
         pipe.scheduler = kept
         pipe.unet.train(training)
@@ -72,7 +77,7 @@ def strengths(
     guidance: float,
     resolution: int | None = None,
 ) -> Any:
-    """A picture with a row for each strength of the U-Net's adapter, from the same noise; 0 is the model as it was."""
+    """A picture with a row for each strength of the U-Net's adapter, from the same noise; 0 is the base model."""
     rows = []
     for value in values:
         delora.strength(pipe.unet, value)

@@ -11,6 +11,8 @@ from typing import Any
 from delora.data.examples import DataError
 from delora.data.sentences import Question
 
+__all__ = ["TASKS", "as_task", "load", "score", "with_macro"]
+
 TASKS = ("mmlu", "arc_challenge", "truthfulqa_mc1", "truthfulqa_mc2")
 
 
@@ -19,17 +21,18 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """The scores of each task, such as ``{"arc_challenge": {"acc": ..., "acc_norm": ...}}``, of a model in memory.
 
-    No start token is put before a question, as in the published runs. A group of tasks, such as "mmlu", has as ``acc`` the
-    harness's mean over questions, and as ``acc_macro`` the mean over its tasks.
+    No start token is put before a question, as in the published runs. For a group of tasks, such as "mmlu", ``acc`` is the
+    harness's mean over questions, and ``acc_macro`` the mean over the group's tasks.
 
     Args:
-        model, tokenizer: of transformers, causal; with or without an adapter.
+        model: a causal model of transformers, with or without an adapter.
+        tokenizer: that of the model.
         tasks: the harness's names, or a task's own configuration (the keys of its YAML).
         shots: examples before each question; the paper's scores are at 0.
 
     Raises:
-        ImportError: the harness is not installed; says what to do.
-        DataError: a task is not known, or its data are not there.
+        ImportError: the harness is not installed; the message says what to do.
+        DataError: a task is not known, or its data are missing.
     """
     _installed()
     from lm_eval import simple_evaluate
@@ -37,26 +40,35 @@ def score(
 
     groups = load(tasks)
     host = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=False)
-    asked = [task if isinstance(task, str) else dict(task) for task in tasks]
-    found = simple_evaluate(host, tasks=asked, num_fewshot=shots, bootstrap_iters=0)["results"]
+    output = simple_evaluate(
+        host,
+        tasks=[task if isinstance(task, str) else dict(task) for task in tasks],
+        num_fewshot=shots,
+        bootstrap_iters=0,
+    )
     results = {
         task: {key.removesuffix(",none"): value for key, value in scores.items() if isinstance(value, float)}
-        for task, scores in found.items()
+        for task, scores in output["results"].items()
     }
     return with_macro(results, groups)
 
 
 def with_macro(results: dict[str, dict[str, float]], groups: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """The results, each group's with ``acc_macro``, the mean of ``acc`` over its tasks whatever their sizes."""
+    """The results, with ``acc_macro`` added for each group: the mean of ``acc`` over its tasks, whatever their sizes.
+
+    >>> results = {"sums": {"acc": 0.4}, "easy": {"acc": 0.5}, "hard": {"acc": 0.25}}
+    >>> with_macro(results, {"sums": ["easy", "hard"]})["sums"]
+    {'acc': 0.4, 'acc_macro': 0.375}
+    """
     macro = {group: fmean(results[name]["acc"] for name in members) for group, members in groups.items()}
     return {task: scores | ({"acc_macro": macro[task]} if task in macro else {}) for task, scores in results.items()}
 
 
 def load(tasks: Sequence[str | Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Load the tasks' data. The tasks of every group that is among them.
+    """Load the tasks' data. Returns the names of the tasks in each group among them.
 
     Raises:
-        DataError: a task is not known, or its data cannot be had.
+        DataError: a task is not known, or its data cannot be loaded.
     """
     _installed()
     from lm_eval.tasks import TaskManager
@@ -68,14 +80,14 @@ def load(tasks: Sequence[str | Mapping[str, Any]]) -> dict[str, list[str]]:
         if isinstance(task, str) and task not in manager.all_tasks:
             raise DataError(f"lm-evaluation-harness has no task {task!r}; those of the paper are {', '.join(TASKS)}")
         try:
-            found = manager.load([task if isinstance(task, str) else dict(task)])
+            loaded = manager.load([task if isinstance(task, str) else dict(task)])
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"the data of {name} cannot be had: {error}.\nTo bring them here, run where there is a network:\n"
+                f"the data of {name} cannot be loaded: {error}.\nTo bring them here, run where there is a network:\n"
                 f"    HF_HOME=FOLDER lm_eval --model dummy --tasks {name} --limit 1\n"
                 "copy the folder, and set HF_HOME=FOLDER HF_HUB_OFFLINE=1 here"
             ) from error
-        groups |= {name: [one.task_name for one in group.get_all_tasks()] for name, group in found["groups"].items()}
+        groups |= {name: [one.task_name for one in group.get_all_tasks()] for name, group in loaded["groups"].items()}
     return groups
 
 
@@ -87,7 +99,14 @@ def _installed() -> None:
 
 
 def as_task(name: str, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
-    """Questions as a task of the harness; its data are written into ``folder``, which must be there."""
+    """Questions as a task of the harness; its data are written into ``folder``, which must exist.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     task = as_task("mine", [Question("Yes or no?", output=" no", choices=(" yes", " no"))], Path(folder))
+    >>> task["task"], task["output_type"]
+    ('mine', 'multiple_choice')
+    """
     file = folder / f"{name}.jsonl"
     rows = [
         {"prompt": q.prompt, "choices": [c.strip() for c in q.choices], "gold": q.choices.index(q.output)} for q in questions

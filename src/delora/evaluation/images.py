@@ -1,4 +1,4 @@
-"""How alike pictures are to a subject's photographs and to a prompt: cosines of features, words that are seen in them."""
+"""Likeness of pictures to a subject's photographs and to a prompt: cosines of features, and the words a classifier sees."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 
 from delora.training.models import ModelError, loading
 
+__all__ = ["Encoder", "Words", "own_pairs", "pairs"]
+
 
 class Encoder:
-    """Unit features of pictures and, with a CLIP, of texts.
+    """Features of pictures and, for a CLIP, of texts, each of norm one.
 
-    A CLIP's are its projected ones; those of any other vision transformer (DINO, DINOv2) the class token after the last norm;
-    those of a convolutional network the means over the picture.
+    For a CLIP they are its projected features; for any other vision transformer (DINO, DINOv2) the class token after the last
+    norm; for a convolutional network the mean over the picture.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -27,20 +29,20 @@ class Encoder:
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Any], batch: int = 32) -> Tensor:
-        """[pictures, features], each of norm one."""
-        found = []
+        """The features of pictures [pictures, features]."""
+        features = []
         for start in range(0, len(pictures), batch):
             pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt")["pixel_values"].to(self.device)
             if isinstance(self.model, CLIPModel):
-                found.append(_unit(_tensor(self.model.get_image_features(pixel_values=pixels))))
+                features.append(_unit(_tensor(self.model.get_image_features(pixel_values=pixels))))
             else:
                 last = self.model(pixel_values=pixels).last_hidden_state
-                found.append(_unit(last[:, 0] if last.ndim == 3 else last.mean((2, 3))))
-        return torch.cat(found)
+                features.append(_unit(last[:, 0] if last.ndim == 3 else last.mean((2, 3))))
+        return torch.cat(features)
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """[prompts, features], each of norm one; of a CLIP alone."""
+        """The features of texts [prompts, features]; for a CLIP alone."""
         assert self.tokenizer is not None
         batch = self.tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(self.device)
         model: Any = self.model
@@ -48,7 +50,7 @@ class Encoder:
 
 
 class Words:
-    """A classifier whose labels are words, each with a probability of its own: which of a prompt's words a picture shows."""
+    """Which words of a prompt a picture shows, by a classifier whose labels are words, each with its own probability."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.device = device
@@ -61,22 +63,22 @@ class Words:
 
     @torch.no_grad()
     def logits(self, pictures: Sequence[Any], batch: int = 64) -> Tensor:
-        """[pictures, words]; above zero a word is more probable than not."""
-        found = []
+        """The logits [pictures, words]; above zero a word is more probable than not."""
+        logits = []
         for start in range(0, len(pictures), batch):
             pixels = self.processor(list(pictures[start : start + batch]), return_tensors="pt")["pixel_values"].to(self.device)
-            found.append(self.model(pixel_values=pixels).logits.cpu())
-        return torch.cat(found)
+            logits.append(self.model(pixel_values=pixels).logits.cpu())
+        return torch.cat(logits)
 
     def shown(self, pictures: Sequence[Any], prompts: Sequence[str]) -> Tensor:
-        """1 or 0 for every word of every prompt that the classifier knows: whether the prompt's picture shows it."""
-        seen = self.logits(pictures) > 0
-        asked = [[self.known[word] for word in prompt.split() if word in self.known] for prompt in prompts]
-        return torch.cat([seen[i, words].float() for i, words in enumerate(asked)])
+        """1 or 0 for each word of each prompt that the classifier knows: whether the picture of that prompt shows it."""
+        visible = self.logits(pictures) > 0
+        known = [[self.known[word] for word in prompt.split() if word in self.known] for prompt in prompts]
+        return torch.cat([visible[i, words].float() for i, words in enumerate(known)])
 
 
-def _tensor(seen: Any) -> Tensor:
-    return seen if isinstance(seen, Tensor) else seen.pooler_output  # transformers 5 gives the latter
+def _tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.pooler_output  # transformers 5 returns the latter
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -84,11 +86,19 @@ def _unit(features: Tensor) -> Tensor:
 
 
 def pairs(references: Tensor, made: Tensor) -> Tensor:
-    """The cosine of every reference with every picture that was made, in one row."""
+    """The cosine of every reference with every picture made, in one row.
+
+    >>> pairs(torch.eye(2), torch.tensor([[0.6, 0.8]])).tolist() == torch.tensor([0.6, 0.8]).tolist()
+    True
+    """
     return (references @ made.T).flatten()
 
 
 def own_pairs(references: Tensor) -> Tensor:
-    """The cosines of all ordered pairs of different references: what real photographs of one subject have."""
+    """The cosines of all ordered pairs of different references: the likeness of real photographs of one subject.
+
+    >>> own_pairs(torch.eye(3)).tolist()
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    """
     n = len(references)
     return (references @ references.T)[~torch.eye(n, dtype=torch.bool)]

@@ -8,12 +8,23 @@ from typing import Any
 import torch
 from torch import nn
 
+__all__ = ["perplexity"]
+
 
 @torch.no_grad()
 def perplexity(model: nn.Module, tokenizer: Any, text: str, block: int = 256) -> float:
     """exp of the mean negative log-likelihood of the text's tokens, each given those before it in its block of ``block``.
 
-    The first token of a block is given, not predicted.
+    The first token of a block is not predicted.
+
+    >>> from types import SimpleNamespace
+    >>> class Uniform(nn.Linear):
+    ...     def forward(self, input_ids):
+    ...         return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
+    >>> def letters(text, **options):
+    ...     return {"input_ids": [ord(letter) % 7 for letter in text]}
+    >>> round(perplexity(Uniform(1, 1), letters, "every token has probability 1/7"), 4)
+    7.0
     """
     model.eval()
     device = next(model.parameters()).device

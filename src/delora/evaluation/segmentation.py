@@ -1,4 +1,4 @@
-"""How well pictures follow their label maps, and how alike two sets of pictures are as a whole."""
+"""How well pictures follow their label maps, and the distance between two sets of pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from delora.training.models import loading
+
+__all__ = ["UNLABELLED", "Inception", "Overlap", "Segmenter", "frechet"]
 
 UNLABELLED = -1
 
@@ -30,19 +32,24 @@ class Segmenter:
 
 
 class Overlap:
-    """mIoU and pixel accuracy, in [0, 1], from sums over all pictures.
+    """mIoU and pixel accuracy, in [0, 1], from counts summed over all pictures.
 
-    IoU_k = sum of the intersections / sum of the unions, over the pixels that have a label; the mean is over the classes that
-    were predicted or labelled at all. Accuracy is the share of right pixels among those with a label.
+    IoU_k = sum of the intersections / sum of the unions, over the pixels that have a label; mIoU is the mean over the classes
+    that occur among predictions or labels. Accuracy is the share of correct pixels among those with a label.
+
+    >>> overlap = Overlap(classes=2)
+    >>> overlap.add(predicted=torch.tensor([0, 0, 1, 1]), labels=torch.tensor([0, 1, 1, UNLABELLED]))
+    >>> {name: round(value, 2) for name, value in overlap.scores().items()}
+    {'miou': 0.5, 'accuracy': 0.67}
     """
 
     def __init__(self, classes: int) -> None:
         self.counts = torch.zeros(classes, classes, dtype=torch.int64)  # [label, prediction]
 
     def add(self, predicted: Tensor, labels: Tensor) -> None:
-        seen = labels != UNLABELLED
+        labelled = labels != UNLABELLED
         n = len(self.counts)
-        self.counts += torch.bincount(labels[seen] * n + predicted[seen], minlength=n * n).reshape(n, n)
+        self.counts += torch.bincount(labels[labelled] * n + predicted[labelled], minlength=n * n).reshape(n, n)
 
     def scores(self) -> dict[str, float]:
         both = self.counts.diagonal().double()
@@ -55,9 +62,14 @@ class Overlap:
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features [pictures, features]: FID, for the given features.
+    """The Frechet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features [pictures, features].
 
-    M. Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017.
+    m are the means, S the covariances. With features of `Inception` it is the FID: M. Heusel et al., "GANs Trained by a Two
+    Time-Scale Update Rule Converge to a Local Nash Equilibrium", NeurIPS 2017.
+
+    >>> features = torch.tensor([[0.0, 1.0], [2.0, 1.0], [1.0, 3.0]])
+    >>> round(frechet(features, features), 4), round(frechet(features, features + torch.tensor([3.0, 4.0])), 4)
+    (0.0, 25.0)
     """
     a, b = first.double(), second.double()
     if min(len(a), len(b)) < 2:
@@ -69,14 +81,14 @@ def frechet(first: Tensor, second: Tensor) -> float:
 
 
 class Inception:
-    """The 2,048 features of the Inception network that published FIDs use, through torch-fidelity."""
+    """The 2,048 features of the Inception network on which published FIDs are computed, through torch-fidelity."""
 
     def __init__(self, device: torch.device) -> None:
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
             raise ImportError(
-                f"{error}: FID of Inception features needs pip install torch-fidelity", name=error.name
+                f"{error}: the FID of Inception features needs pip install torch-fidelity", name=error.name
             ) from error
         self.model, self.device = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device).eval(), device
 
@@ -84,8 +96,8 @@ class Inception:
     def images(self, pictures: Sequence[Any]) -> Tensor:
         import numpy as np
 
-        found = []
+        features = []
         for picture in pictures:
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(self.device)
-            found.append(self.model(pixels)[0].cpu())
-        return torch.cat(found)
+            features.append(self.model(pixels)[0].cpu())
+        return torch.cat(features)
