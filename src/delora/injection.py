@@ -28,7 +28,7 @@ from delora.models import (
     walk,
 )
 from delora.targets import Patterns, rank_limit, resolve, told
-from delora.ties import rename_declared, restore_declared, share_copies, with_ties
+from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
 
 __all__ = [
@@ -150,7 +150,7 @@ def install(
     """
     modules = dict(walk(model))
     if "_delora" not in model.__dict__:
-        model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad])
+        model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad], ties=declared(model))
     model.__dict__["_delora"].left_out = dict(left_out or {})
     swap(model, {modules[layer]: Adapted(modules[layer]) for layer in built if not isinstance(modules[layer], Adapted)})
     for layer, module in adapted_layers(model).items():

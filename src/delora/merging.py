@@ -15,7 +15,7 @@ from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.methods import LoRA
 from delora.methods.base import is_number
 from delora.models import active_adapter, adapted_layers, adapters, refuse_inside, states, unwrapped
-from delora.ties import untie
+from delora.ties import owners, untie
 from delora.together import watched
 from delora.updates import wide
 
@@ -45,7 +45,20 @@ def _changes(model: nn.Module, unused: bool) -> dict[str, tuple[Adapted, dict[st
         if bad:
             raise ValueError(f"cannot merge {name!r}: its new {bad[0]} would hold NaN or infinity")
         changes[name] = layer, new
+    _keep_ties(unwrapped(model), changes)
     return changes
+
+
+def _keep_ties(model: nn.Module, changes: dict[str, tuple[Adapted, dict[str, Tensor]]]) -> None:
+    """Let layers that share a parameter, and all get the same new one, share that."""
+    place = {f"{name}.{key}": (new, key) for name, (_, new) in changes.items() for key in new}
+    for group in owners(model).values():
+        if all(name in place for name in group):
+            first, key = place[group[0]]
+            if all(torch.equal(first[key], new[other]) for new, other in (place[name] for name in group[1:])):
+                for name in group[1:]:
+                    new, other = place[name]
+                    new[other] = first[key]
 
 
 def _finite(t: Tensor) -> bool:
@@ -103,7 +116,7 @@ def merge(model: nn.Module, *, unused: bool = False) -> nn.Module:
     refuse_inside(model, "merge")
     root = unwrapped(model)
     changes = _changes(model, unused)
-    configs = untie(root, {f"{name}.{key}" for name, (_, new) in changes.items() for key in new})
+    configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
     with _untied(configs, again=False):
         for layer, new in changes.values():
             _put(layer.base, new)
@@ -128,7 +141,7 @@ def merged(model: nn.Module, *, unused: bool = False) -> Iterator[nn.Module]:
     root = unwrapped(model)
     with put_aside():
         changes = _changes(model, unused)
-        configs = untie(root, {f"{name}.{key}" for name, (_, new) in changes.items() for key in new})
+        configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
     opened = states(model)
     old: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     with _untied(configs, again=True):

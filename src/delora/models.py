@@ -36,7 +36,7 @@ class State:
     trained: list[str]
     contexts: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    declared_ties: dict[str, str] | None = None  # transformers' own account of tied weights, as it was
+    ties: dict[str, dict[str, str]] = field(default_factory=dict)  # what a transformers model says of tied weights
 
 
 def states(model: nn.Module) -> list[State]:

@@ -12,7 +12,7 @@ from delora.layer import Adapted, Adapter, Copy
 from delora.methods import Full, Method
 from delora.models import State, walk
 
-__all__ = ["owners", "rename_declared", "restore_declared", "share_copies", "untie", "with_ties"]
+__all__ = ["declared", "owners", "rename_declared", "restore_declared", "share_copies", "untie", "with_ties"]
 
 
 def owners(model: nn.Module) -> dict[int, list[str]]:
@@ -53,12 +53,10 @@ def with_ties(model: nn.Module, plan: Mapping[str, Method | Full]) -> dict[str, 
                 if any(other == whole or other.startswith(f"{whole}.") for whole, m in result.items() if isinstance(m, Full)):
                     continue
                 if other in result:
-                    raise ValueError(
-                        f"{other} has an adapter and shares its weight with {name}, which is trained whole: choose one"
-                    )
+                    raise ValueError(f"{other}, a target, shares its weight with {name}, which is trained whole: choose one")
                 result[other] = Full()
                 warnings.warn(
-                    f"{name}, which is trained whole, shares its weight with {other}: both are trained as one weight",
+                    f"{name}, trained whole, shares its weight with {other}: both are trained as one weight",
                     stacklevel=4,
                 )
     return result
@@ -77,32 +75,53 @@ def share_copies(built: Mapping[str, tuple[nn.Module, Adapter | Copy]]) -> None:
             owner._parameters[key] = first.setdefault(id(old), owner._parameters[key])  # type: ignore[arg-type]
 
 
+def declared(model: nn.Module) -> dict[str, dict[str, str]]:
+    """What a transformers model says of tied weights: for each model in it, by its name, the tied parameter and its source.
+
+    >>> declared(nn.Linear(2, 2))
+    {}
+    """
+    ties = {}
+    for name, module in model.named_modules():
+        expand = getattr(type(module), "get_expanded_tied_weights_keys", None)
+        if expand is not None and (pairs := expand(module, all_submodels=False)):
+            ties[name] = dict(pairs)
+    return ties
+
+
 def rename_declared(model: nn.Module) -> None:
     """Keep a transformers model's account of tied weights true to the names that they have inside adapted layers.
 
-    Its checkpoints are written by that account.
+    It ties and writes checkpoints by that account.
     """
     state: State | None = model.__dict__.get("_delora")
-    declared = getattr(model, "all_tied_weights_keys", None)
-    if state is None or not isinstance(declared, dict):
+    if state is None or not state.ties:
         return
-    if state.declared_ties is None:
-        state.declared_ties = dict(declared)
-    now = {name.replace(".base.", "."): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    model.all_tied_weights_keys = {now.get(a, a): now.get(b, b) for a, b in state.declared_ties.items()}  # type: ignore[assignment]
+    for name, pairs in state.ties.items():
+        module = model.get_submodule(name)
+        now = {key.replace(".base.", "."): key for key, _ in module.named_parameters(remove_duplicate=False)}
+        module.__dict__["_tied_weights_keys"] = {now.get(a, a): now.get(b, b) for a, b in pairs.items()}
+    _expand(model)
 
 
 def restore_declared(model: nn.Module, state: State | None) -> None:
-    """Undo `rename_declared`, as far as the weights are still tied."""
-    if state is not None and state.declared_ties is not None:
-        model.all_tied_weights_keys = state.declared_ties  # type: ignore[assignment]
+    """Undo `rename_declared`."""
+    if state is not None and state.ties:
+        for name in state.ties:
+            model.get_submodule(name).__dict__.pop("_tied_weights_keys", None)
+        _expand(model)
 
 
-def untie(model: nn.Module, changed: set[str]) -> list[tuple[Any, bool]]:
+def _expand(model: nn.Module) -> None:
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+
+
+def untie(model: nn.Module, changed: Mapping[str, Any]) -> list[tuple[Any, bool]]:
     """What must be set so that weights which are about to become different stay so when the model is saved and loaded.
 
     Args:
-        changed: the names of the parameters that get new values.
+        changed: the parameters that get new values, by name.
 
     Returns:
         The configurations with their ``tie_word_embeddings``, to be set to False.
@@ -110,16 +129,18 @@ def untie(model: nn.Module, changed: set[str]) -> list[tuple[Any, bool]]:
     Raises:
         ValueError: the model would tie the weights again; says what to do.
     """
-    broken = [group for group in owners(model).values() if changed & set(group)]
+    groups = [group for group in owners(model).values() if any(name in changed for name in group)]
+    broken = [group for group in groups if len({id(changed.get(name)) for name in group}) > 1]  # not all the same new one
     if not broken or not hasattr(model, "config"):
         return []
     config: Any = model.config
     state: State | None = model.__dict__.get("_delora")
-    declared = (state.declared_ties if state is not None else None) or getattr(model, "all_tied_weights_keys", None) or {}
+    ties = declared(model) if state is None else state.ties
+    pairs = [(f"{m}.{a}" if m else a, f"{m}.{b}" if m else b) for m, each in ties.items() for a, b in each.items()]
     for group in broken:
         others = [name for name in group if name not in changed]
         # One flag unties all that a model ties. It may be set only if that is this one pair.
-        if len(group) > 2 or len(broken) > 1 or any({a, b} != set(group) for a, b in declared.items()):
+        if len(group) > 2 or len(broken) > 1 or any({a, b} != set(group) for a, b in pairs):
             some = ", ".join(map(repr, others or group))
             raise ValueError(
                 f"cannot merge {next(name for name in group if name in changed)!r}: the same weight is that of {some}, and a "

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from delora.lowrank import traced, without_autocast
 from delora.reading import Reading, readers
-from delora.torch_private import saved_tensors_hooks, unhook, versions
+from delora.torch_private import is_compiled, saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
 __all__ = ["Together", "built", "unwatch", "watch", "watched"]
@@ -79,6 +79,11 @@ class Together:
                 self._tell()
 
     def _tell(self) -> None:
+        layers = set(self.layers.values())
+        for part in self.model.modules():
+            if is_compiled(part):  # what ran in there cannot be seen
+                for layer in layers & set(part.modules()):
+                    layer.ran = True
         active = {name: layer for name, layer in self.layers.items() if layer.active is not None}
         silent = [name for name, layer in active.items() if not layer.ran]
         if silent and len(silent) < len(active):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "conv",
+    "is_compiled",
     "is_view",
     "saved_tensors_hooks",
     "transforms_active",
@@ -67,6 +68,16 @@ def is_view(t: Tensor) -> bool:
     (False, True)
     """
     return getattr(t, "_base", t) is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is run by a compiler, as ``torch.compile(module)`` or ``module.compile()`` gives it. Fallback: by its
+    name alone.
+
+    >>> is_compiled(nn.Linear(2, 2)), is_compiled(torch.compile(nn.Linear(2, 2)))
+    (False, True)
+    """
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def conv(layer: Any, x: Tensor, weight: Tensor) -> Tensor:
