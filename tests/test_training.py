@@ -196,7 +196,7 @@ def test_another_prediction_is_an_error(sources, tmp_path):
     (out / "summary.json").unlink()
     predictions = json.loads((run / "predictions.json").read_text())
     (run / "predictions.json").write_text(json.dumps([1 - predictions[0], *predictions[1:]]))
-    with pytest.raises(RunError, match="adapter gives 1 of 64 other predictions than the trained model"):
+    with pytest.raises(RunError, match="adapter and the trained model disagree in 1 of 64 predictions"):
         train(sources, out)
 
 

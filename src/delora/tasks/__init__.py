@@ -1,13 +1,13 @@
-"""Tasks: a module for each kind of experiment, which reads top to bottom: settings, model, inject, data, train, evaluate.
+"""Tasks: one module for each kind of experiment. It reads top to bottom: settings, model, inject, data, train, evaluate.
 
 ====================  ===============================================================================
-``classification``    GLUE's tasks, and sentences with human ratings, as classes or as a regression
+``classification``    GLUE's tasks, and sentences with human ratings: classes or a regression
 ``instructions``      instruction tuning of a causal language model
 ``subject``           a text-to-image model learns a subject from photographs (DreamBooth)
 ``semantic_map``      a text-to-image model learns to follow label maps
 ====================  ===============================================================================
 
-A task of your own is a module too: ``task = "mytasks.tickets"``. `delora.training.task.Task` says what is in it.
+A task of your own is a module too: ``task = "mytasks.tickets"``. `delora.training.task.Task` says what it must have.
 """
 
 from __future__ import annotations
@@ -40,7 +40,11 @@ def find(name: str) -> Task:
     """The task of a recipe's ``task``: a name in `NAMES`, or the dotted name of a module of your own.
 
     Raises:
-        ConfigError, OutsideError: there is none of this name, or it is no task.
+        ConfigError: there is no task of this name.
+        OutsideError: the module cannot be imported, or is not a task.
+
+    >>> find("cola").name
+    'delora.tasks.classification'
     """
     if name in NAMES:
         return Task.of(importlib.import_module(f"delora.tasks.{NAMES[name]}"))
@@ -55,29 +59,41 @@ def find(name: str) -> Task:
 def read(recipe: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a TOML or JSON file, or of a shipped recipe's name, with ``key=value`` changes.
 
-    Keys are dotted; a value is one of TOML, else a string.
+    Keys are dotted. A value is read as TOML, or as a string if it is not TOML.
 
     Raises:
-        ConfigError: in words, with the key's dotted path.
+        ConfigError: a key or value is wrong; the message has its dotted path.
+
+    >>> read("quickstart", ["train.lr=0.01", "variants=[]"]).train.lr
+    0.01
     """
     file = find_recipe(recipe)
     return parse(load_file(file), overrides, str(file))
 
 
 def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:
-    """The same of the tables of a recipe."""
+    """The experiment of a recipe's tables, with ``key=value`` changes. ``where`` is for the messages of errors.
+
+    >>> adapter = {"method": "lora", "r": 4, "targets": ["query"]}
+    >>> parse({"task": "cola", "name": "mine", "out": "runs/mine", "model": "bert", "adapter": adapter}).data.source
+    'nyu-mll/glue'
+    """
 
     def settings(task: Any) -> type[Experiment]:
         if not isinstance(task, str) or not task:
-            said = "is missing" if task is None else f"= {task!r}: must be a name"
-            raise ConfigError(f"{where}: task {said}; known are {', '.join(NAMES)}, or a module of your own")
+            problem = "is missing" if task is None else f"= {task!r}: must be a name"
+            raise ConfigError(f"{where}: task {problem}; known are {', '.join(NAMES)}, or a module of your own")
         return find(task).Settings
 
     return parse_as(data, settings, overrides, where)
 
 
 def own_names(data: Any) -> list[str]:
-    """The modules of a user's own that a recipe's tables name, of methods and tasks: what reading it would import."""
+    """The methods and tasks of a user's own that a recipe's tables name: reading the recipe imports their modules.
+
+    >>> own_names({"task": "mytasks.tickets", "adapter": {"method": "mymethods:Outer"}})
+    ['mytasks.tickets', 'mymethods:Outer']
+    """
     if not isinstance(data, dict):
         return []
     tables = [data, *(variant for variant in data.get("variants") or [] if isinstance(variant, dict))]

@@ -1,6 +1,6 @@
-"""Language understanding, GLUE or rated sentences: methods, rates and seeds on one task; the best run is delivered.
+"""Language understanding: GLUE, or sentences with human ratings.
 
-Delivered are the adapter, the merged model and the PEFT LoRA, each read back and compared with what was trained.
+The best run is delivered as an adapter, a merged model and a PEFT LoRA. Each is read back and compared with the trained model.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from delora.training.runs import Result, RunContext, RunError, write_json
 __all__ = ["Data", "Settings", "base", "check", "deliver", "evaluate", "read_splits", "run", "text_task"]
 
 PREDICTIONS = "predictions.json"
-RATED = ("sentiment", "rating")  # over the rated sentences; the others are GLUE's
+RATED = ("sentiment", "rating")  # tasks on the rated sentences; the others are GLUE's
 
 
 class Data(Strict):
     """The examples. ``source``: a packaged data set, a folder, or a name on the Hugging Face Hub.
 
-    "sentiment" and "rating" are over the rated sentences of a ``domain``, as many as are asked for; the parts of GLUE's tasks
-    follow from `delora.data.glue.divide`. Texts of more than ``max_tokens`` are cut.
+    ``domain``, ``train``, ``validation`` and ``test`` choose the rated sentences of "sentiment" and "rating"; GLUE's tasks are
+    divided by `delora.data.glue.divide`. Texts of more than ``max_tokens`` tokens are cut.
+
+    >>> Data(source="vaderSentiment", domain="movie", train=200, validation=100, test=50, max_tokens=32).sizes()
+    (200, 100, 50)
     """
 
     source: str
@@ -50,7 +53,7 @@ class Data(Strict):
     max_tokens: int = Field(ge=3)
 
     def sizes(self) -> tuple[int, int, int]:
-        """Of the rated sentences: how many train, validate and test."""
+        """How many of the rated sentences are for training, validation and test."""
         return cast(tuple[int, int, int], (self.train, self.validation, self.test))
 
 
@@ -59,7 +62,13 @@ GLUE_DATA = {"source": glue.HUB, "max_tokens": 256}
 
 
 class Settings(Experiment):
-    """An experiment of this kind; ``task`` is "sentiment" or "rating", or one of GLUE's."""
+    """An experiment of this kind; ``task`` is "sentiment" or "rating", or one of GLUE's.
+
+    >>> adapter = {"method": "lora", "r": 4, "targets": ["query"]}
+    >>> recipe = {"task": "rte", "name": "mine", "out": "runs/mine", "model": "bert", "adapter": adapter}
+    >>> Settings.model_validate(recipe).data.max_tokens
+    256
+    """
 
     task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
     data: Data
@@ -67,11 +76,11 @@ class Settings(Experiment):
     @model_validator(mode="before")
     @classmethod
     def _defaults(cls, values: Any) -> Any:
-        """What the task decides where the recipe is silent."""
+        """The task's defaults for what the recipe does not set."""
         if not isinstance(values, dict) or not isinstance(values.get("data", {}), dict):
             return values
-        silent = RATED_DATA if values.get("task") in RATED else GLUE_DATA
-        return values | {"data": silent | values.get("data", {})}
+        defaults = RATED_DATA if values.get("task") in RATED else GLUE_DATA
+        return values | {"data": defaults | values.get("data", {})}
 
     @model_validator(mode="after")
     def _parts(self) -> Self:
@@ -85,7 +94,7 @@ class Settings(Experiment):
 
 
 def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> Result:
-    """Model, inject, data, train, evaluate. A run that was stopped goes on from its last checkpoint to the same numbers."""
+    """Model, inject, data, train, evaluate. An interrupted run resumes from its last checkpoint, with the same results."""
     task, max_tokens = text_task(experiment), experiment.data.max_tokens
     begin(experiment, context)
     model, tokenizer = classifier(experiment.model, task.labels)
@@ -115,7 +124,7 @@ def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> R
 
 @dataclass(frozen=True)
 class Encoded(Dataset[Any]):
-    """Examples as the model takes them; tokenised when asked for, as MNLI's 393,000 would fill the memory."""
+    """Examples as the model takes them, tokenised one by one: MNLI's 393,000 would fill the memory."""
 
     part: Sequence[Example]
     tokenizer: Any
@@ -133,12 +142,18 @@ class Encoded(Dataset[Any]):
 
 
 def text_task(experiment: Settings) -> TextTask:
-    """The labels and metrics of the experiment's task."""
+    """The labels and metrics of the experiment's task.
+
+    >>> adapter = {"method": "lora", "r": 4, "targets": ["query"]}
+    >>> recipe = {"task": "cola", "name": "mine", "out": "runs/mine", "model": "bert", "adapter": adapter}
+    >>> text_task(Settings.model_validate(recipe)).reported
+    'matthews'
+    """
     return sentences.TASKS[experiment.task] if experiment.task in RATED else glue.TASKS[experiment.task]
 
 
 def read_splits(experiment: Settings) -> Splits[Example]:
-    """The examples of the experiment's seed."""
+    """The experiment's examples, divided by its seed."""
     data, seed = experiment.data, experiment.seed
     if experiment.task not in RATED:
         return glue.splits(experiment.task, data.source, seed)
@@ -149,7 +164,7 @@ def read_splits(experiment: Settings) -> Splits[Example]:
 
 
 def check(experiment: Settings) -> Splits[Example]:
-    """Everything that can be wrong with a run, found in seconds; its data."""
+    """Raises an error for anything that would make a run fail, before one starts; returns its data."""
     labels = text_task(experiment).labels
     model = skeleton(experiment.model, labels)
     adapt(model, experiment)
@@ -172,7 +187,7 @@ def base(experiment: Settings) -> nn.Module:
 def deliver(experiment: Settings, run: Path, splits: Splits[Example], out: Path) -> tuple[dict[str, int], int]:
     """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal predictions.
 
-    Equal is the class; of a regression, half of float32's digits.
+    Classes must be equal; the values of a regression must agree in half of float32's digits, that is to 3.5e-4.
     """
     task, test = text_task(experiment), splits.test
     trained = torch.tensor(json.loads((run / PREDICTIONS).read_text()))
@@ -183,7 +198,7 @@ def deliver(experiment: Settings, run: Path, splits: Splits[Example], out: Path)
         predicted = text.predict(model, tokenizer, test, task, experiment.data.max_tokens)
         equal = int(torch.isclose(predicted, trained, rtol=close, atol=close).sum())
         if equal != len(test):
-            raise RunError(f"{out / kind} gives {len(test) - equal} of {len(test)} other predictions than the trained model")
+            raise RunError(f"{out / kind} and the trained model disagree in {len(test) - equal} of {len(test)} predictions")
         return equal
 
     auto = AutoModelForSequenceClassification
@@ -191,7 +206,7 @@ def deliver(experiment: Settings, run: Path, splits: Splits[Example], out: Path)
 
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
-    """The scores of an adapter, or of a whole model, on the experiment's test examples, and their number."""
+    """The scores of an adapter, or of a whole model, on the experiment's test examples; and how many these are."""
     task = text_task(experiment)
     if is_adapter(folder):
         model, tokenizer = classifier(experiment.model, task.labels)

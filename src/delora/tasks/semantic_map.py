@@ -1,7 +1,7 @@
 """Semantic map to image: a text-to-image model learns to follow label maps.
 
-A small hint encoder (ControlNet's) reads the coloured map; what it gives is added once, to what the U-Net's first convolution
-puts out. The adapter is in the attention and the gated layers. Scores: mIoU and accuracy of a segmenter on the pictures, FID.
+A small hint encoder (ControlNet's) reads the coloured map; its output is added to that of the U-Net's first convolution. The
+adapter is in the attention and the gated layers. Scores: mIoU and accuracy of a segmenter on the pictures, and the FID.
 """
 
 from __future__ import annotations
@@ -54,14 +54,18 @@ __all__ = [
     "with_hint",
 ]
 
-CHECKED = 2  # pictures that are made again with what is delivered
-AT_ONCE = 16  # pictures that are made together
+CHECKED = 2  # pictures that are made again with the delivered adapter
+AT_ONCE = 16  # pictures in one batch
 SELECTION = "There is no part to validate on beside the test maps: settings are compared by the test score itself."
 NOT_SHARES = ("fid",)
 
 
 class Data(Strict):
-    """The folder of pictures, label maps and captions, of the form that `delora.data.maps` reads."""
+    """The folder of pictures, label maps and captions, in the form that `delora.data.maps` reads.
+
+    >>> Data().source
+    'ade20k'
+    """
 
     source: str = "ade20k"
 
@@ -69,9 +73,13 @@ class Data(Strict):
 class MapSettings(Strict):
     """How a text-to-image model learns to follow label maps, and how that is judged.
 
-    ``hint``: a ControlNet whose hint encoder is taken (a fresh one if not given); it trains if ``adapter.also_train`` has
-    "conv_in.encoder". ``maps``: how many of the validation maps are drawn (all if not given), each in ``steps`` of DDIM with
-    ``guidance``. ``segmenter`` of transformers with ``classes``; ``fid``: "inception", or a vision model for the features.
+    ``hint``: a ControlNet whose hint encoder is used (default: a new one); it is trained if ``adapter.also_train`` has
+    "conv_in.encoder". ``maps``: how many of the validation maps are drawn (default: all), each in ``steps`` of DDIM with
+    ``guidance``. ``segmenter``: a model of transformers with ``classes`` classes. ``fid``: "inception", or a vision model for
+    the features.
+
+    >>> MapSettings(maps=500).classes
+    150
     """
 
     hint: str | None = None
@@ -85,7 +93,13 @@ class MapSettings(Strict):
 
 
 class Settings(Experiment):
-    """An experiment of this kind."""
+    """An experiment of this kind.
+
+    >>> adapter = {"method": "lora", "r": 4, "targets": ["to_q"]}
+    >>> recipe = {"task": "semantic_map", "name": "mine", "out": "runs/mine", "model": "sd", "adapter": adapter}
+    >>> Settings.model_validate(recipe).semantic_map.guidance
+    9.0
+    """
 
     task: Literal["semantic_map"]
     data: Data = Data()
@@ -93,12 +107,22 @@ class Settings(Experiment):
 
 
 def columns(experiment: Settings) -> tuple[str, ...]:
-    """The share of right pixels beside the mIoU."""
+    """The share of correct pixels, beside the mIoU.
+
+    >>> columns(None)
+    ('accuracy',)
+    """
     return ("accuracy",)
 
 
 @dataclass(frozen=True)
 class Material:
+    """A run's data: the scenes to train on, and those whose maps are drawn and scored.
+
+    >>> Material(train=[], test=[]).test
+    []
+    """
+
     train: list[Scene]
     test: list[Scene]
 
@@ -106,10 +130,15 @@ class Material:
 class Hinted(nn.Module):
     """The U-Net's first convolution plus the hint, ``layer(x) + encoder(control)``.
 
-    ``control`` is [batch, 3, height, width] in [0, 1]. The encoder makes its input smaller by ``factor``; to fit what the
-    convolution puts out the control is resized first, without mixing colours. Without a control, the convolution alone.
-    Where x has more pictures than the control (guidance), that is repeated. Without gradients the hint of a control is
-    computed once, for all steps of the solver.
+    ``control`` is [batch, 3, height, width] in [0, 1]. The encoder makes its input smaller by ``factor``, so the control is
+    first resized, without mixing colours, to fit the convolution's output. Without a control, it is the convolution alone. If x
+    has more pictures than the control (with guidance it has twice as many), the hint is repeated. Without gradients the hint of
+    a control is computed once, for all steps of the solver.
+
+    >>> hinted = Hinted(nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(3, 8, 2, stride=2), factor=2)
+    >>> hinted.control = torch.rand(1, 3, 16, 16)
+    >>> hinted(torch.rand(2, 4, 8, 8)).shape
+    torch.Size([2, 8, 8, 8])
     """
 
     def __init__(self, layer: nn.Module, encoder: nn.Module, factor: int) -> None:
@@ -142,14 +171,19 @@ class Hinted(nn.Module):
         return y + hint.repeat(len(y) // len(hint), 1, 1, 1)
 
 
-CHANNELS = (16, 32, 96, 256)  # of the hint encoder's stages; each but the first halves the size
-CONTROLNET = 8  # by how much that of a ControlNet makes its input smaller
+CHANNELS = (16, 32, 96, 256)  # of the hint encoder's stages; each except the first halves the size
+CONTROLNET = 8  # the factor by which a ControlNet's hint encoder makes its input smaller
 
 
 def with_hint(unet: nn.Module, source: str | None, factor: int = CONTROLNET) -> nn.Module:
-    """Give the U-Net a hint encoder: that of a ControlNet, or a fresh one, whose last layer is zero: the model as it was.
+    """Give the U-Net a hint encoder: a ControlNet's, or a new one, whose last layer is zero and leaves the output unchanged.
 
-    ``factor``: by how much the autoencoder makes pictures smaller, a power of two; a fresh encoder does the same to the map.
+    ``factor``, a power of two, is that by which the autoencoder makes pictures smaller; a new encoder does so with the map.
+
+    >>> unet = nn.Module()
+    >>> unet.conv_in = nn.Conv2d(4, 8, 3, padding=1)
+    >>> type(with_hint(unet, None).conv_in).__name__
+    'Hinted'
     """
     conv: Any = unet.conv_in
     if source is None:
@@ -159,15 +193,15 @@ def with_hint(unet: nn.Module, source: str | None, factor: int = CONTROLNET) -> 
     else:
         factor = CONTROLNET
         encoder = loading(ControlNetModel, source).controlnet_cond_embedding
-        given = encoder.get_submodule("conv_out").get_parameter("weight").shape[0]
-        if given != conv.out_channels:
-            raise ConfigError(f"the hint encoder of {source} gives {given} channels, the U-Net has {conv.out_channels}")
+        channels = encoder.get_submodule("conv_out").get_parameter("weight").shape[0]
+        if channels != conv.out_channels:
+            raise ConfigError(f"the hint encoder of {source} gives {channels} channels, the U-Net has {conv.out_channels}")
     unet.conv_in = Hinted(conv, encoder.to(conv.weight.device).requires_grad_(False), factor)
     return unet
 
 
 def run(experiment: Settings, context: RunContext, data: Material) -> Result:
-    """Pipeline, hint, inject, data, train, pictures, scores. A run that was stopped goes on; pictures made are kept."""
+    """Pipeline, hint, inject, data, train, pictures, scores. An interrupted run resumes; pictures already made are kept."""
     settings = experiment.semantic_map
     begin(experiment, context)
     pipe = adaptable(experiment)
@@ -179,21 +213,20 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
 
     def score() -> dict[str, Any]:
         scores = scored(experiment, pipe, data.test, context.folder / "pictures")
-        # There is no part to validate on beside the test maps: settings are compared by the score itself.
         return {"validation": scores["miou"], "test": scores["miou"], "scores": scores}
 
     return conclude(experiment, context, pipe.unet, trainer, "miou", "miou", score)
 
 
 def adaptable(experiment: Settings) -> Any:
-    """The frozen pipeline, its U-Net with a hint encoder."""
+    """The frozen pipeline whose U-Net has a hint encoder."""
     pipe = pipeline(experiment.model, experiment.train.weights)
     with_hint(pipe.unet, experiment.semantic_map.hint, pipe.vae_scale_factor)
     return pipe
 
 
 class Mapped(nn.Module):
-    """A `Denoiser` whose U-Net sees the control of each picture."""
+    """A `Denoiser` whose U-Net gets the control of each picture."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
@@ -210,7 +243,7 @@ class Mapped(nn.Module):
 
 @dataclass(frozen=True)
 class Cached(Dataset[Any]):
-    """Scenes as latents and text embeddings, each in a file that is written once for all runs of an experiment."""
+    """Scenes as latents and text embeddings, in files that are written once for all runs of an experiment."""
 
     scenes: Sequence[Scene]
     folder: Path
@@ -264,8 +297,8 @@ def annotation(scene: Scene, size: int, classes: int) -> Tensor:
 
 
 def made(experiment: Settings, pipe: Any, scenes: Sequence[Scene], first: int = 0) -> list[Any]:
-    """A picture for each scene's map and caption, by DDIM; the noise is that of the seed and of the scene's number, the first
-    of which is given, however many are made at once."""
+    """A picture for each scene's map and caption, by DDIM. The noise depends on the seed and the scene's number alone, however
+    many are made at once; ``first`` is the number of the first scene."""
     settings = experiment.semantic_map
     pipe.unet.conv_in.control = torch.stack([control(scene, settings.resolution) for scene in scenes]).to(pipe.device)
     captions, seeds = [s.caption for s in scenes], [10_000 * experiment.seed + first + i for i in range(len(scenes))]
@@ -276,10 +309,10 @@ def made(experiment: Settings, pipe: Any, scenes: Sequence[Scene], first: int = 
 
 
 def scored(experiment: Settings, pipe: Any, scenes: Sequence[Scene], folder: Path) -> dict[str, float]:
-    """mIoU and accuracy on the pictures made, and on the real ones (what the segmenter can reach); FID between both."""
+    """mIoU and accuracy on the pictures made, and on the real ones (the segmenter's limit); the FID between both."""
     settings = experiment.semantic_map
     segmenter = Segmenter(settings.segmenter, pipe.device)
-    eyes: Any = Inception(pipe.device) if settings.fid == "inception" else Encoder(settings.fid, pipe.device)
+    encoder: Any = Inception(pipe.device) if settings.fid == "inception" else Encoder(settings.fid, pipe.device)
     overlaps = {"": Overlap(settings.classes), " real": Overlap(settings.classes)}
     features: dict[str, list[Tensor]] = {"": [], " real": []}
     for first in range(0, len(scenes), AT_ONCE):
@@ -293,7 +326,7 @@ def scored(experiment: Settings, pipe: Any, scenes: Sequence[Scene], folder: Pat
         labels = annotation(scene, settings.resolution, settings.classes)
         for kind, picture in (("", open_image(file)), (" real", squared(open_image(scene.image), settings.resolution))):
             overlaps[kind].add(segmenter.labels(picture, (settings.resolution, settings.resolution)), labels)
-            features[kind].append(eyes.images([picture]))
+            features[kind].append(encoder.images([picture]))
     scores = {f"{name}{kind}": value for kind, overlap in overlaps.items() for name, value in overlap.scores().items()}
     return scores | {"fid": frechet(torch.cat(features[" real"]), torch.cat(features[""]))}
 
@@ -302,7 +335,7 @@ def scored(experiment: Settings, pipe: Any, scenes: Sequence[Scene], folder: Pat
 
 
 def check(experiment: Settings) -> Material:
-    """Everything that can be wrong with a run, found before any is started; its scenes."""
+    """Raises an error for anything that would make a run fail, before one starts; returns its scenes."""
     unet = with_hint(skeleton(experiment.model), None)
     adapt(unet, experiment)
     settings, source = experiment.semantic_map, experiment.data.source
@@ -322,7 +355,7 @@ def base(experiment: Settings) -> nn.Module:
 
 
 def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
-    """The adapter with its hint encoder, read back: how many of the first pictures come out as the run's."""
+    """Write the adapter with its hint encoder and read it back; count the first pictures that equal the run's."""
     pipe = adaptable(experiment)
     delora.load(pipe.unet, run / "adapter", methods=experiment.adapter.classes())
     delora.save(pipe.unet, out / "adapter")
@@ -331,12 +364,12 @@ def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple
     for scene, again in zip(some, made(experiment, pipe, some), strict=True):
         same += (rgb(again) - rgb(open_image(run / "pictures" / f"{scene.name}.png"))).abs().mean().item() < 1
     if same < len(some):
-        raise RunError(f"{out / 'adapter'} makes {len(some) - same} of {len(some)} other pictures than the trained model")
+        raise RunError(f"{out / 'adapter'} and the trained model disagree in {len(some) - same} of {len(some)} pictures")
     return {"adapter": same}, len(some)
 
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
-    """The scores of an adapter on the test maps; its pictures are written beside it."""
+    """The scores of an adapter on the test maps, and their number. The pictures are written beside the adapter."""
     data, pipe = check(experiment), adaptable(experiment)
     delora.load(pipe.unet, folder, methods=experiment.adapter.classes())
     return scored(experiment, pipe, data.test, folder.with_name(f"{folder.name}-pictures")), len(data.test)

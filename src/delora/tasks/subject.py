@@ -1,8 +1,8 @@
 """Subject-driven generation (DreamBooth): a text-to-image model learns a subject from a few photographs.
 
-One adapter for each subject, trained with prior preservation; pictures for the subject's prompts; DINO and CLIP-I, the
-likeness to the photographs, and CLIP-T, that to the prompt. The same scores of the photographs among themselves, and of what
-the model as it was makes of the prompts, are the ends of their scale.
+Each subject has its own adapter, trained with prior preservation. The pictures for its prompts are scored by DINO and CLIP-I,
+their likeness to the photographs, and by CLIP-T, that to the prompt. For comparison, the photographs are scored among
+themselves, and so are the base model's pictures for the same prompts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ SELECTION = "There is no part to validate on: settings are compared by the test 
 
 
 class Data(Strict):
-    """The photographs: the folder ``dataset`` of google/dreambooth, or a folder of your own."""
+    """The photographs: the folder ``dataset`` of google/dreambooth, or a folder of your own.
+
+    >>> Data().source
+    'dreambooth/dataset'
+    """
 
     source: str = "dreambooth/dataset"
 
@@ -68,11 +72,15 @@ class Data(Strict):
 class SubjectSettings(Strict):
     """How a text-to-image model learns a subject, and how that is judged.
 
-    ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word``, the class, and
-    ``prompts`` with ``{}`` in the subject's place. ``class_images`` preserve the prior, with ``prior_weight`` in the loss.
-    ``images`` are made for each prompt in ``steps`` of the solver with ``guidance``; ``snapshots``: the steps of training
-    from one sample picture to the next (0: none). ``dino`` and ``clip`` judge, the first CLIP for the table; ``classifier``
-    is a model whose labels are words, for the share of the prompts' words that it sees in the pictures.
+    ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word`` is the class, and
+    ``prompts`` have ``{}`` in the subject's place. ``class_images`` pictures of the class preserve the prior, with
+    ``prior_weight`` in the loss. ``images`` pictures are made for each prompt, in ``steps`` of the solver and with
+    ``guidance``. ``snapshots`` is the number of training steps between sample pictures (0: none). ``dino`` and ``clip`` are
+    the models that judge; the table shows the first CLIP. ``classifier`` is a model whose labels are words: the score
+    "prompt" is the share of the prompts' words that it sees in the pictures.
+
+    >>> SubjectSettings(word="dog", prompts=["a photo of {} on the beach"]).token
+    'qwe'
     """
 
     names: list[str] = Field(default=[])
@@ -92,7 +100,13 @@ class SubjectSettings(Strict):
 
 
 class Settings(Experiment):
-    """An experiment of this kind."""
+    """An experiment of this kind.
+
+    >>> adapter = {"method": "lora", "r": 4, "targets": ["to_q"]}
+    >>> recipe = {"task": "subject", "name": "mine", "out": "runs/mine", "model": "sd", "adapter": adapter}
+    >>> Settings.model_validate(recipe).subject.resolution
+    512
+    """
 
     task: Literal["subject"]
     data: Data = Data()
@@ -103,12 +117,16 @@ class Settings(Experiment):
 
 
 def columns(experiment: Settings) -> tuple[str, ...]:
-    """The likeness to the photographs by CLIP, and what is seen of the prompts."""
+    """The likeness to the photographs and to the prompts by CLIP, and the share of the prompts' words that are seen.
+
+    >>> columns(None)
+    ('clip_i', 'clip_t', 'prompt')
+    """
     return "clip_i", "clip_t", "prompt"
 
 
 def run(experiment: Settings, context: RunContext, subjects: list[Subject]) -> Result:
-    """For each subject: pipeline, inject, photographs, train, pictures, scores. What a stopped run has done is kept."""
+    """For each subject: pipeline, inject, photographs, train, pictures, scores. An interrupted run resumes where it was."""
     begin(experiment, context)
     folder = context.folder
     scores, last, trainable, seconds = [], {}, 0, 0.0
@@ -177,13 +195,22 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
 
 
 def snapshots(run: Path) -> dict[int, Path]:
-    """The sample pictures of a run's first subject, by the step of training."""
+    """The sample pictures of a run's first subject, by the step of training.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     file = Path(folder, "subjects", "dog", "snapshots", "00200.png")
+    ...     file.parent.mkdir(parents=True)
+    ...     file.touch()
+    ...     list(snapshots(Path(folder)))
+    [200]
+    """
     folders = sorted((run / "subjects").glob("*/snapshots"))
     return {int(file.stem): file for file in sorted(folders[0].glob("*.png"))} if folders else {}
 
 
 def before(experiment: Settings, pipe: Any, subject: Subject, judge: Judge, folder: Path) -> dict[str, list[float]]:
-    """The scores of what the model as it was makes of the prompts, drawn and judged once for all runs of an experiment."""
+    """The scores of the base model's pictures for the prompts, computed once for all runs of an experiment."""
     file = folder / f"{slug(subject.name)}.json"
     if not file.is_file():
         pictures = generate(experiment.model_copy(update={"seed": 0}), pipe, subject, folder / slug(subject.name))
@@ -193,8 +220,8 @@ def before(experiment: Settings, pipe: Any, subject: Subject, judge: Judge, fold
 
 
 class Judge:
-    """What is said of a subject's pictures: likeness to its photographs by DINO and the CLIPs, to the prompts by the CLIPs and
-    the classifier. Each score is a row of values, to be pooled. ``real``: how alike the photographs are among themselves.
+    """Scores a subject's pictures: likeness to its photographs by DINO and the CLIPs, to the prompts by the CLIPs and the
+    classifier. Each score is a row of values, which are averaged later. ``real``: the photographs' likeness to each other.
     """
 
     def __init__(self, experiment: Settings, subject: Subject, device: torch.device) -> None:
@@ -207,7 +234,7 @@ class Judge:
         self.real = {f"{self._named(key, 'i')} real": own_pairs(features) for key, features in self.references.items()}
 
     def _named(self, key: str, kind: str) -> str:
-        """The first CLIP's scores are the table's; those of others have its name beside them."""
+        """A score's name. The first CLIP's scores are the table's; those of another CLIP have its name in theirs."""
         if key == "dino":
             return key
         return f"clip_{kind}" if key == self.settings.clip[0] else f"clip_{kind} {key.rpartition('/')[2]}"
@@ -230,7 +257,7 @@ class Judge:
 class Denoiser(nn.Module):
     """The loss of a latent diffusion model: the squared error of the noise (or velocity) that its U-Net predicts.
 
-    With pairs of an instance and a class picture: that of the first plus ``weight`` times that of the second.
+    With pairs of an instance and a class picture, it is the error of the first plus ``weight`` times that of the second.
     """
 
     def __init__(self, unet: nn.Module, scheduler: Any, scale: float, weight: float) -> None:
@@ -238,7 +265,7 @@ class Denoiser(nn.Module):
         self.unet, self.scheduler, self.scale, self.weight = unet, scheduler, scale, weight
 
     def forward(self, mean: Tensor, std: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """``mean``, ``std``: of the latents [batch, kinds, channels, height, width]; ``text`` [batch, kinds, tokens, width]."""
+        """``mean``, ``std`` of the latents [batch, kinds, channels, height, width]; ``text`` [batch, kinds, tokens, width]."""
         kinds = mean.shape[1]
         dtype = next(self.unet.parameters()).dtype
         mean, std, text = (x.flatten(0, 1) for x in (mean, std, text))
@@ -255,7 +282,7 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def moments(pipe: Any, pictures: Sequence[Any], resolution: int, crops: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents of ``crops`` random crops of each picture, on the CPU: encoded once, not each step."""
+    """Mean and deviation of the latents of ``crops`` random crops of each picture, on the CPU; encoded once for all steps."""
     latents = []
     for picture in pictures:
         for _ in range(crops):
@@ -267,7 +294,7 @@ def moments(pipe: Any, pictures: Sequence[Any], resolution: int, crops: int) -> 
 
 
 def cropped(picture: Any, resolution: int, at_random: bool) -> Tensor:
-    """The picture with its shorter side resized and a square cut out, in the middle or anywhere, [3, size, size] in [-1, 1]."""
+    """A square of a picture, its shorter side resized and its longer one cut, [3, resolution, resolution] in [-1, 1]."""
     scale = resolution / min(picture.size)
     width, height = (max(resolution, round(scale * side)) for side in picture.size)
     pixels = rgb(picture.resize((width, height), Image.Resampling.BILINEAR)) / 127.5 - 1
@@ -277,7 +304,11 @@ def cropped(picture: Any, resolution: int, at_random: bool) -> Tensor:
 
 
 def rgb(picture: Any) -> Tensor:
-    """[3, height, width], from 0 to 255."""
+    """A picture as a tensor [3, height, width], from 0 to 255.
+
+    >>> rgb(Image.new("RGB", (4, 3), "white")).shape
+    torch.Size([3, 3, 4])
+    """
     return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
 
 
@@ -290,7 +321,7 @@ def embedded(pipe: Any, prompts: list[str]) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs(Dataset[Any]):
-    """An instance with a class picture, if there are any; the class pictures in turn."""
+    """An instance, paired with a class picture if there are any. The shorter of both lists is repeated."""
 
     instance: tuple[Tensor, Tensor]
     prior: tuple[Tensor, Tensor] | None
@@ -307,7 +338,7 @@ class Pairs(Dataset[Any]):
 
 @torch.no_grad()
 def class_pictures(experiment: Settings, pipe: Any, word: str, folder: Path) -> list[Any]:
-    """What the pretrained model makes of the class, once for all runs of an experiment: the prior that is preserved."""
+    """The base model's pictures of the class, which preserve the prior; made once for all runs of an experiment."""
     settings, folder = experiment.subject, folder / slug(word)
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(settings.class_images):
@@ -321,13 +352,13 @@ def class_pictures(experiment: Settings, pipe: Any, word: str, folder: Path) -> 
 
 
 def sampled(experiment: Settings, pipe: Any, prompt: str, seed: int, count: int) -> list[Any]:
-    """`sample` as the experiment asks for it."""
+    """`sample` with the experiment's settings."""
     settings = experiment.subject
     return sample(pipe, prompt, seed, count, settings.steps, settings.guidance, settings.resolution)
 
 
 def generate(experiment: Settings, pipe: Any, subject: Subject, folder: Path) -> list[Any]:
-    """Some pictures for each prompt, always from the same noise, in a folder; those that are there are not made again."""
+    """The pictures for each prompt, always from the same noise, in a folder; those already there are kept."""
     settings = experiment.subject
     folder.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -343,7 +374,7 @@ def generate(experiment: Settings, pipe: Any, subject: Subject, folder: Path) ->
 
 
 class Snapshots(TrainerCallback):
-    """Every so many steps one picture of a prompt, from the same noise: what Figures 3 and 8 show. 0: none."""
+    """Makes a picture of a prompt after each ``every`` steps (0: never), always from the same noise, as in Figures 3 and 8."""
 
     def __init__(self, pipe: Any, folder: Path, every: int, prompt: str, experiment: Settings) -> None:
         self.pipe, self.folder, self.every, self.prompt, self.experiment = pipe, folder, every, prompt, experiment
@@ -357,13 +388,13 @@ class Snapshots(TrainerCallback):
             self._draw(state.global_step)
 
     def _draw(self, step: int) -> None:
-        # From noise of its own: training draws as if nothing was drawn here.
+        # The noise has its own generator, so that training draws the same random numbers with and without snapshots.
         (picture,) = sampled(self.experiment, self.pipe, self.prompt, self.experiment.seed, 1)
         write(picture, self.folder / f"{step:05d}.png")
 
 
 def _metrics(folder: Path, subjects: Sequence[Subject]) -> str:
-    """The steps of the first subject's run: each has as many."""
+    """The metrics of the first subject's run; all subjects have the same number of steps."""
     file = folder / "subjects" / slug(subjects[0].name) / METRICS
     return file.read_text("utf-8") if file.is_file() else ""
 
@@ -372,7 +403,7 @@ def _metrics(folder: Path, subjects: Sequence[Subject]) -> str:
 
 
 def check(experiment: Settings) -> list[Subject]:
-    """Everything that can be wrong with a run, found before any is started; its subjects."""
+    """Raises an error for anything that would make a run fail, before one starts; returns its subjects."""
     if experiment.train.steps is None:
         raise ConfigError(f"{experiment.name}: give train.steps: a subject's photographs have no epochs")
     adapt(skeleton(experiment.model), experiment)
@@ -402,9 +433,9 @@ def base(experiment: Settings) -> nn.Module:
 
 
 def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path) -> tuple[dict[str, int], int]:
-    """Each subject's adapter and, where the change is low-rank, its LoRA for diffusers; the first subject's are read back.
+    """Write each subject's adapter and, if its change is low-rank, its LoRA for diffusers; the first subject's are read back.
 
-    Compared are the pictures of its first prompt with those of the run: equal is a mean difference below one level of 256.
+    Their pictures for its first prompt are compared with the run's: equal means a mean difference below one level of 256.
     """
     agreement: dict[str, int] = {}
     settings, first = experiment.subject, subjects[0]
@@ -424,7 +455,7 @@ def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path)
                 agreement["diffusers"] = _alike(experiment, fresh, subject, made)
     for kind, same in agreement.items():
         if same < len(made):
-            raise RunError(f"{out / kind} makes {len(made) - same} of {len(made)} other pictures than the trained model")
+            raise RunError(f"{out / kind} and the trained model disagree in {len(made) - same} of {len(made)} pictures")
     return agreement, len(made)
 
 

@@ -1,1 +1,13 @@
-"""One engine for every task, on transformers' Trainer: configuration, run folders, adapter-only checkpoints."""
+"""One engine for every task, on transformers' Trainer: configuration, run folders, adapter-only checkpoints.
+
+===============  =============================================================================
+``config``       an experiment as a value, read from TOML or JSON and checked
+``models``       text models by name; with an adapter, or merged with one
+``runs``         a run's folder: its configuration, its result, its lock
+``task``         what a task's module must have
+``trainer``      transformers' Trainer for adapters
+``progress``     the progress bar
+``experiments``  all runs of an experiment one after the other, then the delivery of the best
+``delivery``     the best run as files, each read back and compared
+===============  =============================================================================
+"""

@@ -1,7 +1,7 @@
-"""An experiment as a value, read from TOML or JSON: strict, and every error says where and what to do.
+"""An experiment as a value, read from TOML or JSON. It is checked strictly, and every error says where it is and what to do.
 
-The adapter's method is looked up in `delora.METHODS`, or is one of the user's own (``module:Class``); its fields are checked by
-the method's own dataclass. What is particular to a task is in the subclass of `Experiment` that the task's module has.
+The adapter's method is one of `delora.METHODS` or of your own (``module:Class``); the method's dataclass checks its fields.
+What is particular to a task is in the subclass of `Experiment` in the task's module.
 """
 
 from __future__ import annotations
@@ -57,13 +57,26 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(UserError, ValueError):
-    """A recipe, or a change made to it on the command line, is not valid."""
+    """A recipe, or a change made to it on the command line, is not valid.
+
+    >>> ConfigError.exit_code
+    2
+    """
 
     exit_code: ClassVar[int] = 2
 
 
 class Strict(BaseModel):
-    """No unknown key, no silent conversion, no change after it was made."""
+    """A table of settings: unknown keys and values of another type are refused, and nothing changes later.
+
+    >>> class Mine(Strict):
+    ...     depth: int
+    >>> validate({"dept": 3}, Mine, "mine.toml")
+    Traceback (most recent call last):
+        ...
+    delora.training.config.ConfigError: mine.toml: depth: is missing
+    mine.toml: dept: unknown key; did you mean depth?
+    """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -87,9 +100,12 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class AdapterSettings(Strict):
-    """What is trained: the arguments of `delora.inject`. The method's own fields stand beside them (``r``, ``lam`` ...).
+    """What is trained: the arguments of `delora.inject`, and beside them the method's own fields (``r``, ``lam`` ...).
 
     ``method`` is a name in `delora.METHODS`, or ``module:Class`` for one of your own.
+
+    >>> AdapterSettings.model_validate({"method": "lora", "r": 4, "alpha": 8.0, "targets": ["query"]}).build()
+    LoRA(r=4, alpha=8.0, rslora=False)
     """
 
     method: str = "delora"
@@ -103,7 +119,7 @@ class AdapterSettings(Strict):
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, data: Any) -> Any:
-        """All keys that are not ours are the method's."""
+        """Put all keys that are not settings of their own into ``fields``: they are the method's."""
         if not isinstance(data, dict):
             return data
         ours = {key: data[key] for key in data if key in cls.model_fields and key != "fields"}
@@ -141,7 +157,7 @@ class AdapterSettings(Strict):
         return method_class(self.method)(**self.fields)
 
     def classes(self) -> tuple[type, ...]:
-        """The method's class, for what `delora.load` is to know beside its own."""
+        """The method's class, as the ``methods`` of `delora.load`."""
         return (method_class(self.method),)
 
     def arguments(self) -> dict[str, Any]:
@@ -150,19 +166,26 @@ class AdapterSettings(Strict):
 
 
 def method_class(name: str) -> type:
-    """The class of a method in `delora.METHODS`, or of one of the user's own."""
+    """The class of a method in `delora.METHODS`, or of one of your own.
+
+    >>> method_class("lora").__name__, method_class("delora.methods:LoRA").__name__
+    ('LoRA', 'LoRA')
+    """
     return outside.method(name) if ":" in name else METHODS[name]
 
 
 class Train(Strict):
-    """How it is trained: AdamW, a schedule with warm-up, for ``epochs``, or for ``steps`` if these are given.
+    """How it is trained: AdamW with a learning-rate schedule and warm-up, for ``epochs``, or for ``steps`` if they are given.
 
-    ``lam_lr`` and ``head_lr`` are the rates of the strengths and of the modules trained whole (``lr`` if not given);
-    ``lam_weight_decay`` is the decay of the strengths; ``warmup`` is a share of all steps or, from 1, their number; ``clip``
-    the largest gradient norm (0: no clipping); a step takes ``batch_size * accumulation`` examples. ``precision`` is of the
-    computation, ``weights`` of the frozen model; what trains is in fp32. ``save_steps``: from one checkpoint to the next (an
-    epoch if not given); ``record_steps``: from one line of metrics to the next (so that there are a thousand or more, or every
-    step).
+    ``lam_lr`` and ``head_lr`` are the learning rates of the strengths and of the modules trained whole (default: ``lr``);
+    ``lam_weight_decay`` is the weight decay of the strengths. ``warmup`` is a share of all steps if below 1, else a number of
+    steps. ``clip`` is the largest gradient norm (0: no clipping). A step takes ``batch_size * accumulation`` examples.
+    ``precision`` is that of the computation, ``weights`` that of the frozen model; trained parameters are in fp32.
+    ``save_steps`` is the number of steps between checkpoints (default: an epoch), ``record_steps`` that between lines of
+    metrics (default: a thousandth of all steps, at least one).
+
+    >>> Train(lr=1e-2).lam_lr is None
+    True
     """
 
     epochs: Count = 2
@@ -185,7 +208,11 @@ class Train(Strict):
 
 
 class About(Strict):
-    """What ``delora recipes`` tells of a recipe; ``prepare`` is a command that makes what it needs. No number depends on it."""
+    """What ``delora recipes`` says about a recipe. ``prepare`` is a command that makes what it needs. No result depends on it.
+
+    >>> About(takes="5 minutes on two CPU cores").takes
+    '5 minutes on two CPU cores'
+    """
 
     does: str = ""
     needs: str = ""
@@ -194,7 +221,11 @@ class About(Strict):
 
 
 class Published(Strict):
-    """Figures of the paper, in percent, shown beside ours only where the model and the task are these. ``scores``: by task."""
+    """Scores of the paper, in percent, shown beside ours if the model and the task are the same. ``scores``: by name.
+
+    >>> Published(model="roberta-base", task="cola", test=64.8).test
+    64.8
+    """
 
     model: str
     task: str
@@ -203,13 +234,17 @@ class Published(Strict):
     scores: dict[str, float] = {}
 
     def of(self, experiment: Experiment) -> bool:
-        """Whether an experiment is on this model (by its own name, wherever it lies) and task, and not on other data."""
+        """Whether an experiment has this model (by the last part of its name), this task, and the task's own data."""
         same = experiment.model.rstrip("/").rpartition("/")[2] == self.model.rpartition("/")[2]
         return same and not experiment.other_data() and experiment.task == self.task
 
 
 class Variant(Strict):
-    """Keys of the experiment with other values. Of the variants with one ``row``, a table shows the best by validation."""
+    """Other values for keys of the experiment. Of the variants that share a ``row``, a table shows the best by validation.
+
+    >>> Variant.model_validate({"name": "LoRA 3e-3", "train": {"lr": 3e-3}}).changes()
+    {'train': {'lr': 0.003}}
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -222,11 +257,16 @@ class Variant(Strict):
 
 
 class Experiment(Strict):
-    """What every experiment has; a task's own settings are a subclass, with a table for what is particular to it.
+    """What every experiment has. A task's own settings are a subclass, with a table for what is particular to it.
 
     ``task`` names a module of `delora.tasks`, or one of your own; ``model`` a packaged model, a folder, or a model on the
-    Hugging Face Hub. With ``seeds`` every variant is run once for each of them, in place of ``seed``. ``row`` is the line of a
-    table to which variants without one belong. ``factor`` is what a sweep multiplied the rates by, for its report.
+    Hugging Face Hub. With ``seeds`` every variant runs once for each of them, and ``seed`` is not used. ``row`` is the line of
+    a table for variants that name none. ``factor`` is what a sweep multiplied the rates by, for its report.
+
+    >>> adapter = AdapterSettings.model_validate({"targets": ["query"]})
+    >>> mine = Experiment(task="mytasks.tickets", name="mine", out="runs/mine", model="bert", adapter=adapter, seeds=[0, 1])
+    >>> [run.name for _, run in mine.runs()]
+    ['mine, seed 0', 'mine, seed 1']
     """
 
     task: str
@@ -244,13 +284,13 @@ class Experiment(Strict):
     variants: list[Variant] = []
 
     def other_data(self) -> bool:
-        """Whether the examples are others than those that the task's name stands for. Then no published figure is shown."""
+        """Whether the data are not those that the task's name stands for. Then no published score is shown."""
         return False
 
     def runs(self) -> list[tuple[Variant, Experiment]]:
-        """Each variant, and for each seed, with the experiment it stands for, which has neither variants nor seeds.
+        """Each variant with the experiment that it makes, once for each seed. These have neither variants nor seeds.
 
-        Without variants it is the experiment itself.
+        Without variants, the only one is the experiment itself.
         """
         return [(variant, seeded) for variant, run in self._varied() for seeded in run._seeded()]
 
@@ -273,7 +313,7 @@ class Experiment(Strict):
             adapter = changes.get("adapter")
             method = adapter.get("method") if isinstance(adapter, dict) else None
             if isinstance(method, str):
-                # Fields that another method does not have (lam, for LoRA) end here; those it shares (r) go over.
+                # Fields that the other method lacks (lam, for LoRA) are dropped; those that both have (r) are kept.
                 kept = [*AdapterSettings.model_fields, *AdapterSettings.method_fields(method)]
                 base = plain | {"adapter": {k: v for k, v in plain["adapter"].items() if k in kept}}
             merged = _merge(base, {"name": variant.name, "row": variant.row or self.row, **changes})
@@ -282,7 +322,11 @@ class Experiment(Strict):
 
 
 def slug(name: str) -> str:
-    """A name as a folder's name: ``LoRA, 3e-3`` becomes ``lora-3e-3``."""
+    """A name as a folder's name.
+
+    >>> slug("LoRA, 3e-3")
+    'lora-3e-3'
+    """
     return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.") or "run"
 
 
@@ -292,11 +336,14 @@ def slug(name: str) -> str:
 def parse(
     data: dict[str, Any], kind: Callable[[Any], type[Experiment]], overrides: Sequence[str] = (), where: str = "recipe"
 ) -> Experiment:
-    """An experiment from the tables of a recipe, with ``key=value`` changes; ``kind`` gives the settings' class of a task's
-    name.
+    """An experiment from the tables of a recipe, with ``key=value`` changes. ``kind`` returns a task's class of settings.
 
     Raises:
-        ConfigError: in words, with the key's dotted path.
+        ConfigError: a key or value is wrong; the message has its dotted path.
+
+    >>> recipe = {"task": "mine", "name": "mine", "out": "runs/mine", "model": "bert", "adapter": {"targets": ["query"]}}
+    >>> parse(recipe, lambda task: Experiment, ["train.lr=0.01"]).train.lr
+    0.01
     """
     changed = [assign(data, override) for override in overrides]
     experiment = validate(data, kind(data.get("task")), where)
@@ -315,23 +362,39 @@ def parse(
     return experiment
 
 
-# What is of an experiment as a whole, so that no variant can set it.
+# These belong to the experiment as a whole: no variant can set them.
 FIXED = ("name", "row", "seeds", "factor", "out", "about", "variants")
 
 
 def load_file(recipe: Path) -> dict[str, Any]:
+    """The tables of a TOML or JSON file.
+
+    Raises:
+        ConfigError: it cannot be read, or is not valid.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "mine.toml").write_text("seed = 3")
+    ...     load_file(Path(folder, "mine.toml"))
+    {'seed': 3}
+    """
     try:
         text = recipe.read_text("utf-8")
         return json.loads(text) if recipe.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror or error}") from error
-    except ValueError as error:  # both decoders' errors, and that of bytes that are no text
+    except ValueError as error:  # both decoders' errors, and that of bytes that are not UTF-8
         kind = "JSON" if recipe.suffix == ".json" else "TOML"
         raise ConfigError(f"{recipe} is not valid {kind}: {error}") from error
 
 
 def assign(data: dict[str, Any], override: str) -> str:
-    """Apply one ``key=value``; the key is returned."""
+    """Apply one change ``key=value`` to the tables; returns the key. A value that is not TOML is a string.
+
+    >>> tables = {"train": {"lr": 0.001}}
+    >>> assign(tables, "train.lr=0.01"), tables
+    ('train.lr', {'train': {'lr': 0.01}})
+    """
     key, equals, text = override.partition("=")
     *outer, last = parts = key.strip().split(".")
     if not equals or not all(parts):
@@ -348,9 +411,9 @@ def assign(data: dict[str, Any], override: str) -> str:
 
 
 def _refuse_hidden(experiment: Experiment, key: str) -> None:
-    """A change that variants undo would be silently without effect."""
+    """Refuse a change that the variants or seeds would undo."""
     if key == "seed" and experiment.seeds:
-        raise ConfigError(f"seed: the recipe has seeds = {experiment.seeds}, which come before it; change seeds")
+        raise ConfigError(f"seed: the recipe has seeds = {experiment.seeds}, which take precedence; change seeds")
     hiding = [variant.name for variant in experiment.variants if _has(variant.changes(), key.split("."))]
     if hiding:
         raise ConfigError(
@@ -364,7 +427,7 @@ def _has(data: Any, parts: list[str]) -> bool:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with changes; tables are merged key by key, but for ``overrides``, whose keys are patterns."""
+    """``base`` with changes. Tables are merged key by key, except ``overrides``, whose keys are patterns."""
     merged = dict(base)
     for key, value in changes.items():
         both_tables = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping) and key != "overrides"
@@ -373,7 +436,11 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """The dotted keys at which two configurations differ, with both values (None: not there)."""
+    """The dotted keys at which two configurations differ, with both values (None: missing).
+
+    >>> list(differences({"seed": 0, "train": {"lr": 0.1}}, {"seed": 0, "train": {"lr": 0.2}}))
+    [('train.lr', 0.1, 0.2)]
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in [*a, *(k for k in b if k not in a)]:
             yield from differences(a.get(key), b.get(key), f"{path}.{key}" if path else key)
@@ -385,6 +452,16 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[tuple[str, Any, Any]
 
 
 def validate(data: Any, kind: type[Model], where: str) -> Model:
+    """The data as a value of ``kind``.
+
+    Raises:
+        ConfigError: one line for each mistake, with ``where`` and the key's dotted path.
+
+    >>> validate({"batch_size": 0}, Train, "mine.toml")
+    Traceback (most recent call last):
+        ...
+    delora.training.config.ConfigError: mine.toml: batch_size = 0: input should be greater than or equal to 1
+    """
     try:
         return kind.model_validate(data)
     except ValidationError as error:
@@ -395,7 +472,7 @@ def validate(data: Any, kind: type[Model], where: str) -> Model:
 def _explain(error: Any, kind: type[BaseModel]) -> str:
     """One line for one error of pydantic: the dotted path, what is wrong, the nearest valid key."""
     location = error["loc"]
-    if not location:  # of the whole
+    if not location:  # an error of the whole, not of a key
         return str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     *outer, last = location
     path = ".".join(map(str, location))
@@ -421,7 +498,7 @@ def _keys(kind: type[BaseModel]) -> list[str]:
 
 
 def _at(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]:
-    """The configuration at a place inside another."""
+    """The class of the configuration at a place inside another."""
     for part in location:
         if isinstance(part, str):
             inner = kind.model_fields[part].annotation
@@ -430,7 +507,7 @@ def _at(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]
 
 
 def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted keys of a configuration, the lists and free tables in it not entered."""
+    """The dotted keys of a configuration, without those inside lists and free tables."""
     known = []
     for key in _keys(kind):
         inner = kind.model_fields[key].annotation
@@ -441,6 +518,10 @@ def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """A hint: the known key that is most like this one, else all of them."""
+    """A hint: the known key that is most like this one, or all of them if none is.
+
+    >>> nearest("leaning_rate", ["learning_rate", "steps"])
+    'did you mean learning_rate?'
+    """
     close = difflib.get_close_matches(key, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

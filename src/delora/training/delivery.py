@@ -22,19 +22,19 @@ __all__ = ["deliver", "read_peft"]
 def deliver(
     experiment: Experiment, run: Path, out: Path, fresh: Callable[[], Any], auto: Any, same: Callable[[str, Any], int]
 ) -> dict[str, int]:
-    """Write ``adapter``, ``merged`` and ``peft`` into ``out`` as far as the method can, read each back into a fresh model.
+    """Write ``adapter``, ``merged`` and ``peft`` into ``out``, those that the method can be; read each back and compare.
 
     Args:
         run: the folder of the run that is delivered.
-        fresh: the frozen base model, anew at each call.
+        fresh: a function that returns the frozen base model, newly loaded.
         auto: transformers' auto class that reads the merged model.
-        same: of what was written (its name) and the model it was read into, the number of predictions that are those of the
-        run.
+        same: a function of the name of what was written and the model it was read into; it returns how many predictions equal
+            those of the run.
 
     Returns:
-        What ``same`` gave for each.
+        What ``same`` returned for each.
     """
-    set_seed(experiment.seed + 1)  # another than the run's: what a fresh head starts from must not matter
+    set_seed(experiment.seed + 1)  # not the run's seed: the values that a fresh head starts from must not matter
     model: Any = delora.load(fresh(), run / "adapter", methods=experiment.adapter.classes())
     delora.save(model, out / "adapter")
     model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
@@ -51,7 +51,7 @@ def deliver(
 
 
 def read_peft(model: Any, folder: Path) -> nn.Module:
-    """A model with a PEFT folder's adapter: through PEFT itself where it is installed, else through our own reader."""
+    """A model with a PEFT folder's adapter, read by PEFT if it is installed, else by our own reader."""
     if importlib.util.find_spec("peft") is None:
         return delora.load(model, folder)
     from peft import PeftModel

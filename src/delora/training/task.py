@@ -1,4 +1,4 @@
-"""What a task is: a module that says all that is particular to one kind of experiment."""
+"""What a task is: a module with everything that is particular to one kind of experiment."""
 
 from __future__ import annotations
 
@@ -23,21 +23,26 @@ SELECTION = "The best epoch, and the best setting of a row, were chosen on the v
 
 @dataclass(frozen=True)
 class Task:
-    """The functions and constants of a task's module, by their names there. Only the first four must be there.
+    """The functions and constants of a task's module, under their names there. The module must have the first four.
 
-    ``Settings``: its experiments, a subclass of `Experiment` with a table for what is particular to it. Functions:
+    ``Settings`` is a subclass of `Experiment` with a table for what is particular to the task. Functions:
 
-    * ``check(experiment) -> data``: everything that can be wrong with a run, found before any is started, in words; its data.
-    * ``base(experiment) -> model``: the frozen model in which the adapter's targets are.
-    * ``run(experiment, context, data) -> Result``: one run, from the model to its scores; one that was stopped goes on.
-    * ``deliver(experiment, run, data, out) -> (agreement, n)``: the run's adapter, and what is made of it, as files in ``out``;
-      how many of the ``n`` test predictions each of them shares with the run. If it is missing, the adapter alone.
-    * ``evaluate(experiment, folder) -> (scores, n)``: the scores of an adapter's, or a whole model's, folder on ``n`` examples.
-    * ``columns(experiment) -> names``: scores that a table shows beside the one that is reported.
+    * ``check(experiment) -> data``: raises an error, in words, for anything that would make a run fail; returns its data.
+    * ``base(experiment) -> model``: the frozen model that contains the adapter's targets.
+    * ``run(experiment, context, data) -> Result``: one run, from the model to its scores; an interrupted run is resumed.
+    * ``deliver(experiment, run, data, out) -> (agreement, n)``: writes the run's adapter, and what is made of it, into ``out``;
+      returns for each how many of the ``n`` test predictions equal the run's. Default: writes the adapter alone.
+    * ``evaluate(experiment, folder) -> (scores, n)``: the scores of the adapter or model in a folder, on ``n`` examples.
+    * ``columns(experiment) -> names``: scores that a table shows beside the reported one.
     * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
 
-    Constants: ``SELECTION``, what a report says of how a setting was chosen; ``NOT_SHARES``, what the names of scores begin
-    with that are not shares, to be shown in percent.
+    Constants: ``SELECTION``, the sentence of a report on how a setting was chosen; ``NOT_SHARES``, the beginnings of the names
+    of scores that are not shares and not shown in percent.
+
+    >>> Task.of(ModuleType("mine"))
+    Traceback (most recent call last):
+        ...
+    delora.outside.OutsideError: mine is no task: it has no Settings (a subclass of ...), no check, no base, no run
     """
 
     name: str
@@ -54,10 +59,10 @@ class Task:
 
     @classmethod
     def of(cls, module: ModuleType) -> Task:
-        """The task that a module is.
+        """The task in a module.
 
         Raises:
-            OutsideError: it is none; says what it lacks.
+            OutsideError: the module is not a task; the message says what it lacks.
         """
         missing = [name for name in ("check", "base", "run") if not callable(getattr(module, name, None))]
         settings: Any = getattr(module, "Settings", None)

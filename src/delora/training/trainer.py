@@ -1,4 +1,4 @@
-"""transformers' Trainer for adapters: our optimizer groups, checkpoints that hold the adapter alone, exact resume."""
+"""transformers' Trainer for adapters: parameter groups, checkpoints without the base model, exact resumption."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ from delora.formats.files import AdapterError, read_json, write_atomically
 from delora.formats.native import load, save
 from delora.optimizing import param_groups
 
+__all__ = ["AdapterTrainer", "Diverged", "Metrics", "last_checkpoint", "metrics"]
+
 
 class Diverged(RuntimeError):
-    """The loss is no number any more. ``step``: the optimizer step after which it was seen."""
+    """The loss is no longer finite. ``step`` is the optimizer step after which that was detected.
+
+    >>> str(Diverged(120))
+    'the loss is not finite at step 120: lower the learning rate'
+    """
 
     def __init__(self, step: int) -> None:
         super().__init__(f"the loss is not finite at step {step}: lower the learning rate")
@@ -80,18 +86,27 @@ class AdapterTrainer(Trainer):
         load(self._injected, self._folder / f"checkpoint-{self.state.best_global_step}")
 
     def finished(self, checkpoint: str) -> None:
-        """Take up a checkpoint after which there is nothing to train. The Trainer itself would do one more step."""
+        """Load a checkpoint of a finished training. The Trainer itself would do one more step."""
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
     def best_epoch(self) -> int:
-        """The epoch, from 1, whose validation was the best."""
+        """The epoch, counted from 1, with the best validation score."""
         scores = {row["step"]: row["epoch"] for row in self.state.log_history if "eval_loss" in row}
         return round(scores[cast(int, self.state.best_global_step)])
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint. The Trainer writes its state last: where that is complete, so is all else."""
+    """The newest complete checkpoint, or None. The Trainer writes its state last: if that is complete, so is all else.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     for step, state in (("9", "{}"), ("10", "{}"), ("11", "{")):
+    ...         Path(folder, f"checkpoint-{step}").mkdir()
+    ...         _ = Path(folder, f"checkpoint-{step}", "trainer_state.json").write_text(state)
+    ...     Path(last_checkpoint(Path(folder))).name
+    'checkpoint-10'
+    """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda c: int(c.name.rpartition("-")[2]), reverse=True):
         try:
             read_json(checkpoint / "trainer_state.json")
@@ -102,10 +117,13 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 class Metrics(TrainerCallback):
-    """Adds to each logged step what `delora.diagnostics.Recorder` sees, and writes all of them to ``metrics.jsonl``.
+    """Adds the measurements of `delora.diagnostics.Recorder` to each logged step, and writes all steps to ``metrics.jsonl``.
 
-    The file is derived from the Trainer's own history, which a checkpoint holds: after a resume no step is in it twice.
-    ``seconds`` counts training and validation since the first start, through interruptions.
+    The file is made from the Trainer's history, which is in each checkpoint: after a resumption no step is in it twice.
+    ``seconds`` is the time of training and validation since the first start, without interruptions.
+
+    >>> Metrics(Path("runs/mine/metrics.jsonl")).file.name
+    'metrics.jsonl'
     """
 
     def __init__(self, file: Path) -> None:
@@ -132,9 +150,10 @@ class Metrics(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.write(state)
 
-    on_train_end = on_save  # after a resume from the last checkpoint nothing else is saved
+    on_train_end = on_save  # after a resumption from the last checkpoint nothing else is saved
 
     def write(self, state: TrainerState) -> None:
+        """Write the file anew from the Trainer's history."""
         rows = [metrics(row) for row in state.log_history]
         write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows if row).encode())
 
@@ -145,8 +164,12 @@ COST = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eva
 
 
 def metrics(row: dict[str, Any]) -> dict[str, Any] | None:
-    """A line of ``metrics.jsonl`` from a row of the Trainer's history: of a step, or of a validation; finite numbers only."""
+    """A line of ``metrics.jsonl`` from a row of the Trainer's history, for a step or a validation; finite numbers only.
+
+    >>> metrics({"step": 10, "loss": 0.5, "grad_norm": 1.0})
+    {'step': 10, 'loss': 0.5}
+    """
     if "loss" not in row and "eval_loss" not in row:
-        return None  # the Trainer's summary of the whole, which counts from the last resume
+        return None  # the Trainer's last row, whose totals count from the last resumption
     scores = {key: key.replace("eval_", "validation_", 1) for key in row if key.startswith("eval_") and key not in COST}
     return {name: row[key] for key, name in (KEPT | scores).items() if key in row and math.isfinite(row[key])}
