@@ -1,0 +1,139 @@
+"""Runs many types in processes with bounds of time and memory, and counts the outcomes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+__all__ = ["SECONDS", "Row", "census", "one", "table"]
+
+SECONDS, MEMORY = 45.0, 8 << 30  # of one type; laws that would begin in its last half are skipped, and said so
+KINDS = ("right", "named", "refused", "wrong", "skipped")
+
+
+@dataclass
+class Row:
+    """One type: its class and inputs, or why it was not built; the outcome of every law; and what it took."""
+
+    kind: str
+    built: bool = False
+    why: str = ""
+    model: str = ""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    laws: dict[str, tuple[str, str]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def outcome(self) -> str:
+        """The worst of its laws' outcomes."""
+        kinds = {kind for kind, _ in self.laws.values()}
+        return next((k for k in ("wrong", "refused", "named") if k in kinds), "right")
+
+
+def one(kind: str, tell: Callable[[Row], None] = lambda row: None, laws: bool = True) -> Row:
+    """Build a type and ask every law; ``tell`` is given the row after each step."""
+    from tests.zoo.build import NotBuilt, build
+    from tests.zoo.laws import check
+
+    start, row = time.monotonic(), Row(kind)
+    try:
+        built = build(kind)
+    except NotBuilt as error:
+        row.why = str(error)
+        row.seconds = time.monotonic() - start
+        return row
+    row.built, row.model = True, type(built.model).__name__
+    row.inputs = {k: list(getattr(v, "shape", ())) for k, v in built.inputs.items()}
+    tell(row)
+    for law, outcome in check(built.model, built.inputs, SECONDS / 2) if laws else ():
+        row.laws[law] = (outcome.kind, outcome.words)
+        row.seconds = time.monotonic() - start
+        tell(row)
+    row.seconds = time.monotonic() - start
+    return row
+
+
+def _worker(kind: str, laws: bool, pipe: Connection) -> None:
+    import logging
+    import os
+    import warnings
+
+    import torch
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    warnings.filterwarnings("ignore")
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    pipe.send(("", one(kind, lambda row: pipe.send(("so far", row)), laws)))
+
+
+def census(kinds: Sequence[str], processes: int = 2, laws: bool = True) -> Iterator[Row]:
+    """The row of every type, as they end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.zoo.preload"])
+    waiting, running = list(reversed(kinds)), {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            kind = waiting.pop()
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=_worker, args=(kind, laws, there), daemon=True)
+            process.start()
+            there.close()
+            running[here] = (process, time.monotonic() + SECONDS, Row(kind))
+        ready = wait(list(running), timeout=1)
+        for pipe in list(running):
+            process, end, row = running[pipe]
+            word = None
+            if pipe in ready:
+                try:
+                    word, row = pipe.recv()
+                except EOFError:
+                    word, row.why = "", row.why or f"its process died (out of memory, or a crash of torch): {process.exitcode}"
+            elif time.monotonic() > end:
+                word, row.why = "", f"more than {SECONDS:g} seconds"
+            running[pipe] = (process, end, row)
+            if word == "":
+                process.kill()
+                process.join()
+                pipe.close()
+                del running[pipe]
+                yield _whole(row) if laws else row
+
+
+def _whole(row: Row) -> Row:
+    """A row in which every law stands: those that a killed process did not come to are skipped."""
+    from tests.zoo.laws import LAWS
+
+    stopped = row.laws.get("inject", ("", ""))[0] in ("refused", "wrong")
+    if row.built and row.why and not row.laws:
+        row.built = False
+    if row.built:
+        for law in LAWS:
+            row.laws.setdefault(law, ("skipped", "not injected" if stopped else row.why or "the law before it failed"))
+    return row
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The number of built types per law and outcome, as a table in Markdown."""
+    from tests.zoo.laws import LAWS
+
+    built = [row for row in rows if row.built]
+    lines = [f"| law | {' | '.join(KINDS)} |", "|---|" + "---|" * len(KINDS)]
+    for law, words in LAWS.items():
+        count = Counter(row.laws[law][0] for row in built if law in row.laws)
+        lines.append(f"| {words} | " + " | ".join(str(count[k]) for k in KINDS) + " |")
+    count = Counter(row.outcome() for row in built)
+    lines.append("| **types, by the worst of these** | " + " | ".join(f"**{count[k]}**" for k in KINDS[:-1]) + " | |")
+    return "\n".join(lines)
+
+
+def as_json(row: Row) -> str:
+    return json.dumps(asdict(row))
