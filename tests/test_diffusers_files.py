@@ -87,7 +87,7 @@ def test_nothing_to_write(tmp_path):
     with pytest.raises(ValueError, match="no part has an adapter: .*unet"):
         delora.export.diffusers(pipe, tmp_path / "out")
     delora.inject(pipe.unet, DeLoRA(r=2), ["to_q"])
-    with pytest.raises(ValueError, match="kohya's names know unet, .*, not 'prior'"):
+    with pytest.raises(ValueError, match="kohya's names of Stable Diffusion 1 and 2 know unet, text_encoder, not 'prior'"):
         delora.export.diffusers({"prior": pipe.unet}, tmp_path / "out", kohya=True)
     next(p for p in pipe.unet.parameters() if p.requires_grad).data.fill_(float("nan"))
     with pytest.raises(ValueError, match="holds NaN or infinity: nothing was written"):
