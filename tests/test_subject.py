@@ -442,7 +442,7 @@ def test_generate_writes_a_row_for_each_strength(world, done, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (["--strength", "1;2"], 2, "numbers with commas between"),
+        (["--strength", "1;2"], 2, "expected numbers separated by commas"),
         (["--strength", "-1"], 1, "must be a finite number, at least 0"),
         (["--out", "{tmp}/there.png"], 2, "exists: choose another file"),
         (["--model", "{tmp}"], 1, "is not a folder that diffusers can read"),

@@ -34,7 +34,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True, highlight=False)
 
-# Which extra brings a package that may be missing.
+# The extra that installs each optional package.
 EXTRAS = {
     "PIL": "images",
     "diffusers": "images",
@@ -43,7 +43,6 @@ EXTRAS = {
     "matplotlib": "plots",
     "ray": "sweep",
     "rich": "cli",
-    "sklearn": "digits",
     "torchmetrics": "text",
     "typer": "cli",
 }
@@ -53,9 +52,15 @@ RecipeName = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A TOML file, a shipped recipe's name, or a run's config.json.", show_default=False),
 ]
-Changes = Annotated[list[str] | None, typer.Argument(help="key=value changes, such as train.epochs=1.", show_default=False)]
-AdapterFolder = Annotated[Path, typer.Argument(help="An adapter's folder: ours, or a PEFT LoRA's.", show_default=False)]
-ModelName = Annotated[str, typer.Option("--model", help="The base model: a packaged name, a folder, or a name on the Hub.")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(help="Changes to the recipe as key=value, such as train.epochs=1.", show_default=False)
+]
+AdapterFolder = Annotated[
+    Path, typer.Argument(help="The adapter's folder: delora's own, or PEFT's (LORA or DELORA).", show_default=False)
+]
+ModelName = Annotated[
+    str, typer.Option("--model", help="The base model: a packaged model's name, a folder, or a name on the Hub.")
+]
 OwnMethod = Annotated[
     list[str] | None,
     typer.Option("--method", metavar="MODULE:CLASS", help="A method of your own that the adapter uses.", show_default=False),
@@ -63,27 +68,31 @@ OwnMethod = Annotated[
 OutFolder = Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.", show_default=False)]
 
 
-recipes = typer.Typer(help="The recipes that travel with the package, to run by name or to copy and change.")
+recipes = typer.Typer(help="List the recipes in the package: what each does, what it needs, and about how long it takes.")
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
 
 @recipes.callback()
 def list_recipes(context: typer.Context) -> None:
-    """The recipes that travel with the package: what each does, what it needs, about how long it takes."""
+    """List the recipes in the package: what each does, what it needs, and about how long it takes."""
     if context.invoked_subcommand is None:
         from delora.recipes import shipped
 
-        rows = [(recipe.name, recipe.does, recipe.needs, recipe.takes, recipe.command) for recipe in shipped()]
-        _print(("Name", "What it does", "What it needs", "About how long", "Command"), rows, "", left=5)
-        out.print("delora recipes copy NAME FOLDER gives a file to change.", style="dim", markup=False)
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 1, 0))
+        for name, width in (("Command", None), ("What it does", None), ("What it needs", 22), ("About how long", 16)):
+            table.add_column(name, no_wrap=name == "Command", max_width=width)
+        for recipe in shipped():
+            table.add_row(*map(escape, (recipe.command, recipe.does, recipe.needs, recipe.takes)))
+        out.print(table)
+        out.print("delora recipes copy NAME FOLDER writes a recipe to a file that you can change.", style="dim", markup=False)
 
 
 @recipes.command()
 def copy(
     name: Annotated[str, typer.Argument(help="A shipped recipe's name.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="The folder, or the file, to copy it to.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="The folder to copy it to, or the new file.")] = Path(),
 ) -> None:
-    """Copy a recipe, to change it."""
+    """Copy a shipped recipe to a file that you can change."""
     from delora.recipes import shipped
 
     files = {recipe.name: recipe.file for recipe in shipped()}
@@ -103,9 +112,9 @@ def copy(
 def train(
     recipe: RecipeName,
     changes: Changes = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run that is in the out folder, start anew.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in the out folder and start again.")] = False,
 ) -> None:
-    """Run a recipe to its end, or go on where it was stopped; then the table, the plots and report.html."""
+    """Run a recipe, or resume it where it was interrupted. Prints a table; writes plots and report.html."""
     from delora import tasks
 
     _quiet()
@@ -125,15 +134,15 @@ def train(
 
 @app.command()
 def sweep(
-    file: Annotated[
-        str, typer.Argument(help="A TOML file, or a shipped one's name: a recipe, and what of it to vary.", show_default=False)
-    ],
+    file: Annotated[str, typer.Argument(help="A sweep: a TOML file, or a shipped one's name.", show_default=False)],
     changes: Changes = None,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster's address; this machine if not given.")] = None,
-    cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="Cores for each trial.")] = 1,
-    concurrent: Annotated[int | None, typer.Option(min=1, help="The most trials at a time.", show_default=False)] = None,
+    address: Annotated[str | None, typer.Option(help="The address of a Ray cluster. Default: this machine.")] = None,
+    cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="CPU cores for each trial.")] = 1,
+    concurrent: Annotated[
+        int | None, typer.Option(min=1, help="How many trials may run at the same time.", show_default=False)
+    ] = None,
 ) -> None:
-    """Run a recipe over a grid of settings, on all cores or a cluster; what is done already is not done again."""
+    """Run a recipe over a grid of settings, on all cores or on a cluster. Finished trials are not run again."""
     from delora import sweep as sweeps
 
     _quiet()
@@ -147,13 +156,15 @@ def sweep(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of experiments and sweeps.", show_default=False)],
-    folder: Annotated[Path, typer.Option("--out", help="Where the page, its figures and its numbers go.")] = Path("report"),
-    norms: Annotated[bool, typer.Option("--norms", help="Also each model's column norms; loads the models.")] = False,
+    folder: Annotated[Path, typer.Option("--out", help="The folder for the page, its figures and its CSV file.")] = Path(
+        "report"
+    ),
+    norms: Annotated[bool, typer.Option("--norms", help="Also show each model's column norms; this loads the models.")] = False,
     module: Annotated[
-        list[str] | None, typer.Option("--module", help="A module of your own that the runs' methods or tasks are in.")
+        list[str] | None, typer.Option("--module", help="A module of your own with the runs' methods or tasks.")
     ] = None,
 ) -> None:
-    """Tables, figures and a CSV file of many runs, on one page: methods by tasks, robustness to the rate, distances."""
+    """Write one page on many runs, with a CSV file: methods by tasks, robustness to the learning rate, distances."""
     from delora.reports import overview
 
     _quiet()
@@ -162,11 +173,13 @@ def report(
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="An adapter's or a whole model's folder.", show_default=False)],
-    recipe: Annotated[str, typer.Option("--recipe", help="Whose base model and test examples.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="The folder of an adapter or of a whole model.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Option("--recipe", help="The recipe with the base model and the test examples.", show_default=False)
+    ],
     changes: Changes = None,
 ) -> None:
-    """The scores of a saved adapter, or of a merged model, on a recipe's test examples."""
+    """Score a saved adapter, or a merged model, on the test examples of a recipe."""
     from delora import tasks
 
     _quiet()
@@ -175,33 +188,37 @@ def evaluate(
     from delora.evaluation.text import standard_error
 
     scores, n = task.evaluate(experiment, folder)
-    told = [
+    texts = [
         f"{name} {score:.2f}"
         if name.startswith(task.NOT_SHARES)
         else f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "") + " %"
         for name, score in scores.items()
     ]
-    out.print(f"{folder}: test {', '.join(told)} ({n:,} examples)", markup=False)
+    out.print(f"{folder}: test {', '.join(texts)} ({n:,} examples)", markup=False)
 
 
 @app.command()
 def generate(
     adapter: AdapterFolder,
-    prompt: Annotated[str, typer.Argument(help="What to make, with the token: 'a photo of qwe dog on the beach'.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt, with the subject's token, such as 'a photo of qwe dog on the beach'.")
+    ],
     model: Annotated[str, typer.Option("--model", help="The text-to-image model: a folder, or a name on the Hub.")],
-    strength: Annotated[str, typer.Option(help="Of the adapter, one row each; 0 is the model as it was.")] = "0,0.5,1,1.5",
-    count: Annotated[int, typer.Option(min=1, help="Pictures in a row.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, the same for all rows.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Of the solver.")] = 25,
-    guidance: Annotated[float, typer.Option(help="How much the prompt counts.")] = 7.5,
+    strength: Annotated[
+        str, typer.Option(help="Strengths of the adapter, one row of pictures for each. 0 is the base model.")
+    ] = "0,0.5,1,1.5",
+    count: Annotated[int, typer.Option(min=1, help="Pictures in each row.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, which is the same in all rows.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 25,
+    guidance: Annotated[float, typer.Option(help="Guidance scale: how strongly the pictures follow the prompt.")] = 7.5,
     file: Annotated[Path, typer.Option("--out", help="A PNG file that does not exist yet.")] = Path("grid.png"),
     method: OwnMethod = None,
 ) -> None:
-    """A grid of pictures from a text-to-image model with an adapter, at several strengths."""
+    """Draw a grid of pictures from a text-to-image model with an adapter, at several strengths."""
     try:
         values = [float(value) for value in strength.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"--strength {strength!r}: numbers with commas between, such as 0,0.5,1") from error
+        raise typer.BadParameter(f"--strength {strength!r}: expected numbers separated by commas, such as 0,0.5,1") from error
     if file.exists():
         raise typer.BadParameter(f"{file} exists: choose another file with --out")
     _quiet()
@@ -219,7 +236,7 @@ def generate(
 
 @app.command()
 def inspect(adapter: AdapterFolder) -> None:
-    """What an adapter does to each layer. The base model is not needed."""
+    """Show what an adapter does to each layer. The base model is not needed."""
     from delora.evaluation.adapters import describe
 
     description = describe(adapter)
@@ -232,14 +249,14 @@ def inspect(adapter: AdapterFolder) -> None:
 
 @app.command()
 def merge(adapter: AdapterFolder, model: ModelName, folder: OutFolder, method: OwnMethod = None) -> None:
-    """Put an adapter into its base model's weights and write a plain transformers model."""
+    """Merge an adapter into the weights of its base model, and write a plain transformers model."""
     _empty(folder)
     _quiet()
     from delora.training.models import adapted, save_merged
 
     with _refusals():
         save_merged(adapted(adapter, model, _own(method)), folder)
-    out.print(f"Written to {folder}: a plain model, with no trace of the adapter", markup=False)
+    out.print(f"Written to {folder}: a plain transformers model", markup=False)
 
 
 @app.command()
@@ -247,7 +264,9 @@ def export(
     adapter: AdapterFolder,
     model: ModelName,
     folder: OutFolder,
-    kind: Annotated[Kind, typer.Option("--kind", help="lora: exact, for any reader; delora: PEFT's own type.")] = "lora",
+    kind: Annotated[
+        Kind, typer.Option("--kind", help="lora: exact, and any program reads it. delora: PEFT's type DELORA.")
+    ] = "lora",
     method: OwnMethod = None,
 ) -> None:
     """Write an adapter in PEFT's format, which most servers read."""
@@ -265,15 +284,15 @@ def export(
 # ---------------------------------------------------------------- shared
 
 
-def _print(header: Any, rows: Any, title: str, left: int = 1) -> None:
-    """A table whose first ``left`` columns are texts, the others numbers."""
+def _print(header: Any, rows: Any, title: str) -> None:
+    """Print a table. Its first column is text, aligned left; the others are numbers, aligned right."""
     table = Table(
         title=escape(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold"
     )
     for number, name in enumerate(header):
-        table.add_column(Text(name), justify="left" if number < left else "right", overflow="fold")
+        table.add_column(Text(name), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))  # a name from a file is no markup
+        table.add_row(*map(escape, row))  # text from a file is not markup
     out.print(table)
 
 
@@ -289,11 +308,11 @@ def _empty(folder: Path) -> None:
 
 
 def _quiet() -> None:
-    """No chatter of other libraries beside our own words."""
+    """Silence the messages of other libraries."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers' own, on every name of the Hub
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers causes it for every name of the Hub
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub.set_verbosity_error()
@@ -301,7 +320,7 @@ def _quiet() -> None:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What the library refuses in words is the user's to set right."""
+    """A ValueError of the library is a user's mistake: it becomes a UserError."""
     try:
         yield
     except UserError:
@@ -311,14 +330,18 @@ def _refusals() -> Iterator[None]:
 
 
 def exit_code(error: Exception) -> int | None:
-    """That of a user's mistake, None for a defect of ours."""
+    """The exit code for a user's mistake; None for a defect of the library.
+
+    >>> exit_code(UserError("there is no folder runs/cola")), exit_code(KeyError("lam"))
+    (1, None)
+    """
     if isinstance(error, UserError):
         return error.exit_code
     return 1 if isinstance(error, OSError) else None
 
 
 def main() -> None:
-    """The entry point. A user's mistake gives one message on stderr, never a traceback."""
+    """The entry point. For a user's mistake it prints one message on stderr, never a traceback."""
     try:
         app()
     except ImportError as error:

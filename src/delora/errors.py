@@ -1,4 +1,4 @@
-"""What a user can set right: one kind of error, told as one message and never as a traceback."""
+"""The base of all errors that a user can correct. The command line shows their message and no traceback."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["UserError"]
 
 
 class UserError(Exception):
-    """A user's mistake, or something that is missing. Its text says what came, what is known and what to do.
+    """A user's mistake, or something that is missing. The message says what was given, what is known and what to do.
 
-    ``exit_code`` is that of the command line: 1 where something failed, 2 where it was called wrongly.
+    ``exit_code`` is that of the command line: 1 if something failed, 2 if the call was wrong.
 
     >>> str(UserError("there is no folder runs/cola"))
     'there is no folder runs/cola'

@@ -1,7 +1,7 @@
 """Methods and tasks of a user's own, by the name of their module: ``mymethods:Outer``, ``mytasks.tickets``.
 
-They are looked for in the working folder and among the installed packages, as ``python -m`` does. Nothing is imported because a
-file that was read says so: a name comes from the command line, or from a recipe that the command line names.
+Modules are searched in the working folder and among the installed packages, as ``python -m`` does. A name comes from the
+command line, or from a recipe named there; a name in any other file never causes an import.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ __all__ = ["OutsideError", "method", "module"]
 
 
 class OutsideError(UserError, ValueError):
-    """There is no such module or class, or it is not what it should be."""
+    """There is no such module or class, or it is not a method or task.
+
+    >>> OutsideError.exit_code
+    2
+    """
 
     exit_code: ClassVar[int] = 2
 
@@ -28,7 +32,7 @@ def module(name: str) -> ModuleType:
     """The module of this dotted name.
 
     Raises:
-        OutsideError: it cannot be imported; says where it was looked for, or what went wrong in it.
+        OutsideError: it cannot be imported; the message says where it was searched, or which error it raised.
 
     >>> module("json").__name__
     'json'
@@ -51,7 +55,7 @@ def method(name: str) -> type:
     """The method class of a name ``module:Class``: a dataclass with ``init`` and ``update``.
 
     Raises:
-        OutsideError: in words.
+        OutsideError: there is no such class, or it is not a method; the message says what it lacks.
 
     >>> method("delora.methods:LoRA").__name__
     'LoRA'
@@ -60,12 +64,12 @@ def method(name: str) -> type:
     if not where or not attribute.isidentifier():
         raise OutsideError(f"{name!r}: a method of your own is written module:Class, such as mymethods:Outer")
     source = module(where)
-    found = getattr(source, attribute, None)
-    if found is None:
+    cls = getattr(source, attribute, None)
+    if cls is None:
         classes = [key for key, value in vars(source).items() if isinstance(value, type) and value.__module__ == where]
         raise OutsideError(f"{where} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
-    missing = [key for key in ("init", "update") if not callable(getattr(found, key, None))]
-    if not isinstance(found, type) or not dataclasses.is_dataclass(found) or missing:
+    missing = [key for key in ("init", "update") if not callable(getattr(cls, key, None))]
+    if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or missing:
         lacks = f"it has no {' and no '.join(missing)}" if missing else "it is none"
         raise OutsideError(f"{name} is no method: a method is a dataclass with init(W) and update(W, p), and {lacks}")
-    return found
+    return cls

@@ -1,4 +1,4 @@
-"""A grid of runs of one recipe, on all cores or on a cluster, with Ray Tune. Each trial is a run folder; what is done stays."""
+"""A grid of runs of one recipe, on all cores or on a cluster, with Ray Tune. Finished trials, each a run folder, are kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ SWEEP, RESULTS, TRIALS = "sweep.json", "results.csv", "trials"
 
 
 class Case(Strict):
-    """Keys of the recipe that belong together, such as a method with its own rate; ``scaled``: what the factors multiply."""
+    """Keys of the recipe that change together, such as a method and its learning rate. ``scaled``: what the factors multiply.
+
+    >>> Case(name="LoRA", set={"adapter.method": "lora", "train.lr": 3e-3}).scaled
+    ['train.lr', 'train.lam_lr']
+    """
 
     name: Annotated[str, Field(min_length=1)]
     set: dict[str, Any] = Field(default={})
@@ -40,11 +44,14 @@ class Case(Strict):
 
 
 class Sweep(Strict):
-    """``cases`` x ``factors`` x the lists of ``grid``, each changing the recipe.
+    """All combinations of ``cases``, ``factors`` and the values in ``grid``, each of which changes the recipe.
 
     ``grid`` and a case's ``set`` have dotted keys of the recipe (``train.lr``, ``adapter.method``, ``seed`` ...). A factor
-    multiplies the rates of the adapter, ``train.lr`` and ``train.lam_lr``, or that one of them which a case names (Figure 6);
-    that of the head only where it follows ``lr``.
+    multiplies the adapter's learning rates, ``train.lr`` and ``train.lam_lr``, or the one that a case names (Figure 6). The
+    head's is multiplied only if it follows ``lr``.
+
+    >>> Sweep(name="mine", out="runs/mine", recipe="quickstart", factors=[0.5, 1.0, 2.0]).grid
+    {}
     """
 
     name: Annotated[str, Field(min_length=1)]
@@ -67,7 +74,11 @@ class Sweep(Strict):
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run of a sweep, and what it is: its case, setting (the same for all seeds), factor and swept values."""
+    """One run of a sweep, with its case, setting (the same for all seeds), factor and swept values.
+
+    >>> trials(read("robustness"))[0].case
+    'DeLoRA'
+    """
 
     experiment: Experiment
     case: str
@@ -84,12 +95,15 @@ class Trial:
 
 
 def read(sweep: Path | str, changes: Sequence[str] = ()) -> Sweep:
-    """The sweep of a TOML or JSON file, or of a shipped one's name, with ``key=value`` changes.
+    """The sweep of a TOML or JSON file, or of a shipped sweep's name, with ``key=value`` changes.
 
-    The ``recipe`` in it is a file, relative to it, or a shipped recipe's name.
+    Its ``recipe`` is a file, relative to the sweep's, or a shipped recipe's name.
 
     Raises:
-        ConfigError: in words, with the key's dotted path.
+        ConfigError: a key or value is wrong; the message has its dotted path.
+
+    >>> read("robustness", ["factors=[1.0, 2.0]"]).factors
+    [1.0, 2.0]
     """
     file = find_recipe(sweep)
     data = load_file(file)
@@ -101,41 +115,46 @@ def read(sweep: Path | str, changes: Sequence[str] = ()) -> Sweep:
 
 
 def trials(sweep: Sweep) -> list[Trial]:
-    """Every trial, checked as far as a configuration can be: an error names the trial."""
+    """Every trial, with its configuration checked; an error names the trial.
+
+    >>> sweep = read("robustness", ["cases=[]", "grid={seed=[7]}", "factors=[1.0, 2.0]"])
+    >>> [trial.name for trial in trials(sweep)]
+    ['seed=7, x1', 'seed=7, x2']
+    """
     recipe = load_file(Path(sweep.recipe)) | {"variants": [], "out": sweep.out}
-    recipe.pop("published", None)  # that is of the recipe's own settings
+    recipe.pop("published", None)  # it belongs to the recipe's own settings
     seeds = recipe.pop("seeds", [])
-    given = {*sweep.grid, *(key for case in sweep.cases for key in case.set)}
-    if seeds and "seed" not in given:  # the recipe's own seeds are a list of the grid
+    keys = {*sweep.grid, *(key for case in sweep.cases for key in case.set)}
+    if seeds and "seed" not in keys:  # the recipe's own seeds become part of the grid
         sweep = sweep.model_copy(update={"grid": sweep.grid | {"seed": seeds}})
     plain: list[tuple[str, Case, str, dict[str, Any], dict[str, Any]]] = []
     for case in sweep.cases or [Case(name=sweep.name)]:
         for values in product(*sweep.grid.values()):
             swept = dict(zip(sweep.grid, values, strict=True))
             start = [case.name] if sweep.cases else []
-            told = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items())])
+            name = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items())])
             setting = ", ".join([*start, *(f"{key}={value}" for key, value in swept.items() if key != "seed")])
-            plain.append((told or sweep.name, case, setting or sweep.name, swept, case.set | swept))
-    runs = _runs(recipe, [(told, changes) for told, *_, changes in plain], sweep.recipe)
+            plain.append((name or sweep.name, case, setting or sweep.name, swept, case.set | swept))
+    runs = _runs(recipe, [(name, changes) for name, *_, changes in plain], sweep.recipe)
     if not sweep.factors:
         both = zip(runs, plain, strict=True)
         return [Trial(run, case.name, setting, None, swept) for run, (_, case, setting, swept, _) in both]
     scaled, about = [], []
-    for (told, case, setting, swept, changes), run in zip(plain, runs, strict=True):
+    for (name, case, setting, swept, changes), run in zip(plain, runs, strict=True):
         base = {"train.lr": run.train.lr, "train.lam_lr": run.train.lam_lr}
         if base["train.lam_lr"] is None and len(case.scaled) == 1:
-            base["train.lam_lr"] = run.train.lr  # where lam follows the other rate, it would follow the factor as well
+            base["train.lam_lr"] = run.train.lr  # lam would follow the other rate, and with it the factor
         rates = {key: rate for key, rate in base.items() if rate is not None}
         for factor in sweep.factors:
             times = {key: rate * (factor if key in case.scaled else 1) for key, rate in rates.items()}
-            scaled.append((f"{told}, x{factor:g}", changes | times))
+            scaled.append((f"{name}, x{factor:g}", changes | times))
             about.append((case.name, f"{setting}, x{factor:g}", factor, swept))
     runs = _runs(recipe, scaled, sweep.recipe)
     return [Trial(run.model_copy(update={"factor": what[2]}), *what) for run, what in zip(runs, about, strict=True)]
 
 
 def _runs(recipe: Mapping[str, Any], changes: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> list[Experiment]:
-    """The experiments that changes make of a recipe: as variants, so that all that holds for these holds here."""
+    """The experiments that the changes make of a recipe. They are read as its variants, and so checked like these."""
     variants = []
     for name, keys in changes:
         variant: dict[str, Any] = {"name": name}
@@ -153,16 +172,16 @@ def _runs(recipe: Mapping[str, Any], changes: Sequence[tuple[str, Mapping[str, A
 
 
 def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 1, concurrent: int | None = None) -> list[str]:
-    """Run what is missing; the names of the trials that failed are returned, and each one's reason is in its folder.
+    """Run the trials that are not finished. Returns the names of those that failed; the reasons are in their folders.
 
     Args:
-        address: of a Ray cluster, whose machines must all see the folder ``out``; this machine alone if None.
+        address: that of a Ray cluster, whose machines must all see the folder ``out``; None: this machine alone.
         cpus: cores for each trial.
-        concurrent: the most trials at a time; as many as there are cores for if None.
+        concurrent: how many trials may run at the same time; None: as many as the cores allow.
 
     Raises:
-        ConfigError: a trial cannot be made, found before any is started.
-        RunError: another process is running this sweep; the cluster cannot be reached.
+        ConfigError: a trial is impossible; all are checked before the first starts.
+        RunError: another process is running this sweep, or the cluster cannot be reached.
     """
     out = Path(sweep.out).absolute()
     with exclusive(out):
@@ -170,7 +189,7 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
             _reach(address)
         every = trials(sweep)
         for trial in every:
-            # Fetches model and data as well, once and not in every trial.
+            # This also fetches the model and the data, once for all trials.
             experiments.check(tasks.find(trial.experiment.task), trial.experiment)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SWEEP, sweep.model_dump(mode="json"))
@@ -189,7 +208,7 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
 
 
 def _reach(address: str) -> None:
-    """Whether something answers there: Ray itself ends the whole process without a word if nothing does."""
+    """Raise a RunError if nothing answers at this address: Ray itself would end the process without a message."""
     host, _, port = address.rpartition("//")[2].rpartition(":")
     if port.isdigit():
         try:
@@ -210,7 +229,7 @@ def _on_ray(
     cpus: int,
     concurrent: int | None,
 ) -> None:
-    # No message to its makers, no note on GPUs, no printing beside ours.
+    # Ray sends no usage report, does not warn about GPUs, and prints nothing.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AIR_NEW_OUTPUT": "0"}
     import ray
     from ray import tune
@@ -226,7 +245,7 @@ def _on_ray(
             self.show = show
 
         def __getstate__(self) -> dict[str, Any]:
-            return {}  # Ray keeps a copy of its callbacks in a file, where a console cannot go
+            return {}  # Ray pickles its callbacks, and a console cannot be pickled
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             self.show(missing[trial.config["number"]])
@@ -236,12 +255,12 @@ def _on_ray(
     here = Path.cwd()
 
     def work(config: dict[str, Any]) -> None:
-        if here.is_dir():  # Ray starts a trial elsewhere, where a recipe's relative folders are not
+        if here.is_dir():  # Ray starts trials in another folder; a recipe's paths are relative to this one
             os.chdir(here)
         torch.set_num_threads(cpus)
         perform(missing[config["number"]], out)
 
-    # What Ray itself writes must be seen by all machines of a cluster, as ``out`` is.
+    # All machines of a cluster must see Ray's own files, as they see ``out``.
     with tempfile.TemporaryDirectory(prefix=".ray-" if address else "ray-", dir=out if address else None) as logs:
         local: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, cpus), "_temp_dir": logs, "include_dashboard": False}
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
@@ -258,7 +277,7 @@ def _on_ray(
 
 
 def perform(trial: Trial, out: Path) -> None:
-    """One trial, as `delora train` would run it. What it raises is written down: the others go on."""
+    """Run one trial, as ``delora train`` would. An error is written into its folder, and the other trials continue."""
     folder = trial.folder(out)
     try:
         task = tasks.find(trial.experiment.task)
@@ -273,11 +292,17 @@ def perform(trial: Trial, out: Path) -> None:
 
 
 def reason(trial: Trial, out: Path) -> str:
+    """Why a trial failed."""
     file = trial.folder(out) / FAILED
-    return read_json(file)["error"] if file.is_file() else "its process ended without a word (out of memory?)"
+    return read_json(file)["error"] if file.is_file() else "its process ended without an error message (out of memory?)"
 
 
 def status(trial: Trial, out: Path) -> str:
+    """How far a trial is, in words.
+
+    >>> status(trials(read("robustness"))[0], Path("no/such/folder"))
+    'to do'
+    """
     result = Result.read(trial.folder(out))
     if result is None:
         return "failed" if (trial.folder(out) / FAILED).is_file() else "to do"
@@ -287,6 +312,11 @@ def status(trial: Trial, out: Path) -> str:
 
 
 def table(every: Sequence[Trial], out: Path) -> Table:
+    """A table of the trials and their status.
+
+    >>> table(trials(read("robustness")), Path("no/such/folder")).row_count
+    24
+    """
     lines = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("Trial", "Outcome"):
         lines.add_column(name, overflow="fold")
@@ -296,7 +326,11 @@ def table(every: Sequence[Trial], out: Path) -> Table:
 
 
 def rows(every: Sequence[Trial], out: Path) -> Iterator[dict[str, Any]]:
-    """One row for each trial: what it is, its rates, all numbers of its result."""
+    """One row for each trial: its case and values, its learning rates, and all values of its result.
+
+    >>> next(rows(trials(read("robustness")), Path("no/such/folder")))["trial"]
+    'DeLoRA, seed=0, data.train=1000, x0.25'
+    """
     for trial in every:
         result = Result.read(trial.folder(out))
         figures = {} if result is None else dataclasses.asdict(result)

@@ -56,7 +56,7 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
     folder = Path(source)
     for prompt in prompts:
         if prompt.count("{}") != 1:
-            raise DataError(f"the prompt {prompt!r} must have {{}} exactly once, in the subject's place")
+            raise DataError(f"the prompt {prompt!r} must have {{}} once, in the subject's place")
     if word is not None:
         if not folder.is_dir():
             raise DataError(f"there is no folder {source!r} of photographs")

@@ -1,4 +1,4 @@
-"""The recipes that travel with the package: TOML files to run by their name, or to copy and change."""
+"""The recipes in the package: TOML files to run by name, or to copy and change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Recipe:
-    """A shipped file, and what its table ``about`` tells. ``command`` runs it."""
+    """A shipped file, with the texts of its table ``about``. ``command`` runs it.
+
+    >>> next(recipe.command for recipe in shipped() if recipe.name == "robustness")
+    'delora sweep robustness'
+    """
 
     name: str
     file: Path
@@ -24,7 +28,7 @@ class Recipe:
 
 
 def shipped() -> list[Recipe]:
-    """Every recipe that is shipped, by name.
+    """All shipped recipes, in the order of their names.
 
     >>> [recipe.name for recipe in shipped() if recipe.name == "quickstart"]
     ['quickstart']
@@ -39,7 +43,7 @@ def shipped() -> list[Recipe]:
 
 
 def find(recipe: Path | str) -> Path:
-    """The file that a recipe's path or a shipped recipe's name stands for. A file in the way comes first.
+    """The file of a recipe, given its path or a shipped recipe's name. An existing file comes before a shipped one.
 
     >>> find("quickstart").name
     'quickstart.toml'

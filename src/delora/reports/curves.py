@@ -1,4 +1,4 @@
-"""Curves of an experiment as PNG files."""
+"""Curves of an experiment's metrics as PNG files."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 
 __all__ = ["COLOURS", "CURVES", "DASHES", "STYLE", "Curve", "draw"]
 
-# Okabe & Ito 2008: eight colours that people with any kind of colour blindness can tell apart. Black comes first and
-# yellow, weak on white, is left out.
+# Okabe & Ito 2008: eight colours that people with any kind of colour blindness can tell apart. Here black comes first;
+# yellow, which is weak on white, is left out.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 DASHES = ("-", "--", "-.", ":")
 STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e4e4e4", "font.size": 10}
@@ -24,7 +24,11 @@ STYLE: Any = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid":
 
 @dataclass(frozen=True)
 class Curve:
-    """One quantity of a run's metrics, over its steps."""
+    """One quantity of a run's metrics, over its steps.
+
+    >>> Curve("loss.png", key="loss", label="loss [nats]", title="Training loss").log
+    False
+    """
 
     file: str
     key: str
@@ -44,31 +48,39 @@ CURVES = (
 
 
 def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
-    """One PNG for each quantity of `CURVES` that any of the runs in a ``metrics.jsonl`` has."""
+    """One PNG for each quantity of `CURVES` that any of the runs in a ``metrics.jsonl`` has.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     metrics = Path(folder, "metrics.jsonl")
+    ...     _ = metrics.write_text('{"run": "LoRA", "step": 1, "loss": 0.7}\\n{"run": "LoRA", "step": 2, "loss": 0.5}')
+    ...     [file.name for file in draw(metrics, ["LoRA"], Path(folder))]
+    ['loss.png']
+    """
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     drawn = []
     with mpl.rc_context(STYLE):
         for curve in CURVES:
-            seen = {
+            by_run = {
                 run: [(row["step"], row[curve.key]) for row in rows if row["run"] == run and curve.key in row] for run in runs
             }
-            if any(seen.values()):
+            if any(by_run.values()):
                 figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-                _plot(figure.subplots(), curve, seen)
+                _plot(figure.subplots(), curve, by_run)
                 FigureCanvasAgg(figure).print_png(folder / curve.file, metadata={"Software": None})
                 drawn.append(folder / curve.file)
     return drawn
 
 
-def _plot(axes: Axes, curve: Curve, seen: dict[str, list[tuple[int, float]]]) -> None:
-    for number, (run, points) in enumerate(seen.items()):
-        if points:  # a run's number decides how it looks, so that it looks alike in all plots
+def _plot(axes: Axes, curve: Curve, by_run: dict[str, list[tuple[int, float]]]) -> None:
+    for number, (run, points) in enumerate(by_run.items()):
+        if points:  # its number alone decides a run's style, which is then the same in all plots
             steps, values = zip(*points, strict=True)
             # A leading underscore would hide a line from the legend; a dollar sign would start a formula.
             name = run.replace("$", r"\$").lstrip("_") or "run"
             style: Any = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
             axes.plot(steps, _smooth(values, curve.smooth), linewidth=1.6, label=name, **style)
-    if curve.log and all(value > 0 for points in seen.values() for _, value in points):
+    if curve.log and all(value > 0 for points in by_run.values() for _, value in points):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
@@ -79,7 +91,7 @@ def _plot(axes: Axes, curve: Curve, seen: dict[str, list[tuple[int, float]]]) ->
 
 
 def _smooth(values: Sequence[float], weight: float) -> list[float]:
-    """The exponential running mean, each value corrected for the missing past (as Adam does)."""
+    """The exponential running mean, each value corrected for its bias towards zero (as in Adam)."""
     means, total = [], 0.0
     for count, value in enumerate(values, 1):
         total = weight * total + (1 - weight) * value

@@ -44,13 +44,24 @@ ul { padding-left: 1.2rem; }
 
 
 def header(outcome: Outcome) -> tuple[str, ...]:
+    """The names of the columns of `table`.
+
+    >>> header(Outcome("mine", [], 0, "", {}, {}))[:2]
+    ('Run', 'Test score [%]')
+    """
     metrics = {result.reported for result in outcome.results}
     metric = metrics.pop() if len(metrics) == 1 else "score"
     return "Run", f"Test {metric} [%]", "Validation [%]", "Trainable", "Adapter [kB]", "Seconds", "|dW|/|W|"
 
 
 def table(outcome: Outcome) -> list[tuple[str, ...]]:
-    """The rows under `header`; of the settings that share a row, the best by validation."""
+    """The rows under `header`. Of the settings that share a row, the best by validation is shown.
+
+    >>> names = dict(name="a", row="LoRA", setting="LoRA 3e-3", folder="a", task="mine", method="LoRA(r=8)")
+    >>> result = Result(**names, seed=0, metric="f1", reported="f1", trainable=10, seconds=1.0, validation=0.7, test=0.6)
+    >>> table(Outcome("mine", [result], 100, "a", {}, {}))
+    [('LoRA (LoRA 3e-3)', '60.0', '70.0', '10', '–', '1', '–')]
+    """
     return [_row(row, outcome.test) for row in best_rows(outcome.results)]
 
 
@@ -73,7 +84,15 @@ def _row(row: Row, examples: int) -> tuple[str, ...]:
 
 
 def score(row: Row, examples: int | None) -> str:
-    """In percent: mean ± standard deviation over the seeds; of one seed its accuracy ± the standard error over ``examples``."""
+    """The test score in percent: mean ± standard deviation over the seeds.
+
+    An accuracy of one seed has ± its standard error over ``examples`` instead.
+
+    >>> names = dict(name="a", row="LoRA", setting="LoRA", folder="a", task="mine", method="LoRA(r=8)")
+    >>> rest = dict(metric="accuracy", reported="accuracy", trainable=10, seconds=1.0)
+    >>> score(Row([Result(**names, **rest, seed=0, test=0.5)]), examples=100)
+    '50.0 ± 5.0'
+    """
     values = row.values(lambda r: r.test)
     if not values:
         return f"diverged at step {row.diverged[0].diverged}"
@@ -86,10 +105,15 @@ def score(row: Row, examples: int | None) -> str:
 
 
 def reading(outcome: Outcome, task: Task) -> list[str]:
-    """What the table says, and what it does not."""
+    """Sentences that say how to read the table.
+
+    >>> from delora import tasks
+    >>> reading(Outcome("mine", [], 100, "a", {"adapter": 100}, {}), tasks.find("cola"))[-1][-12:]
+    'adapter 100.'
+    """
     seeds = len({result.seed for result in outcome.results})
     if any(len(row.runs) > 1 for row in best_rows(outcome.results)):
-        spread = f"± is the standard deviation over {seeds} seeds, which also decide who is in which part of the data."
+        spread = f"± is the standard deviation over {seeds} seeds, which also decide how the data are divided."
     else:
         spread = (
             f"± is one standard error of an accuracy over {outcome.test:,} test examples. Every figure is of one seed: "
@@ -100,19 +124,19 @@ def reading(outcome: Outcome, task: Task) -> list[str]:
     lines = [
         spread,
         task.SELECTION,
-        "|dW|/|W| is the mean over the adapted layers in the kept state; modules that are trained whole are not in it. "
-        "Seconds are of training and validation.",
+        "|dW|/|W| is the mean over the adapted layers of the model that was kept, without modules trained whole. "
+        "Seconds are those of training and validation.",
     ]
     same = ", ".join(f"{kind} {count:,}" for kind, count in outcome.agreement.items())
     return [
         *lines,
-        f"“{outcome.delivered}” was saved, merged and exported. Read back into a fresh model, of {outcome.test:,} test "
-        f"predictions these are those of the trained model: {same}.",
+        f"“{outcome.delivered}” was saved, merged and exported, and each file read back into a fresh model. Of "
+        f"{outcome.test:,} test predictions, this many equal those of the trained model: {same}.",
     ]
 
 
 def write(out: Path, task: Task) -> Path:
-    """``report.html`` and its plots, from what is in a finished experiment's folder."""
+    """Write ``report.html`` and its plots into the folder of a finished experiment."""
     outcome = Outcome.read(out)
     plots = draw(out / METRICS, [row.runs[0].name for row in best_rows(outcome.results)], out)
     config = json.loads((out / CONFIG).read_text())
@@ -121,6 +145,12 @@ def write(out: Path, task: Task) -> Path:
 
 
 def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Sequence[Path]) -> str:
+    """The text of ``report.html``, with the plots inside it.
+
+    >>> from delora import tasks
+    >>> "<title>mine</title>" in page(Outcome("mine", [], 100, "a", {}, {}), tasks.find("cola"), {}, [])
+    True
+    """
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header(outcome))
     body = "".join(
         f"<tr{' class=delivered' if outcome.delivered in [run.name for run in best.runs] else ''}>"

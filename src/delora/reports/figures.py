@@ -1,4 +1,4 @@
-"""The paper's kinds of figures from plain rows: score and distance over rates, distance over steps, column norms, grids.
+"""The paper's kinds of figures, from plain rows: score and distance over rates, distance over steps, column norms, grids.
 
 Each function returns a matplotlib figure; `save` writes it as PNG and PDF.
 """
@@ -27,7 +27,13 @@ Rows = Iterable[Mapping[str, Any]]
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:
-    """``stem.png`` and ``stem.pdf``; the same figure gives the same bytes."""
+    """Write ``stem.png`` and ``stem.pdf``. The same figure always gives the same bytes.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     [file.name for file in save(Figure(), Path(folder, "empty"))]
+    ['empty.png', 'empty.pdf']
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
     figure.savefig(files[0], dpi=150, metadata={"Software": None})
@@ -38,15 +44,19 @@ def save(figure: Figure, stem: Path) -> list[Path]:
 def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance: str = "|W' - W|") -> Figure:
     """Figures 2, 5 and 6: score (left) and distance (right) over factors of each case's base rate.
 
-    Rows have ``case``, ``factor``, ``score`` [share] and ``distance``, one for each seed. Lines are means, bands one standard
-    deviation to both sides. A row without a score diverged: the line ends before its factor, with a cross.
+    Rows have ``case``, ``factor``, ``score`` (a share) and ``distance``, one row for each seed. Lines are means, bands one
+    standard deviation to both sides. A row without a score diverged: the line ends with a cross before its factor.
+
+    >>> rows = [{"case": "LoRA", "factor": f, "score": 0.6, "distance": 0.1 * f} for f in (1, 2, 4)]
+    >>> [axes.get_xlabel() for axes in over_rates(rows, ["LoRA"]).axes]
+    ['factor of the base rate', 'factor of the base rate']
     """
     rows = list(rows)
     figure, (left, right) = _canvas(1, 2, (9.6, 3.4))
     for case, number in styles(cases).items():
-        own = [r for r in rows if r["case"] == case]
-        _line(left, own, "score", number, case, scale=100)
-        _line(right, own, "distance", number, case)
+        of_case = [r for r in rows if r["case"] == case]
+        _line(left, of_case, "score", number, case, scale=100)
+        _line(right, of_case, "distance", number, case)
     for axes in (left, right):
         factors = sorted({r["factor"] for r in rows})
         axes.set_xscale("log", base=2)
@@ -59,7 +69,7 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance:
     right.set_ylabel(distance)
     right.set_yscale("log")
     low, high = right.get_ylim()
-    first_digits = "123456" if high < 30 * low else "1"  # numbers, as many as there is room for
+    first_digits = "123456" if high < 30 * low else "1"  # more labels on a short axis
     for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
         axis(lambda y, _: f"{y:g}" if f"{y:e}"[0] in first_digits else "")
     _legend(right)
@@ -69,26 +79,30 @@ def over_rates(rows: Rows, cases: Sequence[str], score: str = "score", distance:
 def over_steps(
     rows: Rows, cases: Sequence[str], bound: str | None = None, score: str = "score", distance: str = "|W' - W|"
 ) -> Figure:
-    """Figure 3: distance and score over training. Rows have ``case``, ``step``, ``distance``, ``score``, one for each seed;
-    where none has a score, the distance alone is drawn.
+    """Figure 3: distance and score over training.
 
-    ``bound``: the case whose ``bound`` is drawn as well, what its distance cannot exceed, and ``reachable``, where rows
-    have it: the distance at which its directions have nothing left in common with those of the start.
+    Rows have ``case``, ``step``, ``distance`` and ``score``, one row for each seed. If none has a score, only the distance is
+    drawn. ``bound`` names a case for which two more lines are drawn: ``bound``, which its distance cannot exceed, and, if rows
+    have it, ``reachable``, the distance at which its directions have nothing left in common with those at the start.
+
+    >>> rows = [{"case": "DeLoRA", "step": step, "distance": 0.01 * step, "bound": 0.5} for step in (10, 20)]
+    >>> over_steps(rows, ["DeLoRA"], bound="DeLoRA").axes[0].get_xlabel()
+    'optimizer step'
     """
     rows = list(rows)
     scored = any("score" in r for r in rows)
     figure, panels = _canvas(1, 1 + scored, (9.6 if scored else 5.8, 3.4))
     left = panels[0]
     for case, number in styles(cases).items():
-        own = [r for r in rows if r["case"] == case]
-        _line(left, own, "distance", number, case, x="step")
+        of_case = [r for r in rows if r["case"] == case]
+        _line(left, of_case, "distance", number, case, x="step")
         if scored:
-            _line(panels[1], own, "score", number, case, x="step", scale=100)
+            _line(panels[1], of_case, "score", number, case, x="step", scale=100)
         if case == bound:
-            points = _means(own, "bound", "step")
+            points = _means(of_case, "bound", "step")
             colour = COLOURS[number % len(COLOURS)]
             left.plot(*zip(*points, strict=True), color=colour, linewidth=3, alpha=0.4, label=_plain(f"bound of {case}"))
-            if points := _means(own, "reachable", "step"):
+            if points := _means(of_case, "reachable", "step"):
                 label = _plain(f"reachable size of {case}")
                 left.plot(*zip(*points, strict=True), color=colour, linewidth=1, linestyle=(0, (1, 3)), label=label)
     for axes, label in zip(panels, (distance, f"{score} [%]"), strict=False):
@@ -105,6 +119,10 @@ def column_norm_profile(model: nn.Module, names: Sequence[str]) -> Figure:
 
     Args:
         names: the layers, in order of depth within each kind.
+
+    >>> figure = column_norm_profile(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"])
+    >>> figure.axes[0].get_ylabel()
+    'mean column norm of W'
     """
     kinds: dict[str, list[float]] = {}
     for name, norms in column_norms(model, names).items():
@@ -120,9 +138,10 @@ def column_norm_profile(model: nn.Module, names: Sequence[str]) -> Figure:
 
 
 def kind(name: str) -> str:
-    """What a layer is, wherever it is: its name after the last number that is not at the end; without one the last part.
+    """The kind of a layer at any depth: its name after the last number that is not at the end, or else its last part.
 
-    ``encoder.layer.3.attention.query`` is an ``attention.query``, ``blocks.2.attn1.to_out.0`` an ``attn1.to_out.0``.
+    >>> kind("encoder.layer.3.attention.query"), kind("blocks.2.attn1.to_out.0"), kind("model.head")
+    ('attention.query', 'attn1.to_out.0', 'head')
     """
     parts = name.split(".")
     numbered = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
@@ -132,14 +151,20 @@ def kind(name: str) -> str:
 def grids(
     cells: Mapping[str, Mapping[tuple[float, float], float]], x: str, y: str, value: str, framed: Mapping[str, set[Any]]
 ) -> Figure:
-    """One map for each case of values in [0, 1] over (x, y), in per cent with one scale of colours for all; the cells of
-    ``framed`` have a frame."""
+    """For each case a heat map of values in [0, 1] over (x, y), in percent, all on one colour scale.
+
+    The cells in ``framed`` have a frame.
+
+    >>> cells = {"LoRA": {(1.0, 1.0): 0.5, (2.0, 1.0): 0.6}}
+    >>> grids(cells, "rate", "rank", "score [%]", framed={"LoRA": {(2.0, 1.0)}}).axes[0].get_xlabel()
+    'rate'
+    """
     count = len(cells)
     columns = min(count, 4)
     figure, axes = _canvas(math.ceil(count / columns), columns, (2.6 * columns + 0.8, 2.6 * math.ceil(count / columns)))
     xs, ys = (sorted({key[i] for case in cells.values() for key in case}) for i in (0, 1))
-    every = [100 * value for case in cells.values() for value in case.values()]
-    low, high = 10 * math.floor(min(every, default=0) / 10), 10 * math.ceil(max(every, default=100) / 10)
+    percents = [100 * value for case in cells.values() for value in case.values()]
+    low, high = 10 * math.floor(min(percents, default=0) / 10), 10 * math.ceil(max(percents, default=100) / 10)
     image = None
     for place, (case, values) in zip(axes, cells.items(), strict=False):
         table = [[100 * values.get((a, b), math.nan) for a in xs] for b in ys]
@@ -173,7 +198,11 @@ def _canvas(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure,
 
 
 def styles(cases: Sequence[str]) -> dict[str, int]:
-    """Each case's colour and dash, by number: a method of the paper's figures has the same in all figures."""
+    """The number of each case's colour and dash. A method of the paper's figures has the same number in all figures.
+
+    >>> styles(["mine", "DeLoRA", "LoRA"])
+    {'mine': 1, 'DeLoRA': 3, 'LoRA': 0}
+    """
     taken = [METHODS.index(case) for case in cases if case in METHODS]
     free = iter(n for n in range(len(METHODS) + len(cases)) if n not in taken)
     return {case: METHODS.index(case) if case in METHODS else next(free) for case in cases}
@@ -189,11 +218,11 @@ def _plain(name: str) -> str:
 
 
 def _values(rows: Rows, key: str, x: str) -> list[tuple[float, list[float]]]:
-    """Per x the values of all seeds, only where every seed has one."""
-    found: dict[float, list[float | None]] = {}
+    """For each x the values of all seeds; an x is left out if any seed has no value there."""
+    by_x: dict[float, list[float | None]] = {}
     for r in rows:
-        found.setdefault(r[x], []).append(r.get(key))
-    return [(at, [v for v in values if v is not None]) for at, values in sorted(found.items()) if None not in values]
+        by_x.setdefault(r[x], []).append(r.get(key))
+    return [(at, [v for v in values if v is not None]) for at, values in sorted(by_x.items()) if None not in values]
 
 
 def _means(rows: Rows, key: str, x: str) -> list[tuple[float, float]]:
@@ -203,18 +232,18 @@ def _means(rows: Rows, key: str, x: str) -> list[tuple[float, float]]:
 def _line(
     axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, number: int, case: str, x: str = "factor", scale: float = 1
 ) -> None:
-    seen = _values(rows, key, x)
-    if not seen:
+    points = _values(rows, key, x)
+    if not points:
         return
-    at = [a for a, _ in seen]
-    mean = [scale * fmean(values) for _, values in seen]
-    spread = [scale * stdev(values) if len(values) > 1 else 0.0 for _, values in seen]
+    at = [a for a, _ in points]
+    mean = [scale * fmean(values) for _, values in points]
+    spread = [scale * stdev(values) if len(values) > 1 else 0.0 for _, values in points]
     axes.plot(at, mean, label=_plain(case), **_style(number))
-    # On a logarithmic axis a band that reaches below zero would tear the scale.
+    # A band that reaches below zero cannot be drawn on a logarithmic axis.
     low = [m - s if key == "score" else max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
     high = [m + s for m, s in zip(mean, spread, strict=True)]
     axes.fill_between(at, low, high, color=COLOURS[number % len(COLOURS)], alpha=0.12, linewidth=0)
-    if x == "factor" and len(seen) < len({r[x] for r in rows}):
+    if x == "factor" and len(points) < len({r[x] for r in rows}):
         axes.plot(at[-1:], mean[-1:], marker="x", color=COLOURS[number % len(COLOURS)])
 
 

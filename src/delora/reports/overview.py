@@ -27,13 +27,13 @@ COLUMNS = 8  # of a grid of samples, at the most
 POINTS = 300  # of a curve, at the most
 OVER_RATES = (
     "Score (left) and distance from the base model (right) over factors of each case's base rate. Bands: one standard "
-    "deviation over seeds; a cross: at the next factor a run diverges."
+    "deviation over seeds. A cross: at the next factor a run diverges."
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder with what it is and what it gave."""
+    """A run: its folder, its settings, its result."""
 
     folder: Path
     experiment: Experiment
@@ -42,6 +42,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
+    """A table of the page.
+
+    >>> Table("bert", ["Method", "cola"], [["LoRA", "60.0"]], notes=[]).rows
+    [['LoRA', '60.0']]
+    """
+
     title: str
     header: list[str]
     rows: list[list[str]]
@@ -50,6 +56,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawn:
+    """A figure of the page.
+
+    >>> Drawn("bert: column norms", Path("bert-norms.png"), "By kind of layer and depth.").png.suffix
+    '.png'
+    """
+
     title: str
     png: Path
     note: str
@@ -59,13 +71,13 @@ class Drawn:
 
 
 def collect(folders: Sequence[Path], modules: Sequence[str] = ()) -> tuple[list[Run], dict[str, str]]:
-    """Every finished run below the folders, and why others failed, by the name of their folder.
+    """Every finished run below the folders; and for each failed one, by its folder's name, the reason.
 
     Args:
-        modules: those of methods and tasks of your own that the runs may name. Nothing else is imported because a file says so.
+        modules: your own modules, of methods and tasks, that the runs may name. No other is imported because a file names it.
 
     Raises:
-        RunError: there is none; a file is of another version, or names a module that is not in ``modules``.
+        RunError: there is no run; a file is from another version, or names a module that is not in ``modules``.
     """
     runs: list[Run] = []
     failed: dict[str, str] = {}
@@ -96,11 +108,11 @@ def _experiment(file: Path, modules: Sequence[str]) -> Experiment:
 
 
 def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Of each run what it is and all its numbers: the rows of the CSV file."""
-    found = []
+    """The rows of the CSV file: for each run its settings and all values of its result."""
+    rows = []
     for run in runs:
         e, r = run.experiment, run.result
-        found.append(
+        rows.append(
             {
                 "model": e.model,
                 "task": e.task,
@@ -124,16 +136,16 @@ def lines(runs: Sequence[Run]) -> list[dict[str, Any]]:
                 **{f"test {name}": value for name, value in r.scores.items()},
             }
         )
-    return found
+    return rows
 
 
 # ---------------------------------------------------------------- tables
 
 
 def table(model: str, runs: Sequence[Run]) -> Table:
-    """Methods by tasks, as Tables 4, 5 and 8: of each row's settings the best by validation, mean ± deviation over seeds.
+    """Methods by tasks, as in Tables 4, 5 and 8: for each row its best setting by validation, mean ± deviation over seeds.
 
-    The paper's figure stands below ours where the model and the task are the paper's.
+    The paper's score stands below ours if the model and the task are the paper's.
     """
     columns: dict[tuple[str, str], None] = {}
     for run in runs:
@@ -163,10 +175,10 @@ def table(model: str, runs: Sequence[Run]) -> Table:
     seeds = sorted({run.result.seed for run in runs})
     notes = [
         f"± is the standard deviation over seeds ({', '.join(map(str, seeds))}); no ± means one seed. Scores are in percent, "
-        "perplexities and FID are not. Of the settings of a row the best by validation is shown.",
+        "except perplexities and FID. Of the settings of a row, the best by validation is shown.",
     ]
     if any(run.experiment.published and run.experiment.published.of(run.experiment) for run in runs):
-        notes.append("“paper”: what the paper prints for this model and task.")
+        notes.append("“paper”: the paper's score for this model and task.")
     return Table(model, ["Method", "Trainable", *head, *(["mean"] if mean else [])], body, notes)
 
 
@@ -201,11 +213,11 @@ def _cell(row: Row | None, name: str, experiments: dict[int, Experiment]) -> str
 
 
 def robustness(runs: Sequence[Run]) -> Table:
-    """What each case keeps over factors of its base rate. See ``docs/robustness.md``."""
+    """How much of its best score each case keeps over factors of its base rate. See ``docs/robustness.md``."""
     body = []
-    for case, own in _cases(runs).items():
+    for case, of_case in _cases(runs).items():
         by_factor: dict[float, list[Result]] = {}
-        for run in own:
+        for run in of_case:
             by_factor.setdefault(run.experiment.factor or 1.0, []).append(run.result)
         means = {f: (statistics.fmean(v) if None not in v else -math.inf) for f, v in _sorted(by_factor, lambda r: r.test)}
         best = max(means, key=lambda f: means[f])
@@ -216,12 +228,12 @@ def robustness(runs: Sequence[Run]) -> Table:
         growth = " to ".join(_distance(by_factor[f]) for f in (best, max(by_factor)))
         lost = [f for f, score in means.items() if score == -math.inf]
         worst = min((score for score in means.values() if score > -math.inf), default=math.nan)
-        told = f"{100 * worst:.1f}" + (f"; diverges at {', '.join(f'{f:g}' for f in lost)}" if lost else "")
-        body.append([case, f"{100 * means[best]:.1f}", f"{best:g}", f"{low:g} to {high:g}", told, growth])
-    header = ["Case", "Best [%]", "at factor", "Safe factors", "Worst [%]", "|dW|/|W|, at the best to at the largest factor"]
+        worst_score = f"{100 * worst:.1f}" + (f"; diverges at {', '.join(f'{f:g}' for f in lost)}" if lost else "")
+        body.append([case, f"{100 * means[best]:.1f}", f"{best:g}", f"{low:g} to {high:g}", worst_score, growth])
+    header = ["Case", "Best [%]", "at factor", "Safe factors", "Worst [%]", "|dW|/|W| (best to largest factor)"]
     notes = [
-        "Factors multiply the rates of the adapter (and of lam). Safe: the factors around the best one at which the mean score "
-        "is within one point, or one standard deviation of the best if that is more."
+        "Factors multiply the learning rates of the adapter and of lam. Safe: the factors around the best one at which the "
+        "mean score is within one point of the best or, if that is more, within the best one's standard deviation."
     ]
     return Table("Is the learning rate safe?", header, body, notes)
 
@@ -232,7 +244,13 @@ def _distance(results: Sequence[Result]) -> str:
 
 
 def safe(means: dict[float, float], results: dict[float, list[Result]]) -> tuple[float, float]:
-    """The factors, without a gap, around the best one at which the mean score is within max(0.01, deviation) of the best."""
+    """The smallest and largest of the neighbouring factors around the best one at which the mean score stays near the best.
+
+    Near is within max(0.01, the standard deviation at the best factor).
+
+    >>> safe({0.25: 0.60, 1.0: 0.70, 4.0: 0.695, 16.0: 0.50}, {1.0: []})
+    (1.0, 4.0)
+    """
     order = sorted(means)
     best = max(order, key=lambda f: means[f])
     scores = [r.test for r in results[best] if r.test is not None]
@@ -245,22 +263,22 @@ def safe(means: dict[float, float], results: dict[float, list[Result]]) -> tuple
     return order[low], order[high]
 
 
-def _sorted(found: dict[float, list[Result]], value: Callable[[Result], float | None]) -> list[tuple[float, list[Any]]]:
-    return [(factor, [value(r) for r in results]) for factor, results in sorted(found.items())]
+def _sorted(by_factor: dict[float, list[Result]], value: Callable[[Result], float | None]) -> list[tuple[float, list[Any]]]:
+    return [(factor, [value(r) for r in results]) for factor, results in sorted(by_factor.items())]
 
 
 def _cases(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
+    by_row: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.result.row, []).append(run)
-    return found
+        by_row.setdefault(run.result.row, []).append(run)
+    return by_row
 
 
 # ---------------------------------------------------------------- figures
 
 
 def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
-    """Of runs on one task: score and distance over factors (as Fig. 2, 5, 6), distance and score over steps (as Fig. 3)."""
+    """For runs on one task: score and distance over factors (as in Figures 2, 5, 6) and over steps (as in Figure 3)."""
     drawn = []
     scaled = [run for run in runs if run.experiment.factor is not None]
     stem = slug(title)
@@ -282,16 +300,16 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
         bounded = next((case for case in cases if any(p["case"] == case and "bound" in p for p in points)), None)
         figure = figures.over_steps(points, cases, bounded, runs[0].result.metric, "|dW| / |W|")
         png, _ = figures.save(figure, out / f"{stem}-steps")
-        note = "Distance from the base model (left) and validation score (right) over training, of each row's best setting."
+        note = "Distance from the base model (left) and validation score (right) over training, for each row's best setting."
         drawn.append(Drawn(f"{title}: over training", png, note))
     if sheet := _samples(best, {id(run.result): run for run in runs}, out / f"{stem}-samples.png"):
-        note = "The same noise and prompt after more and more steps of training, of each row's best setting."
+        note = "The same noise and prompt after more and more steps of training, for each row's best setting."
         drawn.append(Drawn(f"{title}: samples over training", sheet, note))
     return drawn
 
 
 def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | None:
-    """As Figures 3 and 8: a row for each method, of its first seed and subject, at the steps that all of them have."""
+    """As in Figures 3 and 8: a row of pictures for each method, of its first seed and subject, at the steps that all have."""
     drawn = {row.name: tasks.find(row.runs[0].task).snapshots(runs[id(row.runs[0])].folder) for row in best}
     drawn = {name: pictures for name, pictures in drawn.items() if pictures}
     steps = sorted(set.intersection(*(set(pictures) for pictures in drawn.values()))) if drawn else []
@@ -307,16 +325,16 @@ def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | No
 
 
 def norms(experiment: Experiment, out: Path) -> Drawn:
-    """Figure 4: the mean column norms of an experiment's frozen targets, by kind and depth. Its model is loaded for it."""
+    """Figure 4: the mean column norms of an experiment's frozen targets, by kind and depth. Loads the model."""
     model, adapter = tasks.find(experiment.task).base(experiment), experiment.adapter
     names = resolve(model, adapter.build(), adapter.targets, exclude=adapter.exclude)[0]
     png, _ = figures.save(figures.column_norm_profile(model, list(names)), out / f"{slug(experiment.model)}-norms")
-    note = "The mean norm of the frozen weights' columns, which DeLoRA scales its directions with, by kind of layer and depth."
+    note = "The mean norm of the frozen weights' columns, by which DeLoRA scales its directions, by kind of layer and depth."
     return Drawn(f"{experiment.model}: column norms", png, note)
 
 
 def _points(run: Run) -> list[dict[str, Any]]:
-    """A run's curve, at most `POINTS` of it, each step once."""
+    """A run's curve: about `POINTS` steps, and all validated ones; each step once."""
     file = run.folder / METRICS
     steps: dict[int, dict[str, Any]] = {}
     for text in file.read_text("utf-8").splitlines() if file.is_file() else ():
@@ -325,7 +343,7 @@ def _points(run: Run) -> list[dict[str, Any]]:
     metric = f"validation_{run.result.metric}"
     order = sorted(steps)
     chosen = {*order[:: max(1, len(order) // POINTS)], *(s for s in order if metric in steps[s])}
-    found = []
+    points = []
     for step in sorted(chosen):
         row = steps[step]
         point = {"case": run.result.row, "step": step}
@@ -337,20 +355,20 @@ def _points(run: Run) -> list[dict[str, Any]]:
                 point["reachable"] = row["reachable"]
         if metric in row:
             point["score"] = row[metric]
-        found.append(point)
-    return found
+        points.append(point)
+    return points
 
 
 # ---------------------------------------------------------------- the page
 
 
 def write(folders: Sequence[Path], out: Path, with_norms: bool = False, modules: Sequence[str] = ()) -> Path:
-    """``report.html``, ``runs.csv`` and the figures of all runs below the folders, into ``out``.
+    """Write ``report.html``, ``runs.csv`` and the figures of all runs below the folders into ``out``.
 
-    ``with_norms``: also Figure 4 of each model; ``modules``: as of `collect`.
+    ``with_norms``: also Figure 4 of each model. ``modules``: as for `collect`.
 
     Raises:
-        RunError: there is no run; ``out`` holds other things. Nothing is written then.
+        RunError: there is no run, or ``out`` holds other things. Then nothing is written.
     """
     runs, failed = collect(folders, modules)
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / REPORT).is_file())):
@@ -358,21 +376,27 @@ def write(folders: Sequence[Path], out: Path, with_norms: bool = False, modules:
     out.mkdir(parents=True, exist_ok=True)
     tables, drawn = [], []
     for model in dict.fromkeys(run.experiment.model for run in runs):
-        own = [run for run in runs if run.experiment.model == model]
-        tables.append(table(model, own))
-        for task in dict.fromkeys(run.experiment.task for run in own):
-            part = [run for run in own if run.experiment.task == task]
+        of_model = [run for run in runs if run.experiment.model == model]
+        tables.append(table(model, of_model))
+        for task in dict.fromkeys(run.experiment.task for run in of_model):
+            part = [run for run in of_model if run.experiment.task == task]
             if len({run.experiment.factor for run in part if run.experiment.factor is not None}) > 1:
                 tables.append(robustness([run for run in part if run.experiment.factor is not None]))
             drawn += draw(f"{model}, {task}", part, out)
         if with_norms:
-            drawn.append(norms(own[0].experiment, out))
+            drawn.append(norms(of_model[0].experiment, out))
     write_atomically(out / CSV, as_csv(lines(runs)).encode())
     write_atomically(out / REPORT, page(runs, failed, tables, drawn).encode())
     return out / REPORT
 
 
 def page(runs: Sequence[Run], failed: dict[str, str], tables: Sequence[Table], drawn: Sequence[Drawn]) -> str:
+    """The text of ``report.html``, with the figures inside it.
+
+    >>> "<h2>bert</h2>" in page([], {}, [Table("bert", ["Method"], [["LoRA"]], [])], [])
+    True
+    """
+
     def cell(text: str, tag: str = "td") -> str:
         return f"<{tag}>{escape(text).replace(chr(10), '<br>')}</{tag}>"
 
