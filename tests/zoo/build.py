@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,40 +17,18 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from tests.zoo.configs import Tiny, given
-from tests.zoo.inputs import NoInputs, find, lines
+from tests.zoo.inputs import NoInputs, at_most, find
+from tests.zoo.words import code, lines
 
 __all__ = ["Built", "NotBuilt", "build", "lively", "types"]
 
 LARGEST = 40_000_000  # parameters
-TASKS = [
-    "CAUSAL_LM",
-    "SEQ_TO_SEQ_CAUSAL_LM",
-    "SEQUENCE_CLASSIFICATION",
-    "MASKED_LM",
-    "IMAGE_CLASSIFICATION",
-    "CTC",
-    "AUDIO_CLASSIFICATION",
-    "SPEECH_SEQ_2_SEQ",
-    "IMAGE_TEXT_TO_TEXT",
-    "MULTIMODAL_LM",
-    "VIDEO_CLASSIFICATION",
-    "OBJECT_DETECTION",
-    "SEMANTIC_SEGMENTATION",
-    "UNIVERSAL_SEGMENTATION",
-    "DEPTH_ESTIMATION",
-    "BASE",
-    "PRETRAINING",
-    "TIME_SERIES_PREDICTION",
-    "MASK_GENERATION",
-    "TEXT_TO_WAVEFORM",
-    "TEXT_TO_SPECTROGRAM",
-    "KEYPOINT_DETECTION",
-    "KEYPOINT_MATCHING",
-    "IMAGE_TO_IMAGE",
-    "RETRIEVAL",
-    "TDT",
-    "RNNT",
-]
+TASKS = """
+SEQ_TO_SEQ_CAUSAL_LM SPEECH_SEQ_2_SEQ CAUSAL_LM SEQUENCE_CLASSIFICATION MASKED_LM IMAGE_CLASSIFICATION CTC AUDIO_CLASSIFICATION
+IMAGE_TEXT_TO_TEXT MULTIMODAL_LM VIDEO_CLASSIFICATION OBJECT_DETECTION SEMANTIC_SEGMENTATION UNIVERSAL_SEGMENTATION
+DEPTH_ESTIMATION BASE PRETRAINING TIME_SERIES_PREDICTION MASK_GENERATION TEXT_TO_WAVEFORM TEXT_TO_SPECTROGRAM
+KEYPOINT_DETECTION KEYPOINT_MATCHING IMAGE_TO_IMAGE RETRIEVAL TDT RNNT
+"""
 
 
 Recipe = Callable[[Tiny], nn.Module]  # makes a model of the size that a Tiny cuts
@@ -74,7 +51,25 @@ class Built:
 
 def types() -> list[str]:
     """The names of all types: transformers' model types, and ``diffusers:Class``."""
-    return [*CONFIG_MAPPING_NAMES, *diffusers_types()]
+    return [*CONFIG_MAPPING_NAMES, *diffusers_types(), *timm_types()]
+
+
+def timm_missing() -> str:
+    """Why there is no timm, or an empty text."""
+    try:
+        import timm  # noqa: F401
+    except Exception as error:
+        return f"timm cannot be imported: {_short(error)}"
+    return ""
+
+
+def timm_types() -> list[str]:
+    """One model, the first, of each of timm's families that name themselves; none where timm is missing."""
+    if timm_missing():
+        return []
+    import timm
+
+    return [f"timm:{timm.list_models(module=module)[0]}" for module in timm.list_modules() if timm.list_models(module=module)]
 
 
 def diffusers_types() -> list[str]:
@@ -93,7 +88,7 @@ def diffusers_types() -> list[str]:
 def classes(kind: str) -> list[type[PreTrainedModel]]:
     """The model classes of a type, those of the commonest tasks first; its own module's where the tables name none."""
     names: list[str] = []
-    for task in TASKS:
+    for task in TASKS.split():
         table = (
             modeling_auto.MODEL_MAPPING_NAMES
             if task == "BASE"
@@ -155,7 +150,13 @@ def _diffusers(name: str) -> list[tuple[str, Recipe]]:
     return [(name, lambda tiny: cls(**tiny.arguments(cls)))]
 
 
-def build(kind: str, seconds: float = 12.0) -> Built:
+def _timm(name: str) -> list[tuple[str, Recipe]]:
+    import timm
+
+    return [(name, lambda tiny: timm.create_model(name, pretrained=False, num_classes=5))]
+
+
+def build(kind: str, seconds: float = 9.0) -> Built:
     """A tiny model of a type and inputs that it runs with.
 
     Raises:
@@ -164,7 +165,7 @@ def build(kind: str, seconds: float = 12.0) -> Built:
     torch.manual_seed(0)
     start = time.monotonic()
     library, _, name = kind.rpartition(":")
-    recipes = _diffusers(name) if library == "diffusers" else _transformers(kind)
+    recipes = {"diffusers": _diffusers, "timm": _timm}.get(library, _transformers)(name)
     search = _Search(start + seconds)
     for i, (words, recipe) in enumerate(recipes):
         for level in (0, 1, 2) if i == 0 else (0, 1):
@@ -177,11 +178,6 @@ def build(kind: str, seconds: float = 12.0) -> Built:
 
 def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error)[:160]}"
-
-
-def _code(error: BaseException) -> str:
-    """The lines of code that an error came through last."""
-    return " ".join(frame.line or "" for frame in traceback.extract_tb(error.__traceback__)[-4:])
 
 
 def _parameters(recipe: Recipe, tiny: Tiny) -> int:
@@ -203,39 +199,43 @@ class _Search:
     def __init__(self, end: float) -> None:
         self.end = end
         self.tried: list[str] = []
-        self.best: tuple[tuple[int, ...], str, Recipe, Tiny, str] | None = None
+        self.best: tuple[tuple[int, ...], str, Recipe, Tiny, str, dict[str, Any] | None] | None = None
 
-    def attempt(self, words: str, recipe: Recipe, tiny: Tiny, seconds: float = 1.5) -> tuple[nn.Module, dict[str, Any]] | None:
+    def attempt(
+        self, words: str, recipe: Recipe, tiny: Tiny, seconds: float = 1.5, near: dict[str, Any] | None = None
+    ) -> tuple[nn.Module, dict[str, Any]] | None:
         """A model of this size with its inputs, or None; the reason is then in ``tried``."""
         left = self.end - time.monotonic()
         if left < 0:
             return None
         score: tuple[int, ...] = (0,)
         try:
-            if (n := _parameters(recipe, tiny)) > LARGEST:
-                raise _Large(n)
-            model = lively(recipe(tiny))
-            return model, find(model, min(seconds, left)).inputs
+            with at_most(seconds + 1.0):
+                if (n := _parameters(recipe, tiny)) > LARGEST:
+                    raise _Large(n)
+                model = lively(recipe(tiny))
+            return model, find(model, min(seconds, left), near).inputs
         except NoInputs as error:
+            near = error.near  # type: ignore[attr-defined]
             score, reason = (1, *error.score), f"{error} {error.code}"  # type: ignore[attr-defined]
         except _Large as error:
             score, reason = (-1, -error.args[0]), f"{error.args[0]:,} parameters are not tiny"
         except Exception as error:
-            score, reason = (0, *lines(error)), f"{_short(error)} {_code(error)}"
+            score, reason = (0, *lines(error)), f"{_short(error)} {code(error)}"
         self.tried.append(f"{words}/{tiny}: {reason[:230]}")
         if tiny.level < 2 and (self.best is None or score > self.best[0]):
-            self.best = score, words, recipe, tiny, reason
+            self.best = score, words, recipe, tiny, reason, near
         return None
 
     def mended(self) -> tuple[nn.Module, dict[str, Any]] | None:
         """Sizes that were cut are given back one by one, and fields that an error asks for are set."""
         while self.best is not None and time.monotonic() < self.end:
             before = self.best
-            _, words, recipe, tiny, reason = before
+            _, words, recipe, tiny, reason, inputs = before
             if "ImportError" in reason:
                 return None
             for near in tiny.near(reason):
-                if found := self.attempt(words, recipe, near, 0.6):
+                if found := self.attempt(words, recipe, near, 0.6, inputs):
                     return found
                 if self.best is not before:
                     break

@@ -13,6 +13,8 @@ from transformers import ResNetConfig, TimmBackboneConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from tests.zoo.words import mismatches
+
 __all__ = ["SPECIAL", "Tiny", "given", "peek", "seek"]
 
 # The largest value (-1: as it is) of a field, by the first pattern that its whole name matches.
@@ -157,19 +159,18 @@ class Tiny:
             yield from (other(**{path: value}) for value in ([unset[path]] if unset[path] > 0 else [8]))
             yield other(**{path: True})
         for path, value in self.flags.items():
-            if path not in self.put and said(path):
+            if path not in self.put and (
+                said(path) or any(len(w) > 5 and w in reason for w in path.rpartition(".")[2].split("_"))
+            ):
                 yield other(**{path: not value})
+        for old, new in mismatches(reason):
+            yield from (other(**{path: new}) for path, value in self.changed.items() if value == old and new <= 2048)
         for path, value in self.changed.items():
             if said(path):
                 yield Tiny(self.level, self.keep | {path}, self.put)
                 yield from (other(**{path: v}) for v in (value * 2, value // 2) if value and v)
-        numbers = list(dict.fromkeys(int(x) for x in re.findall(r"\d+", reason.partition("(most")[0])))[:8]
-        for path, value in self.changed.items():
-            if value in numbers:
-                yield from (other(**{path: n}) for n in numbers if value < n <= 2048)
         yield from (other(**{path: size}) for path, size in unset.items() if size > 0 and not said(path))
         yield from (Tiny(self.level, self.keep | {path}, self.put) for path in self.changed if not said(path))
-        yield from (other(**{path: not value}) for path, value in self.flags.items() if path not in self.put and not said(path))
 
     def arguments(self, cls: type) -> dict[str, Any]:
         """Small values for the arguments of a class that describes its size by them."""
@@ -199,7 +200,7 @@ class Tiny:
             self.large[path] = value
         if value is None:
             self.unset.append(path)
-        elif isinstance(value, bool):
+        elif isinstance(value, bool) and not re.match("output_|return_|use_cache|is_encoder_decoder", name):
             self.flags[path] = value
 
     def __call__(self, config: PreTrainedConfig, path: str = "") -> PreTrainedConfig:
@@ -211,7 +212,11 @@ class Tiny:
             self._note(path + name, peek(config, name), kind.attribute_map)
             if (match := re.fullmatch("(image|video|audio)_token_(id|index)", name)) and peek(config, name) is None:
                 new[name] = SPECIAL[match[1]]
-        for name, value in self._values(config, fields):
+        try:
+            plain = kind()
+        except Exception:
+            plain = None
+        for name, value in self._values(config, plain, fields):
             if path + name in self.put:
                 continue
             if isinstance(value, TimmBackboneConfig):
@@ -220,7 +225,7 @@ class Tiny:
                 new[name] = self(value, f"{path}{name}.")
             elif _one_a_layer(name, value, depth):
                 continue
-            elif (small := self._shrunk(path + name, name, value)) is not value:
+            elif (small := self._shrunk(path + name, name, value)) is not value or _given(plain, name, value):
                 new[name] = small
         new |= self._layers(config, fields, depth, path)
         new |= self._related(config, fields, new, path)
@@ -238,16 +243,15 @@ class Tiny:
             made.pad_token_id = 0
         return made
 
-    def _values(self, config: PreTrainedConfig, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    def _values(self, config: PreTrainedConfig, plain: Any, fields: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         """The fields but those that follow from others (they are None by default and set when the object is made)."""
-        try:
-            plain = type(config)()
-        except Exception:
-            plain = config
         for name in fields or vars(config):
             value = peek(config, name)
-            if isinstance(value, (PreTrainedConfig, list, tuple)) or not (
-                name in fields and fields[name].default is None and peek(plain, name) == value
+            if (
+                isinstance(value, (PreTrainedConfig, list, tuple))
+                or name not in fields
+                or fields[name].default is not None
+                or peek(plain or config, name) != value
             ):
                 yield name, value
 
@@ -313,6 +317,12 @@ class Tiny:
         if isinstance(out, (list, tuple)) and len(out) > 1 and type(peek(config, depth)) is int and "hidden_size" in fields:
             more |= {"out_indices": list(range(1, len(out) + 1)), "out_features": None, depth: len(out)}
         return more
+
+
+def _given(plain: Any, name: str, value: Any) -> bool:
+    """Whether a field was set to something else than what its class has by default."""
+    private = name.startswith("_") or name in ("transformers_version", "model_type")
+    return plain is not None and not private and isinstance(value, (bool, str, int, float)) and peek(plain, name) != value
 
 
 def _one_a_layer(name: str, value: Any, depth: Any) -> bool:

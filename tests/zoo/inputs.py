@@ -13,7 +13,6 @@ import re
 import signal
 import threading
 import time
-import traceback
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +24,11 @@ from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 
 from tests.zoo.configs import SPECIAL, peek, seek
+from tests.zoo.words import code, lines, mismatches
 
-__all__ = ["Found", "NoInputs", "at_most", "find", "flat", "lines", "run"]
+__all__ = ["Found", "NoInputs", "at_most", "find", "flat", "run"]
 
 Inputs = dict[str, Any]
-Score = tuple[int, ...]
 B, T, FRAMES, BOXES = 2, 12, 4, 3  # batch, tokens, pictures of a video, what is asked in a picture
 
 
@@ -93,6 +92,7 @@ class Sizes:
         self.codes = number(["num_codebooks", "num_code_groups", "n_codes_total"], 0)
         self.seek = number
         self.grid = 2 * self.merge
+        self.time = peek(config, "num_time_features") or 0
         self.pictures = not isinstance(config, PreTrainedConfig)
 
     def ids(self, *shape: int) -> Tensor:
@@ -143,10 +143,10 @@ def values(name: str, s: Sizes) -> list[Any]:
         "encoder_hidden_states": [R(B, 9, s.seek(TEXT_WIDTHS, 64))] if s.pictures else [None, R(B, 9, hid)],
         "inputs_embeds": [None, R(B, T, hid)],
         "past_values": [R(B, length + lags), R(B, length, s.seek(["num_input_channels"], 1)), R(B, length), R(B, 40)],
-        "past_time_features": [R(B, length + lags, s.seek(["num_time_features"], 1)), R(B, length + lags, 1)],
+        "past_time_features": [R(B, length + lags, s.time), R(B, length + lags, 1)],
         "past_observed_mask": [ones(B, length + lags)],
         "future_values": [R(B, s.seek(["prediction_length"], 6))],
-        "future_time_features": [R(B, s.seek(["prediction_length"], 6), s.seek(["num_time_features"], 1))],
+        "future_time_features": [R(B, s.seek(["prediction_length"], 6), s.time), R(B, s.seek(["prediction_length"], 6), 1)],
         "pixel_attention_mask": [None, ones(B, 16), ones(B, H, W), ones(B, 1, H, W)],
         "flattened_patches": [torch.cat([ones(B, 9, 2), R(B, 9, C * p * p)], -1)],
         "image_sizes": [torch.tensor([[H, W]] * B), [(H, W)] * B],
@@ -233,7 +233,7 @@ def _starts(model: nn.Module, sizes: Sizes, many: int) -> Iterator[Inputs]:
     sets = [media, media - {"image_sizes"}, tight | {"decoder_input_ids"}, tight, needed | set(TEXT)]
     seen: set[tuple[str, ...]] = set()
     if sizes.pictures:
-        sets = [needed | set(DENOISED), needed]
+        sets = [needed | set(DENOISED), needed | set(DENOISED) - {"guidance"}, needed]
     for wanted in [*sets, needed | {"inputs_embeds"}, needed | media | {"hidden_states", "encoder_hidden_states"}]:
         main = [k for k in names if k in wanted | needed and k not in BESIDE]
         beside = [k for k in names if k in BESIDE and (k in needed or _goes_with(k, main))]
@@ -265,12 +265,12 @@ def at_most(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    old, begun = signal.signal(signal.SIGALRM, late), time.monotonic()
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds)[0]
     try:
         yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+    finally:  # the block around this one goes on with what is left of its time
+        signal.setitimer(signal.ITIMER_REAL, max(0.01, outer - (time.monotonic() - begun)) if outer else 0)
         signal.signal(signal.SIGALRM, old)
 
 
@@ -284,7 +284,7 @@ class Tried:
             done[0] += 1
 
         hook = nn.modules.module.register_module_forward_hook(count)
-        self.score: Score = ()
+        self.score: tuple[int, ...] = ()
         try:
             with torch.no_grad(), at_most(2.0):
                 y = run(model, inputs)
@@ -302,16 +302,6 @@ class Tried:
         return f"{type(self.error).__name__}: {str(self.error)[:150]}"
 
 
-def lines(error: BaseException) -> Score:
-    """The lines that were reached, from the outside in."""
-    lines, tb = [], error.__traceback__
-    while tb:
-        if "modeling_" in (file := tb.tb_frame.f_code.co_filename) or "/models/" in file:
-            lines.append(tb.tb_lineno)
-        tb = tb.tb_next
-    return tuple(lines)
-
-
 class Found:
     """Inputs that a model runs with, and what the first tries said."""
 
@@ -319,50 +309,68 @@ class Found:
         self.inputs, self.errors = inputs, errors
 
 
-def find(model: nn.Module, seconds: float = 4.0) -> Found:
-    """Inputs with which the model gives a finite output that is not zero.
+def find(model: nn.Module, seconds: float = 4.0, near: Inputs | None = None) -> Found:
+    """Inputs with which the model gives a finite output that is not zero. ``near`` are some to begin with.
 
     Raises:
         NoInputs: there are none within this time; its ``score`` says how far the best got.
     """
     torch.manual_seed(0)
     sizes, end, errors = Sizes(model.config), time.monotonic() + seconds, []
+    names = set(_signature(model)[0])
     best: dict[tuple[str, ...], Tried] = {}
-    for inputs in _starts(model, sizes, 24):
+    runs: Tried | None = None
+    if near is not None and (found := _climb(model, Tried(model, near), sizes, time.monotonic() + seconds / 2)):
+        if found.error is None:
+            return Found(found.inputs, errors)
+        best[tuple(found.inputs)] = found
+    for inputs in _starts(model, sizes, 24) if near is None else ():
         for _ in range(5):
             tried = Tried(model, inputs)
             if tried.error is None:
-                return Found(inputs, errors[:1])
+                runs = tried
+                break
             errors.append(tried.words())
             if tried.score > (b.score if (b := best.get(key := tuple(inputs))) else ()):
                 best[key] = tried
             if (more := _placeholders(tried.error, inputs, model.config)) is None:
                 break
             inputs = more
-        if time.monotonic() > end - seconds / 2:
+        if runs or time.monotonic() > end - seconds / 2:
             break
-    for start in sorted(best.values(), key=lambda t: t.score, reverse=True)[:4]:
-        if found := _climb(model, start, sizes, end):
-            if found.error is None:
-                return Found(found.inputs, errors[:1])
-            best[tuple(found.inputs)] = found
-            errors.append(found.words())
+    richer = [t for t in best.values() if runs is None or _media(names, t.inputs) > _media(names, runs.inputs)]
+    for start in sorted(richer, key=lambda t: t.score, reverse=True)[:4]:
+        found = _climb(model, start, sizes, end, least=_media(names, start.inputs) if runs else 0)
+        if found.error is None:
+            return Found(found.inputs, errors[:1])
+        best[tuple(found.inputs)] = found
+        errors.append(found.words())
+    if runs:  # not all that it can take, but it runs
+        return Found(runs.inputs, errors[:1])
     last = max(best.values(), key=lambda t: t.score, default=None)
     words = " / ".join(dict.fromkeys([*errors[:2], *([last.words()] if last else [])]))
-    code = [f.line or "" for f in traceback.extract_tb(last.error.__traceback__)[-4:]] if last and last.error else []
     failure = NoInputs(f"no inputs found: {words}")
     failure.score = last.score if last else ()  # type: ignore[attr-defined]
-    failure.code = " ".join(code)  # type: ignore[attr-defined]
+    failure.near, failure.code = (last.inputs, code(last.error)) if last else (None, "")  # type: ignore[attr-defined]
     raise failure
 
 
-def _climb(model: nn.Module, start: Tried, sizes: Sizes, end: float) -> Tried:
-    """From a set of inputs by moves that get further, until it runs or none gets further."""
-    here = start
-    while True:
+def _media(names: set[str], inputs: Inputs) -> int:
+    """How many pictures, sounds and texts a set of inputs has of those that the forward takes."""
+    return sum(
+        k in inputs for k in names & {"input_ids", "pixel_values", "input_features", "input_values", "decoder_input_ids"}
+    )
+
+
+def _climb(model: nn.Module, start: Tried, sizes: Sizes, end: float, least: int = 0) -> Tried:
+    """From a set of inputs by moves that get further, until it runs or none gets further; never to fewer media than these."""
+    here, names = start, set(_signature(model)[0])
+    while here.error is not None:
         for inputs in _moves(model, here, sizes):
             if time.monotonic() > end:
                 return here
+            if _media(names, inputs) < least:
+                continue
             tried = Tried(model, inputs)
             if tried.error is None:
                 return tried
@@ -371,6 +379,7 @@ def _climb(model: nn.Module, start: Tried, sizes: Sizes, end: float) -> Tried:
                 break
         else:
             return here
+    return here
 
 
 # ---------------------------------------------------------------- moves
@@ -392,8 +401,13 @@ def _changes(model: nn.Module, tried: Tried, sizes: Sizes) -> Iterator[Inputs]:
         if name in names and name not in inputs:
             for value in values(name, sizes):
                 yield inputs | {name: value}
-    numbers = list(dict.fromkeys(int(x) for x in re.findall(r"(?<![\w.])\d+(?![\w.])|(?<=\d[x*])\d+|\d+(?=[x*]\d)", text)))[:10]
-    for old, new in product(numbers, numbers):
+    asked = re.findall(r"\w+", code(tried.error)) if "None" in text else []
+    for name in dict.fromkeys(n for n in asked if n in names and n not in inputs):
+        for value in values(name, sizes):
+            if value is not None:
+                yield inputs | {name: value}
+    numbers = list(dict.fromkeys(int(x) for x in re.findall(r"(?<![\w.])\d+(?![\w.])|(?<=\d[x*])\d+|\d+(?=[x*]\d)", text)))[:6]
+    for old, new in dict.fromkeys([*mismatches(text), *product(numbers, numbers)]):
         if old != new and 0 < new <= 4096:
             for name, value in inputs.items():
                 if isinstance(value, Tensor) and old in value.shape:
@@ -421,7 +435,7 @@ def _changes(model: nn.Module, tried: Tried, sizes: Sizes) -> Iterator[Inputs]:
             yield inputs | {name: value % 4}
             yield inputs | {name: value.bool()}
             yield inputs | {name: value.float()}
-        if value.ndim < 5:
+        if value.ndim < 5 and not name.endswith("input_ids"):
             yield inputs | {name: value.unsqueeze(1)}
             yield inputs | {name: value.unsqueeze(-1)}
         if value.ndim > 2:
