@@ -18,6 +18,7 @@ from torch import nn
 import delora
 from delora import DeLoRA, Full, LoRA
 from delora.formats.files import AdapterError
+from delora.formats.native import seal
 from tests.cases import Net, ids, shake
 
 
@@ -39,9 +40,11 @@ def tensor_file(folder: Path) -> Path:
 
 
 def edit(folder: Path, change) -> None:
-    """Change the JSON as one with an editor would."""
+    """Change the JSON as one who knows the format would: with a checksum that vouches for it."""
     data = json.loads((folder / "adapter.json").read_text())
     change(data)
+    if data.get("schema") != 1:
+        data["checksum"] = seal(data)
     (folder / "adapter.json").write_text(json.dumps(data))
 
 
@@ -70,7 +73,7 @@ def refuses(base, folder, words, **kwargs):
 
 def test_what_is_in_the_json(folder):
     data = json.loads((folder / "adapter.json").read_text())
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert (data["method"], data["fields"]["lam"]) == ("delora", 8.0)
     assert data["layers"]["q"]["shape"] == [8, 8]
     assert data["layers"]["v"]["fields"] == {"r": 3, "lam": 2.0}
@@ -280,7 +283,8 @@ def test_a_path_that_leads_elsewhere(base, folder, name):
 
 
 JSON_CASES = [
-    (lambda d: d.update(schema=2), "has schema 2, this delora reads schema 1: upgrade delora"),
+    (lambda d: d.update(schema=3), "has schema 3, this delora reads schemas 1 to 2: upgrade delora"),
+    (lambda d: d.update(schema=0), "no version of delora wrote that"),
     (lambda d: d.update(schema="1"), "'schema' must be int, got '1'"),
     (lambda d: d.update(format="other"), "does not describe a delora adapter: its 'format' is 'other'"),
     (lambda d: d.update(method="delroa"), "unknown method 'delroa': known are bitfit, bottleneck, delora, "),
@@ -295,11 +299,11 @@ JSON_CASES = [
     (lambda d: d.update(layers={}, also_train={}), "names no layer"),
     (lambda d: d["layers"].update(q=3), "'q': must be an object, got 3"),
     (lambda d: d["layers"]["q"].update(shape=[9, 8]), r"q is \[8, 8\] in this model, the adapter was made for \[9, 8\]"),
-    (lambda d: d["layers"]["q"].update(strength=-1), "strength -1 or dropout 0.0 is out of range"),
-    (lambda d: d["layers"]["q"].update(dropout=2), "strength 1.0 or dropout 2 is out of range"),
+    (lambda d: d["layers"]["q"].update(strength=-1), "strength -1 is out of range"),
+    (lambda d: d["layers"]["q"].update(dropout=2), "dropout 2 is out of range for DeLoRA"),
     (lambda d: d["layers"]["q"]["base"].update(dtype="nn"), "'nn' is not the dtype of a weight"),
     (lambda d: d["layers"]["q"]["base"].update(norm=None), "'norm' must be int or float, got None"),
-    (lambda d: d["layers"].update(query=d["layers"].pop("q")), "belongs to no layer that adapter.json names"),
+    (lambda d: d["layers"].update(query=d["layers"].pop("q")), "1 of 3 layers are not in this Net, first 'query'"),
     (lambda d: d["tensors"].update(bytes=-1), "bytes, adapter.json says -1"),
     (lambda d: d["tensors"].pop("sha256"), "'sha256' is missing"),
 ]

@@ -1,8 +1,9 @@
 """The library's own format: a folder with one JSON and one safetensors file.
 
-The JSON names the safetensors file and its SHA-256. The tensors are written first, under a new name; then the JSON replaces
-the old one in a single step. So a crash at any moment leaves either the old adapter or the new one, complete.
-Nothing is unpickled, and everything is checked before the model is changed.
+The JSON names the safetensors file and its SHA-256, and holds a checksum of itself. The tensors are written first, under a new
+name; then the JSON replaces the old one in a single step; then the file that the old one named is deleted. So a crash at any
+moment leaves either the old adapter or the new one, complete, and who reads meanwhile gets one of the two. Of several processes
+that save into one folder, one writes at a time. Nothing is unpickled, and everything is checked before the model is changed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -23,22 +25,42 @@ from torch import Tensor, nn
 
 from delora.ambient import apart
 from delora.diagnostics import report
-from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
+from delora.formats.files import (
+    MAX_JSON,
+    AdapterError,
+    Saved,
+    SavedLayer,
+    TensorFile,
+    beyond_float32,
+    get,
+    known_keys,
+    leftovers,
+    locked,
+    read_json,
+    require_bounded,
+    shown,
+    write_atomically,
+)
 from delora.formats.peft import read as read_peft
+from delora.hosts import Embedding
 from delora.injection import check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
 from delora.methods import METHODS, Full
-from delora.methods.base import checked_replace, fields_of, name_of
-from delora.models import active_adapter, adapted_layers, adapter_names, adapters, refuse_inside, unwrapped, walk
+from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
+from delora.models import active_adapter, adapted_layers, adapter_names, adapters, clean_name, refuse_inside, unwrapped, walk
 from delora.ties import share_copies
 from delora.updates import wide
 from delora.version import __version__
 
-__all__ = ["JSON", "fingerprint", "is_adapter", "load", "require_adapter", "save"]
+__all__ = ["JSON", "description", "fingerprint", "is_adapter", "load", "open_folder", "require_adapter", "save", "seal"]
 
-SCHEMA = 1
-JSON = "adapter.json"
+SCHEMA = 2
+JSON, LOCK = "adapter.json", ".lock"
 TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
+KEYS = ("format", "schema", "method", "fields", "layers", "also_train", "base_model", "tensors", "versions", "checksum")
+LAYER_KEYS = ("shape", "method", "fields", "dropout", "strength", "base", "report")
+REPORTED = ("lam", "distance", "relative", "bound", "bound_used", "spectral", "effective_rank")
+WEIGHTS = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype) and d.is_floating_point}
 
 
 # ---------------------------------------------------------------- the base's fingerprint
@@ -76,8 +98,11 @@ def _same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write an adapter (the active one, if ``name`` is None) and the modules trained with it to a folder.
 
+    An adapter that is there is replaced; other files stay. Of several processes that save into one folder at once, one writes
+    after the other.
+
     Raises:
-        ValueError: there is no such adapter, or one of its tensors holds NaN or infinity; nothing is written then.
+        ValueError: there is no such adapter, or a number of it cannot be written; nothing is written then.
 
     >>> import delora, tempfile
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
@@ -87,7 +112,13 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     """
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
-    tensors = {f"{layer}.{key}": t.detach().cpu().contiguous() for layer, a in chosen.items() for key, t in a.saved().items()}
+    tensors: dict[str, Tensor] = {}
+    for layer, a in chosen.items():
+        if a.whole:  # as the module's own state dict names them, but for what wrappers inside it add
+            kept = {_inside(layer, key): t for key, t in a.saved().items()}
+        else:
+            kept = {f"{layer}.{key}": t for key, t in a.saved().items()}
+        tensors |= {key: t.detach().cpu().contiguous() for key, t in kept.items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
@@ -95,38 +126,102 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     digest = hashlib.sha256(data).hexdigest()
     first = next((a.method for a in chosen.values() if not a.whole), Full())
     config = getattr(unwrapped(model), "config", None)
-    text = json.dumps(
-        {
-            "format": "delora",
-            "schema": SCHEMA,
-            "method": name_of(first),
-            "fields": fields_of(first),
-            "layers": {layer: _layer_entry(a, first) for layer, a in chosen.items() if not a.whole},
-            "also_train": {layer: {"strength": a.strength} for layer, a in chosen.items() if a.whole},
-            "base_model": getattr(config, "_name_or_path", None) or None,
-            "tensors": {"file": f"adapter-{digest[:16]}.safetensors", "bytes": len(data), "sha256": digest},
-            "versions": {"delora": __version__, "torch": str(torch.__version__)},
-        },
-        indent=1,
-        allow_nan=False,
-    )
+    described = {
+        "format": "delora",
+        "schema": SCHEMA,
+        "method": name_of(first),
+        "fields": fields_of(first),
+        "layers": {layer: _layer_entry(layer, a, first) for layer, a in chosen.items() if not a.whole},
+        "also_train": {layer: {"strength": a.strength} for layer, a in chosen.items() if a.whole},
+        "base_model": getattr(config, "_name_or_path", None) or None,
+        "tensors": {"file": f"adapter-{digest[:16]}.safetensors", "bytes": len(data), "sha256": digest},
+        "versions": {"delora": __version__, "torch": str(torch.__version__)},
+    }
+    try:
+        text = json.dumps(described | {"checksum": seal(described)}, indent=1, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a field of the method is no value of JSON: {error}; nothing was written to {folder}") from error
+    if len(text) > MAX_JSON:
+        raise ValueError(f"{JSON} would have {len(text):,} bytes, more than load reads ({MAX_JSON:,}): nothing was written")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"adapter-{digest[:16]}.safetensors"
-    write_atomically(file, data)
-    write_atomically(folder / JSON, text.encode())
-    for old in folder.glob("adapter-*.safetensors"):
-        if old != file and re.fullmatch(r"adapter-[0-9a-f]{16}\.safetensors", old.name):
-            old.unlink(missing_ok=True)
+    with _replacing(folder, folder / f"adapter-{digest[:16]}.safetensors") as file:
+        write_atomically(file, data)
+        write_atomically(folder / JSON, text)
     return folder
 
 
-def _layer_entry(adapter: Placed, first: Any) -> dict[str, Any]:
+def _inside(layer: str, key: str) -> str:
+    """The name of a tensor inside a layer, without those of wrappers in between."""
+    return f"{layer}.{clean_name(f'_.{key}')[2:]}"
+
+
+def seal(described: Mapping[str, Any]) -> str:
+    """The SHA-256 of a JSON object without its checksum: of its text with sorted keys, without spaces, in ASCII.
+
+    >>> seal({"a": 1, "checksum": "x"}) == seal({"a": 1}) == hashlib.sha256(b'{"a":1}').hexdigest()
+    True
+    """
+    plain = {key: value for key, value in described.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+@contextmanager
+def _replacing(folder: Path, file: Path) -> Iterator[Path]:
+    """A context in which this process alone saves into the folder; at its end goes what its new JSON replaces.
+
+    Deleted are the tensors that the JSON named which was replaced, and what savers left that were killed: these tell in the
+    lock's notes which tensors they were about to write and to delete.
+    """
+    with locked(folder / LOCK) as notes:
+        dead = {name for name in notes.read(4096).decode("ascii", "replace").split() if TENSORS.fullmatch(name)}
+        replaced = _named(folder)
+        for temporary in [*leftovers(folder / JSON), *_temporary(folder)]:
+            temporary.unlink(missing_ok=True)
+        new = not file.exists()
+        going = dead | ({replaced} if replaced is not None else set())
+        _note(notes, going | {file.name})
+        try:
+            yield file
+        except BaseException:
+            if new and _named(folder) not in (None, file.name):
+                file.unlink(missing_ok=True)
+            raise
+        for name in going - {file.name}:
+            (folder / name).unlink(missing_ok=True)
+
+
+def _note(notes: BinaryIO, names: Iterable[str]) -> None:
+    notes.seek(0)
+    notes.write(" ".join(names).encode())
+    notes.truncate()
+    notes.flush()
+
+
+def _temporary(folder: Path) -> list[Path]:
+    """What killed savers left of tensors that were not written to their end."""
+    name = re.compile(rf"\.{TENSORS.pattern}\.[0-9a-f]+\.tmp")
+    return [file for file in folder.iterdir() if name.fullmatch(file.name)]
+
+
+def _named(folder: Path) -> str | None:
+    """The tensor file that a folder's JSON names, if it has one that can be read."""
+    try:
+        name = read_json(folder / JSON)["tensors"]["file"]
+    except (AdapterError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and TENSORS.fullmatch(name) else None
+
+
+def _layer_entry(layer: str, adapter: Placed, first: Any) -> dict[str, Any]:
     """The JSON entry of one layer. Its ``report`` lets people inspect an adapter without its base model."""
     common, fields = fields_of(first), fields_of(adapter.method)
+    if (large := beyond_float32(fields)) is not None:
+        raise ValueError(f"{layer}: {large} is beyond float32's numbers: nothing was written")
     W = adapter.host.read()
     norm, probe = fingerprint(W.to(wide(W.dtype)))
-    r = report(adapter)
+    if not (math.isfinite(norm) and math.isfinite(probe)):
+        raise ValueError(f"{layer}: its frozen weight holds NaN or infinity: nothing was written")
     entry: dict[str, Any] = {"shape": list(W.shape)}
     if type(adapter.method) is not type(first):
         entry["method"] = name_of(adapter.method)
@@ -138,12 +233,17 @@ def _layer_entry(adapter: Placed, first: Any) -> dict[str, Any]:
     if adapter.strength != 1:
         entry["strength"] = adapter.strength
     entry["base"] = {"dtype": str(W.dtype).removeprefix("torch."), "norm": norm, "probe": probe}
-    entry["report"] = {
-        key: value
-        for key in ("lam", "distance", "relative", "bound", "bound_used", "spectral", "effective_rank")
-        if (value := getattr(r, key)) is not None and math.isfinite(value)
-    }
+    entry["report"] = _reported(adapter)
     return entry
+
+
+def _reported(adapter: Placed) -> dict[str, float]:
+    """What readers are told of a layer; nothing where it cannot be computed, as for a strength of 1e30."""
+    try:
+        measured = report(adapter)
+    except Exception:  # a saved adapter is worth more than its report
+        return {}
+    return {key: value for key in REPORTED if (value := getattr(measured, key)) is not None and math.isfinite(value)}
 
 
 # ---------------------------------------------------------------- loading
@@ -185,10 +285,9 @@ def load(
     root, folder = unwrapped(model), Path(folder)
     refuse_inside(root, "load")
     classes = [*methods, *(type(a.method) for layer in adapted_layers(root).values() for a in layer.adapters.values())]
-    saved = _open(folder, {name_of(kind): kind for kind in classes} | METHODS)
     modules = dict(walk(root))
-    located = _located(root, saved)
-    built = {layer: _rebuilt(modules[layer], layer, entry, saved, allow_other_base) for layer, entry in located.items()}
+    saved = open_folder(folder, {name_of(kind): kind for kind in classes} | METHODS, modules, type(root).__name__)
+    built = {layer: _rebuilt(modules[layer], layer, entry, saved, allow_other_base) for layer, entry in saved.layers.items()}
     if name in adapter_names(root):
         _overwrite(adapters(root, name), built, name)
     else:
@@ -199,9 +298,33 @@ def load(
     return model
 
 
-def _open(folder: Path, methods: Mapping[str, type]) -> Saved:
+def open_folder(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module], model: str) -> Saved:
+    """The adapter in a folder, its layers by the names that they have in a model of the class ``model`` with these modules.
+
+    Raises:
+        AdapterError: it cannot be read, whatever the files hold, or does not fit these modules.
+
+    >>> import delora, tempfile
+    >>> net = nn.Sequential(nn.Linear(4, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = delora.save(delora.inject(net, delora.LoRA(r=2), ["0"]), folder)
+    ...     list(open_folder(Path(folder), METHODS, dict(walk(net)), "Sequential").layers)
+    ['0']
+    """
     require_adapter(folder)
-    return _read(folder, methods) if (folder / JSON).is_file() else read_peft(folder)
+    try:
+        if (folder / JSON).is_file():
+            return _read(folder, methods, modules, model)
+        saved = read_peft(folder)
+        names = _names(saved.layers, modules, model, folder, saved.base_model)
+        _refuse_nested(
+            names.values(), [names[layer] for layer, e in saved.layers.items() if isinstance(e.method, Full)], folder
+        )
+        return Saved(saved.source, saved.file, {names[layer]: entry for layer, entry in saved.layers.items()}, saved.base_model)
+    except AdapterError:
+        raise
+    except Exception as error:  # a file decides what it makes its reader do
+        raise AdapterError(f"{folder} cannot be read: {type(error).__name__}: {shown(str(error))}") from error
 
 
 def is_adapter(folder: Path) -> bool:
@@ -230,48 +353,111 @@ def require_adapter(folder: Path) -> None:
         raise AdapterError(f"{folder} holds no adapter: expected {JSON} (delora) or adapter_config.json (PEFT), found {there}")
 
 
-def _read(folder: Path, methods: Mapping[str, type]) -> Saved:
-    where = folder / JSON
+def description(where: Path) -> dict[str, Any]:
+    """What a folder's JSON says, after a check of its schema, its checksum and its keys.
+
+    Raises:
+        AdapterError: it is damaged, or no description of an adapter.
+
+    >>> import delora, tempfile
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     description(delora.save(model, folder) / JSON)["fields"]
+    {'r': 2, 'alpha': 16.0, 'rslora': False}
+    """
     data = read_json(where)
     if data.get("format") != "delora":
-        raise AdapterError(f"{where} does not describe a delora adapter: its 'format' is {data.get('format')!r}")
+        raise AdapterError(f"{where} does not describe a delora adapter: its 'format' is {shown(data.get('format'))}")
     schema = get(data, "schema", int, where)
-    if schema != SCHEMA:
+    if not 1 <= schema <= SCHEMA:
         todo = "upgrade delora" if schema > SCHEMA else "no version of delora wrote that"
-        raise AdapterError(f"{where} has schema {schema}, this delora reads schema {SCHEMA}: {todo}")
-    entries, whole = get(data, "layers", dict, where), get(data, "also_train", dict, where)
-    first = _method(get(data, "method", str, where), get(data, "fields", dict, where), methods, where)
+        raise AdapterError(f"{where} has schema {schema}, this delora reads schemas 1 to {SCHEMA}: {todo}")
+    if schema > 1 and get(data, "checksum", str, where) != seal(data):
+        raise AdapterError(
+            f"{where} does not hold what its checksum was made of: it is damaged or was changed; take another copy, or, to "
+            "change it, load and save the adapter"
+        )
+    known_keys(data, KEYS if schema > 1 else KEYS[:-1], where)
+    get(data, "method", str, where)
+    get(data, "base_model", str, where, None)
+    for key in ("fields", "layers", "also_train", "tensors", "versions"):
+        get(data, key, dict, where)
+    known_keys(data["tensors"], ("file", "bytes", "sha256"), f"{where}, 'tensors'")
+    known_keys(data["versions"], ("delora", "torch"), f"{where}, 'versions'")
+    for part, keys in (("layers", LAYER_KEYS), ("also_train", ("strength",))):
+        for layer, entry in data[part].items():
+            require_bounded(layer, where)
+            at = f"{where}, {layer!r}"
+            if not isinstance(entry, dict):
+                raise AdapterError(f"{at}: must be an object, got {shown(entry)}")
+            known_keys(entry, keys, at)
+            known_keys(get(entry, "report", dict, at, {}), REPORTED, f"{at}, 'report'")
+    if not data["layers"] and not data["also_train"]:
+        raise AdapterError(f"{where} names no layer")
+    if both := next((layer for layer in data["layers"] if layer in data["also_train"]), None):
+        raise AdapterError(f"{where}: {both!r} is in 'layers' and in 'also_train'")
+    return data
+
+
+def _read(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module], model: str) -> Saved:
+    where = folder / JSON
+    missing: str | None = None
+    while True:
+        data = description(where)
+        names = _names([*data["layers"], *data["also_train"]], modules, model, folder, data["base_model"])
+        _refuse_nested(names.values(), [names[layer] for layer in data["also_train"]], folder)
+        try:
+            file = _tensors(folder, data["tensors"], where)
+        except FileNotFoundError as error:
+            # Deleted since the JSON was read? Then there is another JSON now.
+            name = str(data["tensors"]["file"])
+            if name == missing:
+                raise AdapterError(f"{folder / name} is missing") from error
+            missing = name
+        else:
+            return Saved(folder, file, _layers(data, names, file, methods, where), data["base_model"])
+
+
+def _layers(
+    data: dict[str, Any], names: Mapping[str, str], file: TensorFile, methods: Mapping[str, type], where: Path
+) -> dict[str, SavedLayer]:
+    first = _method(data["method"], data["fields"], methods, where)
     layers: dict[str, SavedLayer] = {}
-    for layer, entry in (entries | whole).items():
+    for layer, entry in data["layers"].items():
         at = f"{where}, {layer!r}"
-        if not isinstance(entry, dict):
-            raise AdapterError(f"{at}: must be an object, got {entry!r}")
-        strength = get(entry, "strength", (int, float), at, 1.0)
-        dropout = get(entry, "dropout", (int, float), at, 0.0)
-        if not (0 <= strength < math.inf and 0 <= dropout < 1):
-            raise AdapterError(f"{at}: strength {strength} or dropout {dropout} is out of range")
-        if layer in whole:
-            layers[layer] = SavedLayer(Full(), strength=strength)
-            continue
         fields = get(entry, "fields", dict, at, {})
-        method = _method(entry["method"], fields, methods, at) if "method" in entry else _changed(first, fields, at)
+        own = get(entry, "method", str, at, None)
+        method = _changed(first, fields, at) if own is None else _method(own, fields, methods, at)
+        if isinstance(method, Full):
+            raise AdapterError(f"{at}: a layer that is trained whole belongs into 'also_train'")
         base = get(entry, "base", dict, at)
-        dtype = getattr(torch, get(base, "dtype", str, at), None)
-        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise AdapterError(f"{at}: {base['dtype']!r} is not the dtype of a weight")
+        known_keys(base, ("dtype", "norm", "probe"), f"{at}, 'base'")
+        if get(base, "dtype", str, at) not in WEIGHTS:
+            raise AdapterError(f"{at}: {shown(base['dtype'])} is not the dtype of a weight")
         for key in ("norm", "probe"):
             get(base, key, (int, float), at)
-        shape = tuple(get(entry, "shape", list, at))
-        layers[layer] = SavedLayer(method, float(dropout), float(strength), shape, base)
-    if not layers:
-        raise AdapterError(f"{where} names no layer")
-    file = _tensors(folder, get(data, "tensors", dict, where), where)
+        shape = get(entry, "shape", list, at)
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise AdapterError(f"{at}: 'shape' must be a list of sizes, got {shown(shape)}")
+        dropout = get(entry, "dropout", (int, float), at, 0.0)
+        if not 0 <= dropout < 1 or (dropout and not has_dropout(method)):
+            raise AdapterError(f"{at}: dropout {shown(dropout)} is out of range for {type(method).__name__}")
+        layers[layer] = SavedLayer(method, float(dropout), _strength(entry, at), tuple(shape), base)
+    for layer, entry in data["also_train"].items():
+        layers[layer] = SavedLayer(Full(), strength=_strength(entry, f"{where}, {layer!r}"))
     for key, shape in file.shapes.items():
         owner = next((layer for layer in _prefixes(key) if layer in layers), None)
         if owner is None:
             raise AdapterError(f"{file.path}: {key!r} belongs to no layer that {JSON} names")
         layers[owner].tensors[key.removeprefix(owner + ".")] = (key, shape)
-    return Saved(folder, file, layers, get(data, "base_model", str, where, None))
+    return {names[layer]: entry for layer, entry in layers.items()}
+
+
+def _strength(entry: dict[str, Any], at: str) -> float:
+    strength = get(entry, "strength", (int, float), at, 1.0)
+    if strength < 0 or beyond_float32({"strength": strength}):
+        raise AdapterError(f"{at}: strength {shown(strength)} is out of range")
+    return float(strength)
 
 
 def _prefixes(key: str) -> Iterable[str]:
@@ -279,53 +465,75 @@ def _prefixes(key: str) -> Iterable[str]:
     return (".".join(parts[:n]) for n in range(1, len(parts)))
 
 
-def _method(name: Any, fields: dict[str, Any], methods: Mapping[str, type], where: object) -> Any:
+def _method(name: str, fields: dict[str, Any], methods: Mapping[str, type], where: object) -> Any:
     if name not in methods:
         raise AdapterError(
-            f"{where}: unknown method {name!r}: known are {', '.join(sorted(methods))}; "
+            f"{where}: unknown method {shown(name)}: known are {', '.join(sorted(methods))}; "
             "pass your own as delora.load(..., methods=[YourMethod]), on the command line with --method module:YourMethod"
         )
-    try:
-        return methods[name](**fields)
-    except (TypeError, ValueError) as error:
-        raise AdapterError(f"{where}: {error}") from error
+    return _made(lambda: methods[name](**fields), where)
 
 
 def _changed(method: Any, fields: dict[str, Any], where: str) -> Any:
+    return _made(lambda: checked_replace(method, fields, where), where)
+
+
+def _made(make: Callable[[], Any], where: object) -> Any:
     try:
-        return checked_replace(method, fields, where)
-    except ValueError as error:
-        raise AdapterError(str(error)) from error
+        method = make()
+    except Exception as error:  # whatever a method says of values that it does not know
+        text = str(error)
+        raise AdapterError(text if text.startswith(str(where)) else f"{where}: {text}") from error
+    if (large := beyond_float32(fields_of(method))) is not None:
+        raise AdapterError(f"{where}: {large} is beyond float32's numbers")
+    return method
 
 
 def _tensors(folder: Path, entry: dict[str, Any], where: Path) -> TensorFile:
     name, size = get(entry, "file", str, where), get(entry, "bytes", int, where)
+    digest = get(entry, "sha256", str, where)
     if not TENSORS.fullmatch(name):
-        raise AdapterError(f"{where}: {name!r} is not the name of an adapter's tensor file")
+        raise AdapterError(f"{where}: {shown(name)} is not the name of an adapter's tensor file")
     path = folder / name
-    if not path.is_file():
-        raise AdapterError(f"{path} is missing")
-    if path.stat().st_size != size:
-        raise AdapterError(f"{path} has {path.stat().st_size:,} bytes, {JSON} says {size:,}: it is truncated or was changed")
+    if path.exists() and not path.is_file():
+        raise AdapterError(f"{path} is no file")
     with path.open("rb") as data:
-        if hashlib.file_digest(data, "sha256").hexdigest() != get(entry, "sha256", str, where):
+        there = os.fstat(data.fileno()).st_size
+        if there != size:
+            raise AdapterError(f"{path} has {there:,} bytes, {JSON} says {size:,}: it is truncated or was changed")
+        if hashlib.file_digest(data, "sha256").hexdigest() != digest:
             raise AdapterError(f"{path} does not hold the bytes that {JSON} describes: it is damaged or was changed")
     return TensorFile(path)
 
 
-def _located(model: nn.Module, saved: Saved) -> dict[str, SavedLayer]:
-    """The saved layers, after a check that each is in the model."""
-    names = {name for name, _ in walk(model)}
-    missing = [layer for layer in saved.layers if layer not in names]
+def _names(
+    layers: Iterable[str], modules: Mapping[str, nn.Module], model: str, source: Path, base_model: str | None
+) -> dict[str, str]:
+    """The name of each saved layer in the model: its own, or without the names of wrappers in it."""
+    names = {layer: layer if layer in modules else clean_name(layer) for layer in layers}
+    missing = [layer for layer, name in names.items() if name not in modules]
     if missing:
-        close = difflib.get_close_matches(missing[0], names, n=1)
+        short = missing[0] if len(missing[0]) <= 100 else ""
+        close = difflib.get_close_matches(short, modules, n=1)
         hint = f"the nearest name is {close[0]!r}" if close else "no name is near"
-        made_for = f"; the adapter was made for {saved.base_model!r}" if saved.base_model else ""
+        made_for = f"; the adapter was made for {shown(base_model)}" if base_model else ""
         raise AdapterError(
-            f"{saved.source}: {len(missing)} of {len(saved.layers)} layers are not in this {type(model).__name__}, "
-            f"first {missing[0]!r} ({hint}){made_for}"
+            f"{source}: {len(missing)} of {len(names)} layers are not in this {model}, "
+            f"first {shown(missing[0])} ({hint}){made_for}"
         )
-    return saved.layers
+    places: dict[int, str] = {}
+    for layer, name in names.items():
+        if (other := places.setdefault(id(modules[name]), layer)) != layer:
+            raise AdapterError(f"{source}: {other!r} and {layer!r} are one and the same module of this {model}")
+    return names
+
+
+def _refuse_nested(names: Iterable[str], whole: Iterable[str], source: Path) -> None:
+    """Refuse a layer inside a module that is trained whole."""
+    outer = set(whole)
+    for name in names:
+        if (around := next((prefix for prefix in _prefixes(name) if prefix in outer), None)) is not None:
+            raise AdapterError(f"{source}: {name!r} lies inside {around!r}, which is trained whole")
 
 
 def _rebuilt(module: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> Adapter | Copy:
@@ -333,28 +541,36 @@ def _rebuilt(module: nn.Module, name: str, entry: SavedLayer, saved: Saved, allo
     layer = module.base if isinstance(module, Adapted) else module
     try:
         adapter = attach(entry.method, layer, entry.dropout, blank=True)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a rank of 10^15 has no place, not even on meta
         raise AdapterError(f"{saved.source}: {name}: {error}") from error
     if isinstance(adapter, Adapter):
         _check_base(name, Placed(adapter, layer), entry, saved, allow_other_base)
-    expected = adapter.saved()
-    stored = entry.tensors
+    own = {_inside(name, key): key for key in adapter.saved()}
+    expected = {own[_inside(name, key)]: t for key, t in adapter.saved().items()}
+    stored = {own.get(_inside(name, key), key): value for key, value in entry.tensors.items()}
+    if len(stored) < len(entry.tensors):
+        raise AdapterError(f"{saved.file.path}: {name} has one tensor under two names")
     for key, tensor in expected.items():
         if key not in stored:
             raise AdapterError(f"{saved.file.path}: the tensor {name}.{key} is missing")
         if stored[key][1] != tuple(tensor.shape):
+            if isinstance(layer, nn.Embedding):
+                _refuse_resized(name, tensor.shape, stored[key][1], saved)
             raise AdapterError(
                 f"{saved.file.path}: {name}.{key} has shape {list(stored[key][1])}, expected {list(tensor.shape)}"
             )
     if extra := sorted(set(stored) - set(expected)):
         raise AdapterError(f"{saved.file.path}: {name} has a tensor {extra[0]!r} that {entry.method} does not know")
     for key, (file_key, shape) in stored.items():
-        value = saved.file.read(file_key)
+        value = saved.file.read(file_key).reshape(shape)
+        kind = expected[key].dtype
         if value.is_floating_point() != expected[key].is_floating_point():
-            raise AdapterError(f"{saved.file.path}: {name}.{key} is {value.dtype}, expected {expected[key].dtype}")
+            raise AdapterError(f"{saved.file.path}: {name}.{key} is {value.dtype}, expected {kind}")
         # A tensor of its own: a view of the file's memory may be aligned otherwise, and then a product rounds otherwise.
-        device = Placed(adapter, layer).host.read().device
-        adapter.put(key, value.reshape(shape).clone(), device)
+        cast = value.to(kind, copy=True)
+        if not (torch.isfinite(cast).all() if value.is_floating_point() else (cast.to(value.dtype) == value).all()):
+            raise AdapterError(f"{saved.file.path}: {name}.{key} holds numbers that {kind} cannot hold")
+        adapter.put(key, cast, Placed(adapter, layer).host.read().device)
     adapter.strength = entry.strength
     return adapter
 
@@ -362,6 +578,8 @@ def _rebuilt(module: nn.Module, name: str, entry: SavedLayer, saved: Saved, allo
 def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> None:
     W = adapter.host.read()
     if entry.shape is not None and entry.shape != tuple(W.shape):
+        if isinstance(adapter.host, Embedding):
+            _refuse_resized(name, W.shape[::-1], entry.shape[::-1], saved)
         raise AdapterError(
             f"{saved.source}: {name} is {list(W.shape)} in this model, the adapter was made for {list(entry.shape)}"
         )
@@ -379,6 +597,15 @@ def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, all
         raise AdapterError(
             f"{saved.source}: the weights of {name} are not those the adapter was trained on{made_for}; "
             "load the right base model, or pass allow_other_base=True if you want this one"
+        )
+
+
+def _refuse_resized(name: str, here: Sequence[int], there: Sequence[int], saved: Saved) -> None:
+    """Refuse an embedding that has another number of rows than the one the adapter was made for."""
+    if len(here) == len(there) == 2 and here[1] == there[1]:
+        raise AdapterError(
+            f"{saved.source}: the vocabulary was resized: {name} has {here[0]:,} rows in this model, the adapter was made for "
+            f"{there[0]:,}; load it after model.resize_token_embeddings({there[0]})"
         )
 
 
