@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 
 from tests.zoo.configs import Tiny, given
 from tests.zoo.inputs import NoInputs, at_most, find
+from tests.zoo.timms import FAMILIES, timm
 from tests.zoo.words import code, lines
 
 __all__ = ["Built", "NotBuilt", "build", "lively", "types"]
@@ -50,26 +51,8 @@ class Built:
 
 
 def types() -> list[str]:
-    """The names of all types: transformers' model types, and ``diffusers:Class``."""
-    return [*CONFIG_MAPPING_NAMES, *diffusers_types(), *timm_types()]
-
-
-def timm_missing() -> str:
-    """Why there is no timm, or an empty text."""
-    try:
-        import timm  # noqa: F401
-    except Exception as error:
-        return f"timm cannot be imported: {_short(error)}"
-    return ""
-
-
-def timm_types() -> list[str]:
-    """One model, the first, of each of timm's families that name themselves; none where timm is missing."""
-    if timm_missing():
-        return []
-    import timm
-
-    return [f"timm:{timm.list_models(module=module)[0]}" for module in timm.list_modules() if timm.list_models(module=module)]
+    """The names of all types: transformers' model types, ``diffusers:Class`` and ``timm:model``."""
+    return [*CONFIG_MAPPING_NAMES, *diffusers_types(), *(f"timm:{name}" for name in FAMILIES)]
 
 
 def diffusers_types() -> list[str]:
@@ -134,7 +117,15 @@ def _transformers(kind: str) -> list[tuple[str, Recipe]]:
         raise NotBuilt(f"its configuration has no defaults that hold together: {_short(error)}") from error
     if not found:
         raise NotBuilt("transformers has no model class with a forward for it")
-    return [(cls.__name__, lambda tiny, cls=cls: _with_config(cls, tiny(config))) for cls in found[:4]]
+    return [(cls.__name__, lambda tiny, cls=cls: _with_config(cls, tiny(_part(config, cls)))) for cls in found[:4]]
+
+
+def _part(config: Any, cls: type[nn.Module]) -> Any:
+    """The part of a configuration that a class takes, such as that of the text."""
+    wanted = getattr(cls, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    return next((part for part in vars(config).values() if isinstance(part, wanted)), config)
 
 
 def _with_config(cls: type[nn.Module], config: Any) -> nn.Module:
@@ -151,28 +142,29 @@ def _diffusers(name: str) -> list[tuple[str, Recipe]]:
 
 
 def _timm(name: str) -> list[tuple[str, Recipe]]:
-    import timm
-
-    return [(name, lambda tiny: timm.create_model(name, pretrained=False, num_classes=5))]
+    library = timm()
+    if isinstance(library, str):
+        raise NotBuilt(library)
+    return [(name, lambda tiny: library.create_model(name, num_classes=5))]
 
 
 def build(kind: str, seconds: float = 9.0) -> Built:
-    """A tiny model of a type and inputs that it runs with.
+    """A tiny model of a type and inputs that it runs with. ``seconds`` are of computing: what is found does not depend on load.
 
     Raises:
         NotBuilt: none was found within the time.
     """
     torch.manual_seed(0)
-    start = time.monotonic()
+    start = time.process_time()
     library, _, name = kind.rpartition(":")
     recipes = {"diffusers": _diffusers, "timm": _timm}.get(library, _transformers)(name)
     search = _Search(start + seconds)
     for i, (words, recipe) in enumerate(recipes):
         for level in (0, 1, 2) if i == 0 else (0, 1):
             if found := search.attempt(words, recipe, Tiny(level)):
-                return Built(kind, *found, search.tried, time.monotonic() - start)
+                return Built(kind, *found, search.tried, time.process_time() - start)
     if found := search.mended():
-        return Built(kind, *found, search.tried, time.monotonic() - start)
+        return Built(kind, *found, search.tried, time.process_time() - start)
     raise NotBuilt(" || ".join(dict.fromkeys(search.tried[:8])) or "no time was left")
 
 
@@ -205,7 +197,7 @@ class _Search:
         self, words: str, recipe: Recipe, tiny: Tiny, seconds: float = 1.5, near: dict[str, Any] | None = None
     ) -> tuple[nn.Module, dict[str, Any]] | None:
         """A model of this size with its inputs, or None; the reason is then in ``tried``."""
-        left = self.end - time.monotonic()
+        left = self.end - time.process_time()
         if left < 0:
             return None
         score: tuple[int, ...] = (0,)
@@ -229,7 +221,7 @@ class _Search:
 
     def mended(self) -> tuple[nn.Module, dict[str, Any]] | None:
         """Sizes that were cut are given back one by one, and fields that an error asks for are set."""
-        while self.best is not None and time.monotonic() < self.end:
+        while self.best is not None and time.process_time() < self.end:
             before = self.best
             _, words, recipe, tiny, reason, inputs = before
             if "ImportError" in reason:

@@ -96,6 +96,7 @@ def census(kinds: Sequence[str], processes: int = 2, laws: bool = True) -> Itera
                 try:
                     word, row = pipe.recv()
                 except EOFError:
+                    process.join(5)
                     word, row.why = "", row.why or f"its process died (out of memory, or a crash of torch): {process.exitcode}"
             elif time.monotonic() > end:
                 word, row.why = "", f"more than {SECONDS:g} seconds"

@@ -154,6 +154,8 @@ class Tiny:
             yield from (other(**{path: 64}) for path in sorted(self.large, key=lambda path: -self.large[path]))
             yield from (other(**{path: max(1, v // 4)}) for path, v in self.changed.items() if v and v > 8)
             return
+        if missing := re.search(r"'(\w+)' object has no attribute '(\w+)'", reason):
+            yield from (other(**{f"{missing[1]}!{missing[2]}": v}) for v in (0.0, max(8, _size(missing[2]))))
         unset = {p: s for p in self.unset if p not in self.put and (s := _size(p.rpartition(".")[2])) != 0}
         for path in filter(said, unset):
             yield from (other(**{path: value}) for value in ([unset[path]] if unset[path] > 0 else [8]))
@@ -168,7 +170,7 @@ class Tiny:
         for path, value in self.changed.items():
             if said(path):
                 yield Tiny(self.level, self.keep | {path}, self.put)
-                yield from (other(**{path: v}) for v in (value * 2, value // 2) if value and v)
+                yield from (other(**{path: v}) for v in ((value * 2, value // 2) if value else ()) if v)
         yield from (other(**{path: size}) for path, size in unset.items() if size > 0 and not said(path))
         yield from (Tiny(self.level, self.keep | {path}, self.put) for path in self.changed if not said(path))
 
@@ -231,6 +233,9 @@ class Tiny:
         new |= self._related(config, fields, new, path)
         new |= {name: self.put[path + name] for name in fields or vars(config) if path + name in self.put}
         made = kind(**new)
+        for key, value in self.put.items():
+            if key.startswith(f"{kind.__name__}!"):
+                setattr(made, key.partition("!")[2], value)
         if self.level == 0:
             for rope in _ropes(peek(made, "rope_parameters")):
                 if "rope_theta" in rope and f"{path}mrope_section" not in self.keep:
@@ -247,12 +252,11 @@ class Tiny:
         """The fields but those that follow from others (they are None by default and set when the object is made)."""
         for name in fields or vars(config):
             value = peek(config, name)
-            if (
-                isinstance(value, (PreTrainedConfig, list, tuple))
-                or name not in fields
-                or fields[name].default is not None
-                or peek(plain or config, name) != value
-            ):
+            if not isinstance(value, (PreTrainedConfig, list, tuple)) and name in fields and fields[name].default is None:
+                follows = peek(plain or config, name) == value
+            else:
+                follows = False
+            if not follows:
                 yield name, value
 
     def _shrunk(self, path: str, name: str, value: Any) -> Any:

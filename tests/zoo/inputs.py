@@ -165,7 +165,7 @@ def values(name: str, s: Sizes) -> list[Any]:
         "visual_pos": [torch.rand(B, 4, 4)],
         "image": [torch.rand(B, C, 64, 64)],
         "qformer_input_ids": [s.ids(B, 6)],
-        "x": [R(B, C, H, W), R(B, T, hid)],
+        "x": [R(B, C, H, W), R(B, T, hid), R(B, C, 224, 224), R(B, C, 256, 256)],
         "features": [R(B, 16, hid)],
         "query_embeds": [R(B, 8, hid), R(1, 8, hid)],
         "input_points": [torch.rand(B, 1, BOXES, 2) * min(H, W)],
@@ -257,7 +257,7 @@ def _goes_with(name: str, main: list[str]) -> bool:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise a TimeoutError in the block when the time has passed (in a process's main thread, where signals arrive)."""
+    """Raise a TimeoutError in the block when it has computed for so long (in the main thread, where signals arrive)."""
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"more than {seconds:g} seconds")
@@ -265,13 +265,13 @@ def at_most(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    old, begun = signal.signal(signal.SIGALRM, late), time.monotonic()
-    outer = signal.setitimer(signal.ITIMER_REAL, seconds)[0]
+    old, begun = signal.signal(signal.SIGPROF, late), time.process_time()
+    outer = signal.setitimer(signal.ITIMER_PROF, seconds)[0]
     try:
         yield
     finally:  # the block around this one goes on with what is left of its time
-        signal.setitimer(signal.ITIMER_REAL, max(0.01, outer - (time.monotonic() - begun)) if outer else 0)
-        signal.signal(signal.SIGALRM, old)
+        signal.setitimer(signal.ITIMER_PROF, max(0.01, outer - (time.process_time() - begun)) if outer else 0)
+        signal.signal(signal.SIGPROF, old)
 
 
 class Tried:
@@ -316,11 +316,11 @@ def find(model: nn.Module, seconds: float = 4.0, near: Inputs | None = None) -> 
         NoInputs: there are none within this time; its ``score`` says how far the best got.
     """
     torch.manual_seed(0)
-    sizes, end, errors = Sizes(model.config), time.monotonic() + seconds, []
+    sizes, end, errors = Sizes(getattr(model, "config", None)), time.process_time() + seconds, []
     names = set(_signature(model)[0])
     best: dict[tuple[str, ...], Tried] = {}
     runs: Tried | None = None
-    if near is not None and (found := _climb(model, Tried(model, near), sizes, time.monotonic() + seconds / 2)):
+    if near is not None and (found := _climb(model, Tried(model, near), sizes, time.process_time() + seconds / 2)):
         if found.error is None:
             return Found(found.inputs, errors)
         best[tuple(found.inputs)] = found
@@ -333,10 +333,10 @@ def find(model: nn.Module, seconds: float = 4.0, near: Inputs | None = None) -> 
             errors.append(tried.words())
             if tried.score > (b.score if (b := best.get(key := tuple(inputs))) else ()):
                 best[key] = tried
-            if (more := _placeholders(tried.error, inputs, model.config)) is None:
+            if (more := _placeholders(tried.error, inputs, peek(model, "config"))) is None:
                 break
             inputs = more
-        if runs or time.monotonic() > end - seconds / 2:
+        if runs or time.process_time() > end - seconds / 2:
             break
     richer = [t for t in best.values() if runs is None or _media(names, t.inputs) > _media(names, runs.inputs)]
     for start in sorted(richer, key=lambda t: t.score, reverse=True)[:4]:
@@ -367,7 +367,7 @@ def _climb(model: nn.Module, start: Tried, sizes: Sizes, end: float, least: int 
     here, names = start, set(_signature(model)[0])
     while here.error is not None:
         for inputs in _moves(model, here, sizes):
-            if time.monotonic() > end:
+            if time.process_time() > end:
                 return here
             if _media(names, inputs) < least:
                 continue
@@ -395,7 +395,7 @@ def _moves(model: nn.Module, tried: Tried, sizes: Sizes) -> Iterator[Inputs]:
 def _changes(model: nn.Module, tried: Tried, sizes: Sizes) -> Iterator[Inputs]:
     inputs, text = tried.inputs, str(tried.error)
     names, needed = _signature(model)
-    if more := _placeholders(tried.error, inputs, model.config):
+    if more := _placeholders(tried.error, inputs, peek(model, "config")):
         yield more
     for name in re.findall(r"'(\w+)'", text):
         if name in names and name not in inputs:

@@ -172,6 +172,12 @@ def of_head(model: nn.Module) -> set[str]:
     return found
 
 
+def convolutions(model: nn.Module) -> list[str]:
+    """The names of convolutions that have room for a change of rank 4."""
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return [n for n, m in walk(model) if type(m) in kinds and m.groups == 1 and min(m.weight.flatten(1).shape) >= 4]
+
+
 def loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     y = run(model, inputs)
     y = y[y.isfinite()]
@@ -203,13 +209,14 @@ class Zoo:
     end: float
     tolerance: float = TOLERANCE
     said: Said = field(default_factory=Said)
+    targets: str | list[str] = "all-linear"
 
     def fresh(self) -> nn.Module:
         return copy.deepcopy(self.base)
 
     def injected(self) -> nn.Module:
         with self.said.listening():
-            model = delora.inject(self.fresh(), delora.DeLoRA(r=4, lam=4.0), "all-linear")
+            model = delora.inject(self.fresh(), delora.DeLoRA(r=4, lam=4.0), self.targets)
         return model
 
     def equal(self, y: Tensor, want: Tensor, words: str = "") -> Outcome:
@@ -241,12 +248,21 @@ def check(base: nn.Module, inputs: dict[str, Any], seconds: float = 60.0) -> Ite
     with torch.no_grad():
         zoo.tolerance = max(TOLERANCE, 10 * zoo.noise())
         original = run(base, inputs)
+    outcome = RIGHT
     try:
         model = zoo.injected()
     except Exception as error:
-        yield "inject", of_error(error)
+        outcome = of_error(error)
+    found = convolutions(base) if outcome.kind == "refused" else []
+    if found:  # nothing is linear: the other laws are asked of the convolutions, by their names
+        zoo.targets = found
+        try:
+            model = zoo.injected()
+        except Exception as error:
+            outcome, found = of_error(error), []
+    yield "inject", outcome
+    if outcome.kind != "right" and not found:
         return
-    yield "inject", RIGHT
     yield "left out", ask(lambda: _left_out(zoo, model))
     yield "start", ask(lambda: zoo.equal(run(model, inputs), original))
     yield "gradients", ask(lambda: _gradients(zoo))
@@ -280,6 +296,8 @@ def _left_out(zoo: Zoo, model: nn.Module) -> Outcome:
         if not any(o in adapted or o in head or o in looked_up for o in owners):
             passed.append(names)
     kinds = {n: type(m).__name__ for n, m in zoo.base.named_modules(remove_duplicate=False)}
+    if zoo.targets != "all-linear":
+        return skipped("adapted by the names of convolutions")
     silent = [ns[0] for ns in passed if not any(zoo.said.names(n, kinds.get(n.rpartition(".")[0], "")) for n in ns)]
     if silent:
         return wrong(f"{len(silent)} matrices without an adapter, never named: {_list(silent)}")
@@ -293,14 +311,19 @@ def _list(names: Iterable[str], most: int = 4) -> str:
 
 def _gradients(zoo: Zoo) -> Outcome:
     """In training mode an adapter has a gradient wherever the layer's own weight has one."""
-    plain = zoo.fresh().train().requires_grad_(True)
+    plain, model, said = zoo.fresh().train().requires_grad_(False), zoo.injected().train(), zoo.said
+    layers, called = adapted_layers(model), set()
+    for name, module in walk(plain):
+        if name in layers:
+            for p in _weights(module):
+                p.requires_grad_(True)
     with torch.enable_grad():
         try:
-            loss(plain, zoo.inputs).backward()
+            total = loss(plain, zoo.inputs)
+            if total.requires_grad:
+                total.backward()
         except Exception as error:
-            return skipped(f"the base model itself cannot train on these inputs: {type(error).__name__}: {str(error)[:100]}")
-        model, said = zoo.injected().train(), zoo.said
-        layers, called = adapted_layers(model), set()
+            return skipped(f"the base model cannot train these layers itself: {type(error).__name__}: {str(error)[:100]}")
         for name, layer in layers.items():
             layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         modules = dict(walk(plain))

@@ -12,3 +12,6 @@ import transformers.models.mixtral.modeling_mixtral  # noqa: F401
 
 import tests.zoo.build
 import tests.zoo.laws  # noqa: F401
+from tests.zoo.timms import timm
+
+timm()
