@@ -161,7 +161,10 @@ def build(kind: str, seconds: float = 9.0) -> Built:
     search = _Search(start + seconds)
     for i, (words, recipe) in enumerate(recipes):
         for level in (0, 1, 2) if i == 0 else (0, 1):
-            if found := search.attempt(words, recipe, Tiny(level)):
+            found = search.attempt(words, recipe, Tiny(level))
+            if found is None and (i, level) == (0, 0):
+                found = search.mended(3.0)
+            if found:
                 return Built(kind, *found, search.tried, time.process_time() - start)
     if found := search.mended():
         return Built(kind, *found, search.tried, time.process_time() - start)
@@ -219,9 +222,10 @@ class _Search:
             self.best = score, words, recipe, tiny, reason, near
         return None
 
-    def mended(self) -> tuple[nn.Module, dict[str, Any]] | None:
+    def mended(self, seconds: float = 60.0) -> tuple[nn.Module, dict[str, Any]] | None:
         """Sizes that were cut are given back one by one, and fields that an error asks for are set."""
-        while self.best is not None and time.process_time() < self.end:
+        end = min(self.end, time.process_time() + seconds)
+        while self.best is not None and time.process_time() < end:
             before = self.best
             _, words, recipe, tiny, reason, inputs = before
             if "ImportError" in reason:
@@ -229,7 +233,7 @@ class _Search:
             for near in tiny.near(reason):
                 if found := self.attempt(words, recipe, near, 0.6, inputs):
                     return found
-                if self.best is not before:
+                if self.best is not before or time.process_time() > end:
                     break
             else:
                 return None

@@ -50,7 +50,7 @@ TABLE = r"""
 96 (.*_)?(inner_dim|intermediate_size_mlp)
 64 (.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|emb_dim|embedding_size|projection_dim|proj_dim|dim|out_dim|width)
 64 (.*_)?(embedding_dim|hidden_sizes|hidden_channels|embed_dims|embed_size|conv_dim|output_dim|lru_width|bottleneck_size)
-64 (.*_)?(query_pre_attn_scalar|visual_feat_dim|visual_embedding_dim)
+64 encoder_in_channels|(.*_)?(query_pre_attn_scalar|visual_feat_dim|visual_embedding_dim)
 """
 SIZES = [(int(size), re.compile(pattern)) for size, pattern in (line.split(None, 1) for line in TABLE.strip().splitlines())]
 # Tokens with a meaning stand outside of what the synthetic texts draw from.
@@ -230,7 +230,7 @@ class Tiny:
             elif (small := self._shrunk(path + name, name, value)) is not value or _given(plain, name, value):
                 new[name] = small
         new |= self._layers(config, fields, depth, path)
-        new |= self._related(config, fields, new, path)
+        new |= self._related(config, plain, fields, new, path)
         new |= {name: self.put[path + name] for name in fields or vars(config) if path + name in self.put}
         made = kind(**new)
         for key, value in self.put.items():
@@ -272,7 +272,8 @@ class Tiny:
         if (match := re.fullmatch(r"(.*?)(_token)?_(id|index|ids)", name)) and ("token" in name or match[1] in SPECIAL):
             token = SPECIAL.get(match[1], 100 + sum(map(ord, name)) % 19)
             return type(value)([token] * len(value)) if many else token
-        if many and min(value) >= 0 and re.search("indexes$|(?<!out_)indices$|feature_layers?$", name):
+        chosen = re.search("(?<!num)_layers$", name) and many and len(value) > 2 and sorted(set(value)) == list(value)
+        if chosen or (many and min(value) >= 0 and re.search("indexes$|(?<!out_)indices$|feature_layers?$", name)):
             return type(value)(range(min(len(value), 2)))
         if (self.level == 2 and not re.search(r"layers?$|vocab_size$|experts?$", name)) or (self.level == 1 and many):
             return value
@@ -298,7 +299,9 @@ class Tiny:
         count = type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")
         return {name: [v[i] for i in chosen] for name, v in lists.items()} | {count: len(chosen)}
 
-    def _related(self, config: PreTrainedConfig, fields: dict[str, Any], new: dict[str, Any], path: str) -> dict[str, Any]:
+    def _related(
+        self, config: PreTrainedConfig, plain: Any, fields: dict[str, Any], new: dict[str, Any], path: str
+    ) -> dict[str, Any]:
         """Fields that have to go together with those that were cut."""
         more: dict[str, Any] = {}
         names = type(config).attribute_map
@@ -317,6 +320,9 @@ class Tiny:
             for rope in _ropes(more["rope_parameters"]):
                 if "mrope_section" in rope:
                     _sections(rope, 16)
+        features = peek(config, "out_features")
+        if features and features != peek(plain, "out_features"):
+            more["out_features"] = list(features)
         out = peek(config, "out_indices")
         if isinstance(out, (list, tuple)) and len(out) > 1 and type(peek(config, depth)) is int and "hidden_size" in fields:
             more |= {"out_indices": list(range(1, len(out) + 1)), "out_features": None, depth: len(out)}

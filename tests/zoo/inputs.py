@@ -178,8 +178,9 @@ def values(name: str, s: Sizes) -> list[Any]:
         "return_loss": [False],
         "use_cache": [False],
         "num_patches": [16],
-        "height": [n],
-        "width": [n],
+        "height": [4 if s.pictures else n],
+        "width": [4 if s.pictures else n],
+        "num_frames": [1, 4],
         "attention_mask": [ones(B, T, dtype=long), None],
         "mm_token_type_ids": [torch.zeros(B, T, dtype=long)],
         "token_type_ids": [torch.zeros(B, T, dtype=long)],
@@ -415,6 +416,10 @@ def _changes(model: nn.Module, tried: Tried, sizes: Sizes) -> Iterator[Inputs]:
                     for i, d in enumerate(value.shape):
                         if d == old and i and list(value.shape).count(old) > 1:
                             yield inputs | {name: _resized(value, [*value.shape[:i], new, *value.shape[i + 1 :]])}
+    for i in range(4):  # those that are of one form change together
+        together = {k: v[i] for k in inputs if k.endswith("_ids") and len(v := values(k, sizes)) > i}
+        if len(together) > 1:
+            yield inputs | together
     for name in dict.fromkeys([*inputs, *needed]):
         for value in values(name, sizes):
             if value is None:

@@ -16,6 +16,8 @@ def mismatches(text: str) -> list[tuple[int, int]]:
         r"normalized_shape=\[(\d+)\].*size\[(?:\d+, )*(\d+)\]",
         r"tensor a \((\d+)\).*tensor b \((\d+)\)",
         r"\((\d+)\*\d+\) doesn't match model \((\d+)\*\d+\)",
+        r"X1: (\d+) X2: (\d+)",
+        r"should contain (\d+) elements not (\d+)",
         r"xpected size (\d+) but got size (\d+)",
     ]
     found = [tuple(map(int, m.groups())) for p in patterns for m in re.finditer(p, text, re.S)]
@@ -23,8 +25,9 @@ def mismatches(text: str) -> list[tuple[int, int]]:
 
 
 def code(error: BaseException | None) -> str:
-    """The lines of code that an error came through last."""
-    return " ".join(f.line or "" for f in traceback.extract_tb(error.__traceback__)[-4:]) if error else ""
+    """The lines of code outside this folder that an error came through last."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return " ".join(f.line or "" for f in [f for f in frames if "tests/zoo" not in f.filename][-4:])
 
 
 def lines(error: BaseException) -> tuple[int, ...]:
