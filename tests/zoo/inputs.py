@@ -234,7 +234,8 @@ def _starts(model: nn.Module, sizes: Sizes, many: int) -> Iterator[Inputs]:
     sets = [media, media - {"image_sizes"}, tight | {"decoder_input_ids"}, tight, needed | set(TEXT)]
     seen: set[tuple[str, ...]] = set()
     if sizes.pictures:
-        sets = [needed | set(DENOISED), needed | set(DENOISED) - {"guidance"}, needed]
+        usual = needed | set(DENOISED)
+        sets = [usual - {"guidance"}, usual, usual - {"guidance"} | {"num_frames", "height", "width"}, needed]
     for wanted in [*sets, needed | {"inputs_embeds"}, needed | media | {"hidden_states", "encoder_hidden_states"}]:
         main = [k for k in names if k in wanted | needed and k not in BESIDE]
         beside = [k for k in names if k in BESIDE and (k in needed or _goes_with(k, main))]
@@ -242,9 +243,10 @@ def _starts(model: nn.Module, sizes: Sizes, many: int) -> Iterator[Inputs]:
             continue
         seen.add(key)
         rest = {k: v for k in beside if (v := values(k, sizes)[0]) is not None}
-        options = [[v for v in values(k, sizes) if v is not None or k not in needed] for k in main]
-        for chosen in islice(product(*options), many):
-            yield rest | {k: v for k, v in zip(main, chosen, strict=True) if v is not None}
+        options = {k: [v for v in values(k, sizes) if v is not None or k not in needed] for k in main}
+        order = sorted(main, key=lambda k: len(options[k]))  # that of the most forms changes fastest
+        for chosen in islice(product(*(options[k] for k in order)), many):
+            yield rest | {k: v for k, v in zip(order, chosen, strict=True) if v is not None}
 
 
 def _goes_with(name: str, main: list[str]) -> bool:

@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -184,11 +184,11 @@ def loss(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return (y * torch.randn(len(y), generator=torch.Generator().manual_seed(2))).sum()
 
 
-def perturb(model: nn.Module) -> None:
-    """Adapters as after some training."""
+def perturb(model: nn.Module, layers: Mapping[str, Any] | None = None) -> None:
+    """Adapters (all, or those of some layers) as after some training."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for layer in adapted_layers(model).values():
+        for layer in (adapted_layers(model) if layers is None else layers).values():
             for adapter in layer.adapters.values():
                 for key, p in adapter.named_parameters():
                     if key.rpartition(".")[2] == "lam":
@@ -327,7 +327,10 @@ def _gradients(zoo: Zoo) -> Outcome:
         for name, layer in layers.items():
             layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
         modules = dict(walk(plain))
-        wanted = {n for n in layers if any(p.grad is not None and p.grad.any() for p in _weights(modules[n]))}
+        sizes = {
+            n: max((p.grad.abs().max().item() for p in _weights(modules[n]) if p.grad is not None), default=0.0) for n in layers
+        }
+        wanted = {n for n, size in sizes.items() if size > 1e-6 * max(sizes.values())}  # less is what rounding leaves of zero
         with said.listening():
             total = loss(model, zoo.inputs)
             if total.requires_grad or wanted:
@@ -336,7 +339,7 @@ def _gradients(zoo: Zoo) -> Outcome:
     dead = {n for n, layer in layers.items() if not all(p.grad is not None and p.grad.any() for p in _training(layer))}
     bypassed = {n for n in dead & wanted if n not in called}
     cut = dead & wanted - bypassed
-    never = dead - wanted - called
+    never = _without_effect(zoo, model, dead - wanted - called)
     silent = {n for n in dead & wanted if not said.names(n)}
     if not said.counts(len(never)):
         silent |= {n for n in never if not said.names(n)}
@@ -346,6 +349,24 @@ def _gradients(zoo: Zoo) -> Outcome:
     if not layers.keys() - dead:
         return skipped("no layer ran with a gradient")
     return Outcome("named", _list(bypassed | cut | never)) if bypassed | cut | never else RIGHT
+
+
+def _without_effect(zoo: Zoo, model: nn.Module, names: set[str]) -> set[str]:
+    """Those layers whose adapters change nothing: the others are not called, but their weights are read by their parents."""
+    if not names:
+        return names
+    layers = {n: layer for n, layer in adapted_layers(model).items() if n in names}
+    before = run(model, zoo.inputs)
+    perturb(model, layers)
+    if gap(run(model, zoo.inputs), before) <= zoo.tolerance:
+        return names
+    found = set()
+    for name, layer in layers.items():
+        before = run(model, zoo.inputs)
+        perturb(model, {name: layer})
+        if gap(run(model, zoo.inputs), before) <= zoo.tolerance:
+            found.add(name)
+    return found
 
 
 def _weights(module: nn.Module) -> list[nn.Parameter]:
@@ -365,7 +386,7 @@ def _with_way_out(law: Callable[..., Outcome]) -> Outcome:
         if refused.kind != "refused" or "unused=True" not in str(error):
             raise
         then = law(unused=True)
-        return Outcome("refused" if then.kind == "right" else then.kind, f"{then.words} (after: {refused.words})".strip())
+        return Outcome("refused", f"{refused.words}; with unused=True: {then.kind} {then.words}".strip())
 
 
 def _merged(zoo: Zoo, model: nn.Module, original: Tensor, adapted: Tensor, **more: Any) -> Outcome:
