@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from delora.ambient import apart
 from delora.formats.files import write_atomically
 from delora.formats.peft import as_lora
-from delora.models import adapted_layers, adapters, unwrapped, walk
+from delora.models import adapted_layers, adapter_names, adapters, unwrapped, walk
 
 __all__ = ["write"]
 
@@ -62,10 +62,13 @@ def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, k
     'pytorch_lora_weights.safetensors'
     """
     parts, readable = _parts(model)
-    adapted = {part: module for part, module in parts.items() if adapted_layers(module)}
-    if not adapted:
+    known = {part: adapter_names(module) for part, module in parts.items() if adapted_layers(module)}
+    if not known:
         raise ValueError(f"no part has an adapter: {', '.join(parts) or type(model).__name__}; delora.inject one first")
-    layers = {part: _factors(part, module, name) for part, module in adapted.items()}
+    chosen = [part for part, names in known.items() if name is None or name in names]
+    if not chosen:
+        raise ValueError(f"no part has an adapter named {name!r}, only: {known}")
+    layers = {part: _factors(part, parts[part], name) for part in chosen}
     tensors = _kohyas_names(parts, layers) if kohya else _diffusers_names(parts, layers, readable)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -98,19 +101,20 @@ def _is_a(module: nn.Module, kind: str) -> bool:
 
 def _factors(part: str, module: nn.Module, name: str | None) -> dict[str, Factors]:
     """The factors of each layer of a part."""
-    chosen = adapters(module, name)
+    chosen = {f"{part}.{layer}": placed for layer, placed in adapters(module, name).items()}
     whole = next((layer for layer, placed in chosen.items() if placed.whole), None)
     if whole is not None:
-        raise ValueError(
-            f"{part}.{whole} is trained whole, which a LoRA file cannot hold; delora.merge writes it into the weights"
-        )
+        raise ValueError(f"{whole} is trained whole, which a LoRA file cannot hold; delora.merge writes it into the weights")
     _, tensors = as_lora(chosen)
-    embedding = next((key for key in tensors if key.endswith(".lora_embedding_A")), None)
-    if embedding is not None:
-        layer = embedding.removesuffix(".lora_embedding_A")
-        raise ValueError(f"{part}.{layer} is an embedding, which these files cannot hold")
-    factors = {layer: (tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]) for layer in chosen}
-    return {layer: (down.detach().cpu(), up.detach().cpu()) for layer, (down, up) in factors.items()}
+    factors: dict[str, Factors] = {}
+    for layer in chosen:
+        if f"{layer}.lora_A.weight" not in tensors:
+            raise ValueError(
+                f"{layer} is an embedding, which these files cannot hold; delora.merge writes its change into the weights"
+            )
+        down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
+        factors[layer.removeprefix(f"{part}.")] = (down.detach().cpu(), up.detach().cpu())
+    return factors
 
 
 # ---------------------------------------------------------------- text encoders
