@@ -330,7 +330,8 @@ def _gradients(zoo: Zoo) -> Outcome:
         sizes = {
             n: max((p.grad.abs().max().item() for p in _weights(modules[n]) if p.grad is not None), default=0.0) for n in layers
         }
-        wanted = {n for n, size in sizes.items() if size > 1e-6 * max(sizes.values())}  # less is what rounding leaves of zero
+        least = max(1e-7, 1e-6 * max(sizes.values(), default=0.0))  # less is what rounding leaves of zero
+        wanted = {n for n, size in sizes.items() if size > least}
         with said.listening():
             total = loss(model, zoo.inputs)
             if total.requires_grad or wanted:
