@@ -17,10 +17,10 @@ from delora import tasks
 
 SOURCE = Path(__file__).parents[1] / "src" / "delora"
 LEVELS = [
-    {"errors", "version", "torch_private", "updates", "lowrank"},
+    {"errors", "version", "torch_private", "ambient", "updates", "lowrank"},
     {"methods", "hosts"},
-    {"together", "layer"},
-    {"models", "targets", "injection", "optimizing"},
+    {"reading", "together", "layer"},
+    {"models", "ties", "targets", "injection", "optimizing"},
     {"merging", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "training", "evaluation"},
     {"tasks"},

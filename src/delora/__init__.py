@@ -3,10 +3,11 @@
 From the ground up; imports only point to what stands above them in this list:
 
 ======================================================  =======================================================================
-``updates`` ``lowrank``                                 how one layer changes, in two equal computations
+``updates`` ``lowrank`` ``ambient``                     how one layer changes, in two equal computations, whatever torch's modes
 ``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
-``layer`` ``together``                                  `Adapted`: a frozen layer with named adapters
-``models`` ``targets`` ``injection`` ``optimizing``     a model's layers by name: put adapters in, switch them, take them out
+``layer`` ``together`` ``reading``                      `Adapted`: a frozen layer with named adapters, and who reads its weight
+``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
+``optimizing``                                          what trains, at which rate
 ``merging`` ``diagnostics`` ``formats`` ``export``      into the weights, how far from them, to and from files
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from

@@ -27,7 +27,7 @@ from delora.models import (
     unwrapped,
     walk,
 )
-from delora.targets import Patterns, rank_limit, resolve, told
+from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
 
@@ -119,6 +119,11 @@ def inject(
     install(root, _build(root, plan, float(dropout)), name, left_out)
     if left_out:
         warnings.warn(told(root, left_out), stacklevel=3)
+    if fresh := fresh_heads(root, plan):
+        warnings.warn(
+            f"{', '.join(map(repr, fresh))} looks newly initialised and would stay so: train it with also_train={fresh}",
+            stacklevel=3,
+        )
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from delora.layer import Adapted, Placed
 
@@ -113,14 +114,14 @@ def clean_name(name: str) -> str:
 def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules with their dotted names, a shared module once per name.
 
-    Wrappers are looked through and have no part in a name. The inside of an `Adapted` is left out, but for its base, if that
-    has modules of its own: these have the names that they had before.
+    Wrappers are looked through and have no part in a name. The parametrizations of a weight are left out. The inside of an
+    `Adapted` is left out, but for its base, if that has modules of its own: these have the names that they had before.
 
     >>> [name for name, _ in walk(nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.ReLU()))]
     ['0', '0.0', '1']
     """
     for key, child in unwrapped(model)._modules.items():
-        if child is not None:
+        if child is not None and not (key == "parametrizations" and is_parametrized(model)):
             module = unwrapped(child)
             yield prefix + key, module
             yield from walk(module.base if isinstance(module, Adapted) else module, f"{prefix}{key}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from delora.methods import Full, Method
 from delora.methods.base import checked_replace, edits_output
 from delora.models import walk
 
-__all__ = ["Patterns", "rank_limit", "resolve", "told"]
+__all__ = ["Patterns", "fresh_heads", "rank_limit", "resolve", "told"]
 
 Patterns = str | Sequence[str]
 
@@ -109,6 +109,29 @@ def _heads(model: nn.Module) -> set[int]:
             parts = base.modules() if isinstance(base, (nn.ModuleList, nn.Sequential)) else [base]
             heads |= {id(m) for m in parts if m is not None and getattr(host_type(type(m)), "linear", False)}
     return heads
+
+
+def fresh_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:
+    """The names of a transformers model's heads that look newly initialised and are not among the names that train.
+
+    A head that was never trained has a bias of zeros and weights of the deviation that the configuration gives.
+    """
+    deviation = getattr(getattr(model, "config", None), "initializer_range", None)
+    if "For" not in type(model).__name__ or not isinstance(deviation, float):
+        return []
+    names, trained = [], list(trained)
+    body = {id(m) for _, m in walk(_body(model))} if _body(model) is not model else set()
+    embeddings = _heads(model) if body else set()
+    for name, module in walk(model):
+        if id(module) in body or id(module) in embeddings or type(module) is not nn.Linear or module.weight.is_meta:
+            continue
+        if not body and id(module) not in _heads(model):
+            continue
+        bare = module.bias is not None and not module.bias.any()
+        near = 0.7 < module.weight.float().std().item() / deviation < 1.4
+        if bare and near and not any(name == t or name.startswith(f"{t}.") for t in trained):
+            names.append(name)
+    return names
 
 
 def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:

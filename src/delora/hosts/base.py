@@ -119,6 +119,11 @@ class Host:
         """
         if self.weight_name is None:
             raise ValueError(f"a {type(self.layer).__name__} has no weight that could express the change: it cannot be merged")
+        if self.weight_name not in self.layer._parameters:
+            raise ValueError(
+                "its weight is computed from other parameters (weight_norm, spectral_norm, pruning): make it a plain one "
+                "first, with torch.nn.utils.parametrize.remove_parametrizations or prune.remove"
+            )
         if self.layer.get_parameter(self.weight_name).is_meta:
             raise ValueError(
                 "its weight is kept elsewhere by a hook (offloading), or was never loaded: keep the adapter beside it"
