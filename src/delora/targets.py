@@ -154,17 +154,14 @@ def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
 
 def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
     """What ``targets="all-linear"`` left out, by kind of layer and reason, with its share of the model's weights."""
-    modules = dict(walk(model))
+    modules = {name: m.base if isinstance(m, Adapted) else m for name, m in walk(model)}
     total = sum(p.numel() for p in model.parameters())
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, why in left_out.items():
-        module = modules[name]
-        kinds.setdefault((type(module.base if isinstance(module, Adapted) else module).__name__, why), []).append(name)
+        kinds.setdefault((type(modules[name]).__name__, why), []).append(name)
     lines = []
     for (kind, why), names in kinds.items():
-        count = sum(
-            p.numel() for n in names for p in getattr(modules[n], "base", modules[n])._parameters.values() if p is not None
-        )
+        count = sum(p.numel() for n in names for p in modules[n]._parameters.values() if p is not None)
         lines.append(f"{len(names)} {kind} ({count / total:.1%} of the weights; {why}), such as {names[0]!r}")
     return 'targets="all-linear" left out: ' + "; ".join(lines)
 
