@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from delora.diagnostics import singular_values
-from delora.formats.files import AdapterError, Saved, SavedLayer, get, read_json
-from delora.formats.native import JSON, require_adapter
+from delora.formats.files import AdapterError, Saved, SavedLayer, get, shown
+from delora.formats.native import JSON, description, in_words, require_adapter
 from delora.formats.peft import read
 from delora.methods import Full
+from delora.methods.base import reads_weight
+from delora.updates import LowRank
 
 __all__ = ["Description", "describe"]
 
@@ -48,33 +50,27 @@ def describe(folder: Path) -> Description:
     ('0', '3 x 4', '2')
     """
     require_adapter(folder)
-    return _ours(folder / JSON) if (folder / JSON).is_file() else _peft(read(folder))
+    with in_words(folder):
+        return _ours(folder / JSON) if (folder / JSON).is_file() else _peft(read(folder))
 
 
 def _ours(file: Path) -> Description:
-    data = read_json(file)
-    if data.get("format") != "delora":
-        raise AdapterError(f"{file} does not describe a delora adapter: its 'format' is {data.get('format')!r}")
-    fields, layers = get(data, "fields", dict, file), get(data, "layers", dict, file)
-    whole, tensors = get(data, "also_train", dict, file), get(data, "tensors", dict, file)
-    rows = {name: _our_row(name, entry, fields, file) for name, entry in layers.items()}
-    settings = ", ".join(f"{key}={value!r}" for key, value in fields.items())
-    notes = [
-        f"base model: {data.get('base_model') or 'not recorded'}; {get(tensors, 'bytes', int, file) / 1000:,.0f} kB of tensors"
-    ]
-    notes += [f"trained whole: {', '.join(whole)}"] if whole else []
-    return _table(f"{get(data, 'method', str, file)}({settings})", HEADER, rows, notes)
+    data = description(file)
+    rows = {name: _our_row(name, entry, data["fields"], file) for name, entry in data["layers"].items()}
+    settings = ", ".join(f"{key}={value!r}" for key, value in data["fields"].items())
+    size = get(data["tensors"], "bytes", int, file)
+    notes = [f"base model: {data['base_model'] or 'not recorded'}; {size / 1000:,.0f} kB of tensors"]
+    notes += [f"trained whole: {', '.join(data['also_train'])}"] if data["also_train"] else []
+    return _table(f"{data['method']}({settings})", HEADER, rows, notes)
 
 
 def _our_row(name: str, entry: Any, fields: dict[str, Any], file: Path) -> tuple[str, ...]:
-    if not isinstance(entry, dict):
-        raise AdapterError(f"{file}, {name!r}: must be an object, got {entry!r}")
     at = f"{file}, {name!r}"
     report = get(entry, "report", dict, at, {})
     settings = fields | get(entry, "fields", dict, at, {})
     values = [get(report, key, (int, float), at, None) for key in ("lam", "relative", "bound_used", "effective_rank")]
-    shown = [_number(value, places) for value, places in zip(values, (2, 3, 3, 1), strict=True)]
-    return _shape(get(entry, "shape", list, at)), str(settings.get("r", "–")), *shown
+    figures = [_number(value, places) for value, places in zip(values, (2, 3, 3, 1), strict=True)]
+    return _shape(get(entry, "shape", list, at)), shown(settings.get("r", "–")).strip("'"), *figures
 
 
 def _peft(saved: Saved) -> Description:
@@ -86,19 +82,25 @@ def _peft(saved: Saved) -> Description:
 
 
 def _peft_row(name: str, layer: SavedLayer, saved: Saved) -> tuple[str, ...]:
-    p = {key: saved.file.read(file_key).reshape(shape).float() for key, (file_key, shape) in layer.tensors.items()}
-    if layer.base is not None:  # PEFT's DELORA carries the column norms of W
-        p["c"] = saved.file.read(layer.base["columns"]).float()
     method: Any = layer.method
+    p = {key: saved.file.read(file_key).reshape(shape).float() for key, (file_key, shape) in layer.tensors.items()}
+    if layer.base is not None and "columns" in layer.base:  # PEFT's DELORA carries the column norms of W
+        p["c"] = saved.file.read(layer.base["columns"]).float()
+    r = str(getattr(method, "r", "–"))
+    if reads_weight(method):
+        return "–", r, "–", "–", "–"
     try:
-        values = singular_values(method.update(None, p))
-    except (KeyError, RuntimeError) as error:
+        update = method.update(None, p)
+        if not isinstance(update, LowRank):
+            return "–", r, "–", "–", "–"
+        values = singular_values(update)
+        lam = p["lam"].item() if "lam" in p else None
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise AdapterError(f"{saved.file.path}: the tensors of {name} are not those of a {method}: {error}") from error
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     effective = torch.special.entr(share).sum().exp().item() if values.any() else 0.0
-    lam = p["lam"].item() if "lam" in p else None
-    shape = _shape([p["B"].shape[0], p["A"].shape[1]])
-    return shape, str(method.r), _number(lam, 2), _number(values.norm().item(), 3), _number(effective, 1)
+    shape = _shape([update.up.shape[0], update.down.shape[1]])
+    return shape, r, _number(lam, 2), _number(values.norm().item(), 3), _number(effective, 1)
 
 
 def _table(title: str, header: tuple[str, ...], rows: dict[str, tuple[str, ...]], notes: list[str]) -> Description:
@@ -111,8 +113,10 @@ def _table(title: str, header: tuple[str, ...], rows: dict[str, tuple[str, ...]]
 
 
 def _shape(shape: list[int]) -> str:
-    return " x ".join(map(str, shape))
+    return " x ".join(map(shown, shape))
 
 
 def _number(value: float | None, places: int) -> str:
-    return "–" if value is None else f"{value:.{places}f}"
+    if value is None:
+        return "–"
+    return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.3g}"

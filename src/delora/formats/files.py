@@ -9,6 +9,7 @@ import os
 import re
 import reprlib
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -225,6 +226,7 @@ def _opened(file: Path, flags: int) -> BinaryIO:
 
 
 PARTIAL = ".partial-"  # the prefix of a folder that is being written
+ALIVE = ".alive"  # the lock in it of the process that writes
 
 
 @contextmanager
@@ -240,7 +242,8 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
     'abc'
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as scratch:
+    _clear(target.parent)
+    with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as scratch, locked(Path(scratch) / ALIVE):
         new, old = Path(scratch) / "new", Path(scratch) / "old"
         new.mkdir()
         yield new
@@ -253,6 +256,17 @@ def whole_folder(target: Path, replace: bool = False) -> Iterator[Path]:
                 if old.exists():
                     old.rename(target)
                 raise
+
+
+def _clear(place: Path) -> None:
+    """Delete the folders that processes were writing which were killed: nobody has their lock."""
+    for scratch in place.glob(f"{PARTIAL}*"):
+        if (scratch / ALIVE).is_file() and not (scratch / "old").exists():
+            with suppress(OSError):
+                notes = _flocked(scratch / ALIVE) if fcntl is not None else None
+                if notes is not None:
+                    with notes:
+                        shutil.rmtree(scratch)
 
 
 # ---------------------------------------------------------------- reading

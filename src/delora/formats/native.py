@@ -52,7 +52,18 @@ from delora.ties import share_copies
 from delora.updates import wide
 from delora.version import __version__
 
-__all__ = ["JSON", "description", "fingerprint", "is_adapter", "load", "open_folder", "require_adapter", "save", "seal"]
+__all__ = [
+    "JSON",
+    "description",
+    "fingerprint",
+    "in_words",
+    "is_adapter",
+    "load",
+    "open_folder",
+    "require_adapter",
+    "save",
+    "seal",
+]
 
 SCHEMA = 2
 JSON, LOCK = "adapter.json", ".lock"
@@ -312,7 +323,7 @@ def open_folder(folder: Path, methods: Mapping[str, type], modules: Mapping[str,
     ['0']
     """
     require_adapter(folder)
-    try:
+    with in_words(folder):
         if (folder / JSON).is_file():
             return _read(folder, methods, modules, model)
         saved = read_peft(folder)
@@ -321,9 +332,22 @@ def open_folder(folder: Path, methods: Mapping[str, type], modules: Mapping[str,
             names.values(), [names[layer] for layer, e in saved.layers.items() if isinstance(e.method, Full)], folder
         )
         return Saved(saved.source, saved.file, {names[layer]: entry for layer, entry in saved.layers.items()}, saved.base_model)
+
+
+@contextmanager
+def in_words(folder: Path) -> Iterator[None]:
+    """A context in which whatever goes wrong is an AdapterError: a file decides what it makes its reader do.
+
+    >>> with in_words(Path("a")):
+    ...     [][0]
+    Traceback (most recent call last):
+    delora.formats.files.AdapterError: a cannot be read: IndexError: 'list index out of range'
+    """
+    try:
+        yield
     except AdapterError:
         raise
-    except Exception as error:  # a file decides what it makes its reader do
+    except Exception as error:
         raise AdapterError(f"{folder} cannot be read: {type(error).__name__}: {shown(str(error))}") from error
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face PEFT's format: any low-rank adapter can be written; adapters of type LORA and DELORA can be read.
+"""Hugging Face PEFT's format: any low-rank adapter can be written; adapters of type LORA, DELORA, IA3 and OFT can be read.
 
 PeftModel, vLLM, diffusers and most servers read a LoRA in this format.
 """
@@ -6,9 +6,12 @@ PeftModel, vLLM, diffusers and most servers read a LoRA in this format.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import warnings
 from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,11 +20,17 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from delora.ambient import apart
+from delora.formats.bases import fingerprint
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
+from delora.formats.patterns import LONGEST, MOST, Pattern, Patterns, Steps
+from delora.formats.peft_fields import KINDS, require_known
+from delora.formats.peft_names import experts, renamed
 from delora.hosts import Conv1D, Convolution, Embedding
 from delora.layer import Placed
-from delora.methods import DeLoRA, Full, LoRA
-from delora.models import active_adapter, adapted_layers, adapters, unwrapped, walk
+from delora.methods import IA3, OFT, DeLoRA, DoRA, Full, LoRA
+from delora.methods.base import Method
+from delora.models import active_adapter, adapters, unwrapped, walk
+from delora.updates import wide
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -39,6 +48,8 @@ def write(
 ) -> Path:
     """Write an adapter, at its current strength, to a folder in PEFT's format.
 
+    What PEFT would read as something else is refused, or written in the way that it reads right.
+
     Args:
         model: a model with an adapter.
         folder: where to write; it is created if it does not exist.
@@ -48,7 +59,7 @@ def write(
             layers as PEFT's DELORA, whose training can be continued with PEFT.
 
     Raises:
-        ValueError: the change is not low-rank, or PEFT's DELORA cannot express it; nothing is written then.
+        ValueError: the change is not low-rank, or PEFT cannot read it right; nothing is written then.
 
     >>> import delora, tempfile
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
@@ -64,21 +75,43 @@ def write(
     whole = {layer: a for layer, a in chosen.items() if a.whole}
     if not weights:
         raise ValueError("this adapter trains whole modules only: there is no low-rank change to export; use delora.merge")
-    config, tensors = as_lora(weights) if kind == "lora" else _as_delora(weights)
+    root = unwrapped(model)
+    if kind == "lora":
+        if moved := renamed(root, weights):
+            layer = next(iter(moved))
+            raise ValueError(
+                f"PEFT renames the tensors of a {type(root).__name__} and would look for {layer} at {moved[layer]} (so for "
+                f"{len(moved)} of {len(weights)} layers), where nothing is: leave these layers out, or use delora.merge"
+            )
+        parameters = [layer for layer in weights if layer.rpartition(".")[2] in experts(root)]
+        config, tensors = as_lora(weights, parameters)
+    else:
+        parameters = []
+        config, tensors = _as_delora(weights)
     for layer, copy in whole.items():
         tensors |= {f"{layer}.{key}": t for key, t in copy.at_strength().items()}
+    for layer, module in _also_taken(root, weights, whole).items():
+        tensors |= {f"{layer}.{key}": t for key, t in module.state_dict().items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
-    root = unwrapped(model)
+    if parameters and config["lora_dropout"]:
+        warnings.warn(
+            f"PEFT has no dropout on {parameters[0]}, which it would take for an expert and is named by its weight: "
+            f"lora_dropout is written as 0, not {config['lora_dropout']}",
+            stacklevel=3,
+        )
+        config["lora_dropout"] = 0.0
     config |= {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
-        "target_modules": _target_names(root, list(weights)),
+        "target_modules": _target_names(root, [layer for layer in weights if layer not in parameters], bool(experts(root))),
         "modules_to_save": list(whole) or None,
-        "task_type": _task_type(root),
+        "task_type": _task_type(root, whole),
         "bias": "none",
         "inference_mode": True,
     }
+    if parameters:
+        config["target_parameters"] = [f"{layer}.weight" for layer in parameters]
     data = to_bytes({PREFIX + key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, {"format": "pt"})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,11 +120,13 @@ def write(
     return folder
 
 
-def as_lora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def as_lora(layers: dict[str, Placed], parameters: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's configuration of type LORA and the tensors by name, for low-rank adapters by layer.
 
+    ``parameters``: the layers that PEFT is told of by the name of their weight.
+
     >>> from delora.layer import attach
-    >>> config, tensors = as_lora({"query": attach(LoRA(r=2), nn.Linear(4, 3))})
+    >>> config, tensors = as_lora({"query": Placed(attach(LoRA(r=2), nn.Linear(4, 3)), nn.Linear(4, 3))})
     >>> config["r"], list(tensors)
     (2, ['query.lora_A.weight', 'query.lora_B.weight'])
     """
@@ -102,7 +137,7 @@ def as_lora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor
         if factors is None:
             way_out = "; delora.merge writes it into the weights" if adapter.mergeable() else ""
             raise ValueError(f"{layer}: {adapter.method} is not a low-rank change{way_out}")
-        ranks[layer] = len(factors.down)
+        ranks[f"{layer}.weight" if layer in parameters else layer] = len(factors.down)
         host, up, down = adapter.host, factors.up, factors.down
         if isinstance(host, Embedding):
             tensors |= {f"{layer}.lora_embedding_A": down, f"{layer}.lora_embedding_B": up}
@@ -111,8 +146,7 @@ def as_lora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor
             down = down.reshape(-1, *host.layer.weight.shape[1:])
             up = up.reshape(*up.shape, *(1,) * host.dims)
         tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {layer: r for layer, r in ranks.items() if r != common}
+    common, others = _by_pattern(ranks)
     config = {
         "peft_type": "LORA",
         "r": common,
@@ -123,6 +157,16 @@ def as_lora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor
         "fan_in_fan_out": any(isinstance(a.host, Conv1D) for a in layers.values()),
     }
     return config, tensors
+
+
+def _by_pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, and the others by pattern: by the layers' names, unless PEFT takes one of these for another's."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    others = {layer: value for layer, value in values.items() if value != common}
+    read = Patterns(others, "rank_pattern")
+    if any(read.get(layer, common) != value for layer, value in values.items()):
+        others = {f"^{re.escape(layer)}": value for layer, value in others.items()}
+    return common, others
 
 
 def _as_delora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -144,38 +188,74 @@ def _as_delora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Ten
             f"{layer}.delora_lambda": p["lam"] * adapter.strength,
             f"{layer}.delora_w_norm": p["c"],
         }
-    r, lam = Counter(ranks.values()).most_common(1)[0][0], Counter(lams.values()).most_common(1)[0][0]
+    r, rank_pattern = _by_pattern(ranks)
+    lam, lambda_pattern = _by_pattern(lams)
     config = {
         "peft_type": "DELORA",
         "r": r,
         "delora_lambda": lam,
-        "rank_pattern": {layer: n for layer, n in ranks.items() if n != r},
-        "lambda_pattern": {layer: n for layer, n in lams.items() if n != lam},
+        "rank_pattern": rank_pattern,
+        "lambda_pattern": lambda_pattern,
         "module_dropout": next(iter(layers.values())).dropout,
         "init_weights": True,
     }
     return config, tensors
 
 
-def _target_names(model: nn.Module, layers: list[str]) -> list[str]:
-    """The last parts of the layers' names, which servers expect, if they select no other layer; else the whole names."""
+def _target_names(model: nn.Module, layers: list[str], as_list: bool) -> list[str] | str:
+    """What makes PEFT choose these layers and no other.
+
+    The last parts of their names, which servers expect; if these also end other layers' names, the whole names; and if even
+    one of these ends another's name, one regular expression, unless it must be a list.
+    """
+    others = {name for name, _ in walk(model)} - set(layers)
     short = {layer.rpartition(".")[2] for layer in layers}
-    adapted = {id(module) for module in adapted_layers(model).values()}
-    same = [n for n, m in walk(model) if n.rpartition(".")[2] in short and (id(m) not in adapted or n not in layers)]
-    return sorted(short) if not same else layers
+    if not any(name.rpartition(".")[2] in short for name in others):
+        return sorted(short)
+    endings = {name[i + 1 :] for name in others for i, c in enumerate(name) if c == "."}
+    return layers if as_list or not endings & set(layers) else "|".join(map(re.escape, layers))
 
 
-def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type, from the ending of a transformers class name. Reading the files does not depend on it."""
+def _also_taken(model: nn.Module, weights: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The modules that PEFT trains whole as well, because their names end as that of one that is: their own tensors go along.
+
+    Raises:
+        ValueError: PEFT cannot be told what this adapter is.
+    """
+    names, taken = tuple(whole), {}
+    for layer in weights:
+        for name in names:
+            if f".{name}." in f".{layer}.":
+                raise ValueError(
+                    f"PEFT takes no adapter on {layer}: {name}, which is trained whole, is in its name; rename one of them, or "
+                    "use delora.merge"
+                )
+    for name, module in walk(model):
+        if name not in whole and name.endswith(names):
+            if any(f"{other}.".startswith(f"{name}.") or name.startswith(f"{other}.") for other in (*weights, *whole)):
+                raise ValueError(
+                    f"PEFT trains {name} whole, too: its name ends as one of {list(names)}; rename one, or use delora.merge"
+                )
+            taken[name] = module
+    return taken
+
+
+HEADS = ("classifier", "score")  # what PEFT expects in a file of these tasks
+
+
+def _task_type(model: nn.Module, whole: Collection[str]) -> str | None:
+    """PEFT's task type, from the ending of a transformers class name; of a task with a head only if the head is in the file."""
     names = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
-    return next((task for end, task in names.items() if type(model).__name__.endswith(end)), None)
+    task = next((task for end, task in names.items() if type(model).__name__.endswith(end)), None)
+    heads = [name for name, _ in walk(model) if name.endswith(HEADS)]
+    return task if task in (None, "CAUSAL_LM") or (heads and set(heads) <= set(whole)) else None
 
 
 # ---------------------------------------------------------------- reading
 
 
 def read(folder: Path) -> Saved:
-    """Read a PEFT folder of type LORA (plain, rank-stabilised, with patterns) or DELORA. Nothing is unpickled.
+    """Read a PEFT folder of type LORA (plain, rank-stabilised, DoRA, with patterns), DELORA, IA3 or OFT. Nothing is unpickled.
 
     >>> import delora, tempfile
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
@@ -186,16 +266,9 @@ def read(folder: Path) -> Saved:
     where = folder / CONFIG
     config = read_json(where)
     kind = get(config, "peft_type", str, where)
-    if kind not in ("LORA", "DELORA"):
-        raise AdapterError(f"{where}: cannot read adapters of type {kind!r}: known types are LORA, DELORA")
-    plain: dict[str, Any] = {"bias": "none", "layer_replication": None, "target_parameters": None, "lora_bias": False}
-    plain |= {"use_dora": False, "use_qalora": False, "use_bdlora": None, "alora_invocation_tokens": None}
-    plain |= {"trainable_token_indices": None, "arrow_config": None, "kasa_config": None}
-    for key, value in plain.items():
-        if config.get(key, value) not in (value, None, False):
-            raise AdapterError(
-                f"{where}: {key} = {config[key]!r} is not a plain {kind}; merge it with PEFT and adapt the result"
-            )
+    if kind not in KINDS:
+        raise AdapterError(f"{where}: cannot read adapters of type {kind!r}: known types are {', '.join(KINDS)}")
+    require_known(config, kind, where)
     if not (folder / TENSORS).is_file():
         pickled = " (adapter_model.bin is a pickle and is never opened)" if (folder / "adapter_model.bin").exists() else ""
         raise AdapterError(f"{folder} has no {TENSORS}{pickled}")
@@ -205,65 +278,191 @@ def read(folder: Path) -> Saved:
 
 
 _NAMES = {
-    "LORA": {"lora_A.weight": "A", "lora_B.weight": "B", "lora_embedding_A": "A", "lora_embedding_B": "B"},
+    "LORA": {
+        "lora_A.weight": "A",
+        "lora_B.weight": "B",
+        "lora_embedding_A": "A",
+        "lora_embedding_B": "B",
+        "lora_magnitude_vector": "m",
+        "lora_magnitude_vector.weight": "m",
+    },
     "DELORA": {"delora_A": "A", "delora_B": "B", "delora_lambda": "lam", "delora_w_norm": "c"},
+    "IA3": {"ia3_l": "l"},
+    "OFT": {"oft_R.weight": "Q"},
 }
+_PARTS = ("lora_", "delora_", "ia3_", "oft_", "token_adapter")  # of names that are no base model's
+
+Tensors = dict[str, tuple[str, tuple[int, ...]]]  # keys in the file and shapes, by name
 
 
 def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) -> dict[str, SavedLayer]:
-    by_layer: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
-    rest: dict[str, tuple[int, ...]] = {}
+    adapted: dict[str, Tensors] = {}
+    bases: dict[str, str] = {}  # the keys of weights that lie under an adapter
+    rest: Tensors = {}
     for key, shape in file.shapes.items():
         name = key.removeprefix(PREFIX)
-        ending = next((end for end in _NAMES[kind] if name.endswith("." + end)), None)
-        if not key.startswith(PREFIX):
-            raise AdapterError(f"{file.path}: {key!r} does not start with {PREFIX!r}")
-        if ending is None:
-            rest[key] = shape
+        if name == key:
+            raise AdapterError(f"{file.path}: {key[:LONGEST]!r} does not start with {PREFIX!r}")
+        if len(name) > LONGEST:
+            raise AdapterError(f"{file.path}: no tensor has a name of {len(name):,} characters; at most {LONGEST:,} are read")
+        ending = next((end for end in _NAMES[kind] if name.endswith(f".{end}")), None)
+        if ending is not None:
+            tensors = adapted.setdefault(name[: -len(ending) - 1], {})
+            if (tensor := _NAMES[kind][ending]) in tensors:
+                raise AdapterError(f"{file.path}: {key!r} and {tensors[tensor][0]!r} are the same tensor")
+            tensors[tensor] = (key, shape)
+        elif name.endswith(".base_layer.weight"):
+            bases[name.removesuffix(".base_layer.weight")] = key
         else:
-            flat = (shape[0], int(torch.Size(shape[1:]).numel())) if len(shape) > 1 else shape  # convolutions: one matrix
-            by_layer.setdefault(name[: -len(ending) - 1], {})[_NAMES[kind][ending]] = (key, flat)
-    layers = {}
-    for layer, tensors in by_layer.items():
-        norms = tensors.pop("c", None)
-        base = None if norms is None else {"columns": norms[0]}
-        layers[layer] = SavedLayer(_method(config, kind, layer, where), _dropout(config, where), base=base, tensors=tensors)
-    for pattern in get(config, "modules_to_save", list, where, None) or []:
-        # Each name stands for all modules whose name ends with it; the keys of the tensors tell which these are.
-        for key in list(rest):
-            match = re.match(rf"((?:.*\.)?{re.escape(str(pattern))})\.(.+)$", key.removeprefix(PREFIX))
-            if match:
-                layers.setdefault(match[1], SavedLayer(Full())).tensors[match[2]] = (key, rest.pop(key))
-    if rest:
-        raise AdapterError(
-            f"{file.path}: {sorted(rest)[0]!r} belongs to no adapter of type {kind} and to no module in modules_to_save"
-        )
-    if not by_layer:
+            rest[name] = (key, shape)
+    if not adapted:
         raise AdapterError(f"{file.path} holds no tensor of type {kind}")
+    for layer in bases:
+        rest.pop(f"{layer}.base_layer.bias", None)  # goes with the weight, which tells whether the base is the same
+    if strange := sorted(bases.keys() - adapted.keys()):
+        raise AdapterError(f"{file.path}: {bases[strange[0]]!r} is the weight under an adapter that is not in the file")
+    methods = _Methods(config, kind, where)
+    layers = {}
+    for layer, tensors in adapted.items():
+        method = methods.of(layer, tensors)
+        norms = tensors.pop("c", None)
+        base = {"columns": norms[0]} if norms is not None else _base(file, bases.get(layer), tensors)
+        flat = {tensor: (key, _flat(tensor, shape)) for tensor, (key, shape) in tensors.items()}
+        layers[layer] = SavedLayer(method, methods.dropout, base=base, tensors=flat)
+    for module, tensors in _whole(config, rest, file, kind, where).items():
+        if module in layers:
+            raise AdapterError(f"{file.path}: {module} is both adapted and trained whole")
+        layers[module] = SavedLayer(Full(), tensors=tensors)
+    if config.get("ensure_weight_tying") and any(key.endswith(".lora_embedding_A") for key in file.shapes):
+        warnings.warn(
+            "ensure_weight_tying: PEFT trains the adapters of tied layers as one, here they train apart", stacklevel=2
+        )
     return layers
 
 
-def _dropout(config: dict[str, Any], where: Path) -> float:
-    value = config.get("lora_dropout", config.get("module_dropout", 0.0))
-    if type(value) not in (int, float) or not 0 <= value < 1:
-        raise AdapterError(f"{where}: dropout {value!r} must be at least 0 and below 1")
-    return float(value)
+def _flat(tensor: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a tensor has here: a vector for each feature, and one matrix for a convolution."""
+    if tensor in ("l", "m"):
+        return (math.prod(shape),)
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 2 else shape
 
 
-def _method(config: dict[str, Any], kind: str, layer: str, where: Path) -> LoRA | DeLoRA:
-    def value(field: str, pattern_field: str) -> Any:
-        for pattern, special in (get(config, pattern_field, dict, where, None) or {}).items():
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", layer):
-                    return special
-            except re.error as error:
-                raise AdapterError(f"{where}: {pattern_field} has {pattern!r}, no regular expression: {error}") from error
-        return get(config, field, (int, float), where)
+def _base(file: TensorFile, key: str | None, tensors: Tensors) -> dict[str, Any] | None:
+    """What is known of the base, if its weight is in the file, as PEFT saves that of an embedding with an adapter."""
+    if key is None:
+        return None
+    W = file.read(key)
+    if W.ndim != 2:
+        raise AdapterError(f"{file.path}: {key!r} must be a matrix, not of shape {list(W.shape)}")
+    dtype = str(W.dtype).removeprefix("torch.")
+    W = W.T if tensors["A"][0].endswith("lora_embedding_A") else W
+    norm, probe = fingerprint(W.to(wide(W.dtype)))
+    return {"dtype": dtype, "norm": norm, "probe": probe}
 
-    try:
-        if kind == "LORA":
-            rslora = get(config, "use_rslora", bool, where, False)
-            return LoRA(r=value("r", "rank_pattern"), alpha=value("lora_alpha", "alpha_pattern"), rslora=rslora)
-        return DeLoRA(r=value("r", "rank_pattern"), lam=value("delora_lambda", "lambda_pattern"), start="zero")
-    except ValueError as error:
-        raise AdapterError(f"{where}, {layer}: {error}") from error
+
+def _whole(config: dict[str, Any], rest: Tensors, file: TensorFile, kind: str, where: Path) -> dict[str, Tensors]:
+    """The tensors of the modules that were trained whole.
+
+    A name in ``modules_to_save`` stands for all modules whose name ends so, as in PEFT: "norm" also for "post_norm". A weight
+    that belongs to none is one of the base model's, as PEFT saves embeddings whose vocabulary has grown.
+    """
+    endings = tuple(_texts(config, "modules_to_save", where))
+    modules: dict[str, Tensors] = {}
+    for name, (key, shape) in rest.items():
+        parts = name.split(".")
+        prefixes = [".".join(parts[:n]) for n in range(1, len(parts))]
+        module = next((prefix for prefix in prefixes if prefix.endswith(endings)), None)
+        if module is None and parts[-1] in ("weight", "bias") and not any(part.startswith(_PARTS) for part in parts):
+            module = prefixes[-1] if prefixes else None
+        if module is None:
+            raise AdapterError(
+                f"{file.path}: {key!r} belongs to no adapter of type {kind} that is read, and to no module in modules_to_save"
+            )
+        modules.setdefault(module, {})[name[len(module) + 1 :]] = (key, shape)
+    return modules
+
+
+def _texts(config: dict[str, Any], field: str, where: Path) -> list[str]:
+    texts = get(config, field, list, where, None) or []
+    if len(texts) > MOST or not all(isinstance(text, str) and text for text in texts):
+        raise AdapterError(f"{where}: {field} must be a list of at most {MOST:,} names")
+    return texts
+
+
+class _Methods:
+    """The method of each layer, as PEFT's configuration says it."""
+
+    def __init__(self, config: dict[str, Any], kind: str, where: Path) -> None:
+        self.config, self.kind, self.where = config, kind, where
+        self.patterns = {field: self._patterns(field) for field in ("rank_pattern", "alpha_pattern", "lambda_pattern")}
+        self.dropout = 0.0 if kind == "IA3" else self._dropout()
+        self.parameters = tuple(_texts(config, "target_parameters", where))
+        if strange := [name for name in self.parameters if not f".{name}".endswith(".weight")]:
+            raise AdapterError(
+                f"{where}: target_parameters has {strange[0][:LONGEST]!r}: of parameters, only the weights of layers are read; "
+                "merge it with PEFT and adapt the result"
+            )
+        if kind == "OFT" and self.dropout:
+            warnings.warn(f"module_dropout = {self.dropout}: OFT has no dropout here, training goes on without", stacklevel=2)
+            self.dropout = 0.0
+
+    def _patterns(self, field: str) -> Patterns:
+        values = get(self.config, field, dict, self.where, None) or {}
+        for pattern, value in values.items():
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise AdapterError(f"{self.where}: {field} has no number for {pattern[:LONGEST]!r}")
+        return Patterns(values, f"{self.where}: {field}")
+
+    def _dropout(self) -> float:
+        value = self.config.get("lora_dropout" if self.kind == "LORA" else "module_dropout", 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1:
+            raise AdapterError(f"{self.where}: dropout {value!r} must be at least 0 and below 1")
+        return float(value)
+
+    def of(self, layer: str, tensors: Tensors) -> Method:
+        """The method of one layer."""
+        try:
+            return {"LORA": self._lora, "DELORA": self._delora, "IA3": self._ia3, "OFT": self._oft}[self.kind](layer, tensors)
+        except (ValueError, OverflowError) as error:
+            raise error if isinstance(error, AdapterError) else AdapterError(f"{self.where}, {layer}: {error}") from error
+
+    def _number(self, field: str, pattern: str, layer: str) -> Any:
+        return self.patterns[pattern].get(layer, get(self.config, field, (int, float), self.where))
+
+    def _lora(self, layer: str, tensors: Tensors) -> Method:
+        if f"{layer}.weight".endswith(tuple(f".{name}" for name in self.parameters)) or f"{layer}.weight" in self.parameters:
+            layer = f"{layer}.weight"  # PEFT knows it by its parameter
+        r, alpha = self._number("r", "rank_pattern", layer), self._number("lora_alpha", "alpha_pattern", layer)
+        rslora = bool(get(self.config, "use_rslora", bool, self.where, False))
+        dora = get(self.config, "use_dora", bool, self.where, False)
+        return DoRA(r=r, alpha=alpha, rslora=rslora) if dora else LoRA(r=r, alpha=alpha, rslora=rslora)
+
+    def _delora(self, layer: str, tensors: Tensors) -> Method:
+        r, lam = self._number("r", "rank_pattern", layer), self._number("delora_lambda", "lambda_pattern", layer)
+        return DeLoRA(r=r, lam=lam, start="zero")
+
+    def _ia3(self, layer: str, tensors: Tensors) -> Method:
+        key, shape = tensors["l"]
+        named = self.config.get("feedforward_modules")
+        if isinstance(named, str):
+            steps = Steps(f"{self.where}: feedforward_modules")
+            side: Any = "input" if len(layer) in Pattern(named, steps).ends(layer, {0}) else "output"
+        else:  # by any ending, without a dot before it
+            side = "input" if layer.endswith(tuple(_texts(self.config, "feedforward_modules", self.where))) else "output"
+        if len(shape) == 2 and shape != (1, 1):
+            by_shape = "input" if shape[0] == 1 else "output"
+            if named is not None and by_shape != side:
+                raise ValueError(f"{key!r} of shape {list(shape)} scales the {by_shape}, feedforward_modules says the {side}")
+            side = by_shape
+        elif len(shape) > 2 and side == "input":
+            raise ValueError("a scale of a convolution's input is not read; merge it with PEFT and adapt the result")
+        return IA3(side=side)
+
+    def _oft(self, layer: str, tensors: Tensors) -> Method:
+        key, shape = tensors["Q"]
+        if len(shape) != 2 or not shape[0]:
+            raise ValueError(f"{key!r} must be a matrix, not of shape {list(shape)}")
+        radius = None
+        if get(self.config, "coft", bool, self.where, False):
+            radius = get(self.config, "eps", (int, float), self.where, 6e-5) / math.sqrt(shape[0])
+        return OFT(blocks=shape[0], radius=radius)
