@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test check format bench bench-full figures claims studies docs clean
+.PHONY: demo test zoo check format bench bench-full figures claims studies docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest
+
+# Every model type of transformers and diffusers, tiny: an error if one is wrong.  docs/zoo.md says what came of it.
+zoo: .venv/ready
+	$(BIN)/python -m tests.zoo --all --processes 2
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

@@ -42,6 +42,7 @@ __all__ = [
     "known_keys",
     "leftovers",
     "locked",
+    "parsed",
     "printable",
     "read_json",
     "require_bounded",
@@ -292,14 +293,21 @@ def read_json(file: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{file} has {file.stat().st_size:,} bytes, more than an adapter's description can have ({MAX_JSON:,})"
         )
-    value = _parsed(raw, f"{file} is not valid JSON (truncated?)", f"{file} holds more than an adapter's description can have")
+    value = parsed(raw, f"{file} is not valid JSON (truncated?)", f"{file} holds more than an adapter's description can have")
     if not isinstance(value, dict):
         raise AdapterError(f"{file} must hold a JSON object, not a {type(value).__name__}")
     return value
 
 
-def _parsed(raw: bytes, damaged: str, large: str) -> Any:
-    """The value of a JSON text; an AdapterError that begins with one of the two texts."""
+def parsed(raw: bytes, damaged: str, large: str) -> Any:
+    """The value of a JSON text: of a bounded size, with finite numbers, and with no key twice.
+
+    Raises:
+        AdapterError: it is anything else; the message begins with ``damaged`` or, for what is too much, with ``large``.
+
+    >>> parsed(b'{"r": 8}', "a.json is damaged", "a.json is too large")
+    {'r': 8}
+    """
     containers, values = raw.count(b"{") + raw.count(b"["), raw.count(b",")
     if containers > MAX_CONTAINERS or values > MAX_VALUES:
         raise AdapterError(f"{large}: {containers:,} objects and lists, {values:,} values")
@@ -440,7 +448,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         size = int.from_bytes(data.read(8), "little")
         if size > MAX_HEADER:
             raise AdapterError(f"{broken}: its header would have {size:,} bytes, more than {MAX_HEADER:,} are not read")
-        header = _parsed(data.read(size), broken, f"{path} holds more tensors than are read")
+        header = parsed(data.read(size), broken, f"{path} holds more tensors than are read")
     if not isinstance(header, dict):
         raise AdapterError(f"{broken}: its header is no object")
     header.pop("__metadata__", None)

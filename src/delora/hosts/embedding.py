@@ -15,6 +15,7 @@ class Embedding(MatrixHost):
 
     Dropout of a one-hot input drops the whole change of a token.
 
+    >>> from torch import nn
     >>> Embedding(nn.Embedding(10, 4)).matrix().shape
     torch.Size([4, 10])
     """

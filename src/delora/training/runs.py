@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,13 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
 from delora.errors import UserError
-from delora.formats.files import read_json, write_atomically
+from delora.formats.files import AdapterError, get, leftovers, parsed, read_json, shown, write_atomically
 from delora.training.config import Experiment, differences
 
-__all__ = ["Result", "Row", "RunContext", "RunError", "as_csv", "best_rows", "claim", "discard", "exclusive", "write_json"]
+__all__ = [
+    "Result",
+    "Row",
+    "RunContext",
+    "RunError",
+    "as_csv",
+    "best_rows",
+    "claim",
+    "discard",
+    "exclusive",
+    "place",
+    "read_metrics",
+    "write_json",
+]
 
 CONFIG, RESULT, METRICS, FAILED = "config.json", "result.json", "metrics.jsonl", "failed.json"
 
@@ -102,13 +117,23 @@ class Result:
 
     @classmethod
     def of(cls, data: Any, where: Path) -> Result:
-        """The result with these fields. ``where`` is for the message of an error."""
+        """The result with these values, from a file in the folder ``where``.
+
+        Raises:
+            RunError: they are of another version, or damaged.
+        """
         try:
-            return cls(**data)
+            made = cls(**data)
         except TypeError as error:
             raise RunError(
                 f"{where} holds a run of another version of delora ({error}): run it anew in another folder"
             ) from error
+        try:
+            return TypeAdapter(cls).validate_python(dataclasses.asdict(made), strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise RunError(f"{where / RESULT} is damaged: {key} = {shown(first['input'])}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -190,8 +215,73 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def read_metrics(file: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``, each with a step, all values finite; without a file, none. ``needs``: more keys.
+
+    Raises:
+        RunError: a line is damaged; names the file and the line.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(folder, "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\\n')
+    ...     read_metrics(Path(folder, "metrics.jsonl"))
+    [{'step': 1, 'loss': 0.5}]
+    """
+    rows = []
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
+        at = f"{file}, line {number}"
+        try:
+            row = parsed(line, f"{at} is not valid JSON", f"{at} is too long")
+            if not isinstance(row, dict):
+                raise AdapterError(f"{at} must be an object, got {shown(row)}")
+            for key in row:
+                get(row, key, str if key == "run" else int if key == "step" else (int, float), at)
+            for key in ("step", *needs):
+                get(row, key, (str, int), at)
+        except AdapterError as error:
+            raise RunError(f"{error}; delete the file to do without it") from error
+        rows.append(row)
+    return rows
+
+
+def place(out: str) -> Path:
+    """The folder of a recipe's ``out``.
+
+    Raises:
+        RunError: no folder can have this name.
+
+    >>> place("a\\0b")
+    Traceback (most recent call last):
+    delora.training.runs.RunError: out = 'a\\x00b': no folder can have this name: embedded null byte
+    """
+    try:
+        folder = Path(out)
+        os.fsencode(out)
+        folder.exists()
+        os.stat(out)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"out = {shown(out)}: no folder can have this name: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    if not _resolved(folder).name:
+        raise RunError(f"out = {shown(out)}: a run needs a folder of its own")
+    return folder
+
+
+def _resolved(folder: Path) -> Path:
+    """Where a folder is, through symbolic links: two names of one folder have one lock."""
+    try:
+        return folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise RunError(f"{folder}: its symbolic links lead nowhere: {error}") from error
+
+
 def claim(folder: Path, experiment: Experiment) -> None:
     """Make the folder this experiment's: write its configuration, or check that the folder already has it.
+
+    A folder in which a process was killed before it had written that is taken up.
 
     Raises:
         RunError: it is another experiment's, or holds other things; nothing is changed.
@@ -207,15 +297,19 @@ def claim(folder: Path, experiment: Experiment) -> None:
                 f"{folder} holds a run with other settings: {key} is {json.dumps(was)} there, {json.dumps(now)} now{more}; "
                 "choose another folder with out=..., or start anew with --fresh, which deletes that run"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return
+    unwritten = leftovers(file)
+    if folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - set(unwritten)):
         raise RunError(f"{folder} is not empty and holds no run: choose another folder with out=...")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    for temporary in unwritten:
+        temporary.unlink(missing_ok=True)
+    write_json(file, settings)
+    shutil.rmtree(_trash(_resolved(folder)), ignore_errors=True)
 
 
 def discard(folder: Path) -> None:
-    """Delete a run's folder. A folder that holds no run is left alone.
+    """Delete a run's folder. A folder that holds no run is left alone; of a symbolic link, what it leads to is emptied.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -225,10 +319,17 @@ def discard(folder: Path) -> None:
     """
     if (folder / CONFIG).is_file():
         # Rename first: a deletion that is interrupted must not leave half a run.
-        trash = folder.with_name(f".{folder.name}.deleted")
+        there = _resolved(folder)
+        trash = _trash(there)
         shutil.rmtree(trash, ignore_errors=True)
-        folder.rename(trash)
+        there.rename(trash)
+        if folder.is_symlink():
+            there.mkdir()
         shutil.rmtree(trash)
+
+
+def _trash(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.deleted")
 
 
 @contextmanager
@@ -251,8 +352,9 @@ def exclusive(folder: Path) -> Iterator[None]:
     except ImportError:  # Windows has no such lock
         yield
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
+    there = _resolved(folder)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    with there.with_name(f".{there.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
