@@ -92,7 +92,8 @@ def test_a_checkpoint_holds_the_adapter_alone(done, sources):
             assert set(held) == layers
             assert not base & {key for name, key in held.items() if name != "classifier"}
             written = {p.name for p in checkpoint.iterdir()} - {file.name}
-            assert written == {"adapter.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+            states = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+            assert written == {"adapter.json", "manifest.json", *states}
 
 
 def test_head_only_trains_the_head_and_nothing_else(done, sources):

@@ -129,7 +129,7 @@ class Result:
                 f"{where} holds a run of another version of delora ({error}): run it anew in another folder"
             ) from error
         try:
-            return TypeAdapter(cls).validate_python(dataclasses.asdict(made), strict=True)
+            return TypeAdapter(cls).validate_json(json.dumps(dataclasses.asdict(made)), strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
