@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from delora.training.runs import read_metrics
 
 __all__ = ["COLOURS", "CURVES", "DASHES", "STYLE", "Curve", "draw"]
 
@@ -57,7 +58,7 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
     ...     [file.name for file in draw(metrics, ["LoRA"], Path(folder))]
     ['loss.png']
     """
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_metrics(metrics, needs=["run"])
     drawn = []
     with mpl.rc_context(STYLE):
         for curve in CURVES:

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 from delora.evaluation.text import standard_error
-from delora.formats.files import write_atomically
+from delora.formats.files import read_json, write_atomically
 from delora.reports.curves import draw
 from delora.training.experiments import Outcome
 from delora.training.runs import CONFIG, METRICS, Result, Row, best_rows
@@ -139,7 +139,7 @@ def write(out: Path, task: Task) -> Path:
     """Write ``report.html`` and its plots into the folder of a finished experiment."""
     outcome = Outcome.read(out)
     plots = draw(out / METRICS, [row.runs[0].name for row in best_rows(outcome.results)], out)
-    config = json.loads((out / CONFIG).read_text())
+    config = read_json(out / CONFIG)
     write_atomically(out / REPORT, page(outcome, task, config, plots).encode())
     return out / REPORT
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from delora import tasks
-from delora.formats.files import read_json, write_atomically
+from delora.formats.files import get, read_json, shown, write_atomically
 from delora.reports import figures
 from delora.reports.experiment import NOTHING, REPORT, STYLE
 from delora.targets import resolve
 from delora.training.config import Experiment, slug
-from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, best_rows
+from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, best_rows, read_metrics
 
 __all__ = ["Drawn", "Run", "Table", "collect", "draw", "lines", "norms", "page", "robustness", "safe", "table", "write"]
 
@@ -84,16 +83,23 @@ def collect(folders: Sequence[Path], modules: Sequence[str] = ()) -> tuple[list[
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"there is no folder {folder}")
-        runs += [
-            Run(file.parent, _experiment(file.parent / CONFIG, modules), Result.of(read_json(file), file.parent))
-            for file in sorted(folder.rglob(RESULT))
-        ]
-        failed |= {file.parent.name: str(read_json(file)["error"]) for file in sorted(folder.rglob(FAILED))}
+        runs += [_run(file.parent, modules) for file in sorted(folder.rglob(RESULT))]
+        failed |= {file.parent.name: get(read_json(file), "error", str, file) for file in sorted(folder.rglob(FAILED))}
     if not runs:
         raise RunError(
             f"there is no finished run in {', '.join(map(str, folders))}: no {RESULT} of delora train or delora sweep"
         )
     return runs, failed
+
+
+def _run(folder: Path, modules: Sequence[str]) -> Run:
+    run = Run(folder, _experiment(folder / CONFIG, modules), Result.of(read_json(folder / RESULT), folder))
+    if run.result.task != run.experiment.task:
+        raise RunError(
+            f"{folder / RESULT} is damaged: it is of the task {shown(run.result.task)}, {CONFIG} of {run.experiment.task!r}"
+        )
+    read_metrics(folder / METRICS)
+    return run
 
 
 def _experiment(file: Path, modules: Sequence[str]) -> Experiment:
@@ -337,8 +343,7 @@ def _points(run: Run) -> list[dict[str, Any]]:
     """A run's curve: about `POINTS` steps, and all validated ones; each step once."""
     file = run.folder / METRICS
     steps: dict[int, dict[str, Any]] = {}
-    for text in file.read_text("utf-8").splitlines() if file.is_file() else ():
-        row = json.loads(text)
+    for row in read_metrics(file):
         steps.setdefault(row["step"], {}).update(row)
     metric = f"validation_{run.result.metric}"
     order = sorted(steps)

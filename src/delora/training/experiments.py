@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -19,10 +22,23 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 import delora
 from delora.diagnostics import Recorder
 from delora.errors import UserError
-from delora.formats.files import read_json, write_atomically
+from delora.formats.files import beyond_float32, get, read_json, write_atomically
+from delora.methods.base import fields_of
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import Bar
-from delora.training.runs import METRICS, Result, RunContext, RunError, claim, discard, exclusive, write_json
+from delora.training.runs import (
+    CONFIG,
+    METRICS,
+    Result,
+    RunContext,
+    RunError,
+    claim,
+    discard,
+    exclusive,
+    place,
+    read_metrics,
+    write_json,
+)
 from delora.training.task import Task
 from delora.training.trainer import AdapterTrainer, Diverged, Metrics, last_checkpoint
 
@@ -40,6 +56,7 @@ __all__ = [
     "fit",
     "gather",
     "reached",
+    "require_sizes",
     "train",
 ]
 
@@ -66,9 +83,19 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome:
-        """The outcome in a finished experiment's folder."""
-        data = read_json(folder / OUTCOME)
-        return cls(**data | {"results": [Result.of(result, folder) for result in data["results"]]})
+        """The outcome in a finished experiment's folder.
+
+        Raises:
+            RunError: the file is damaged, or of another version.
+        """
+        file = folder / OUTCOME
+        data = read_json(file)
+        results = [Result.of(result, folder) for result in get(data, "results", list, file)]
+        try:
+            made = dataclasses.asdict(cls(**data | {"results": results}))
+            return TypeAdapter(cls).validate_json(json.dumps(made), strict=True)
+        except (TypeError, ValidationError) as error:
+            raise RunError(f"{file} is damaged, or of another version of delora: {error}; delete it and run again") from error
 
 
 # ---------------------------------------------------------------- one run
@@ -87,9 +114,13 @@ def adapt(model: nn.Module, experiment: Experiment) -> None:
     >>> type(model[0]).__name__
     'Adapted'
     """
+    method = experiment.adapter.build()
     try:
-        delora.inject(model, experiment.adapter.build(), **experiment.adapter.arguments())
-    except (TypeError, ValueError) as error:
+        for fields in (fields_of(method), *experiment.adapter.overrides.values()):
+            if (large := beyond_float32(fields)) is not None:
+                raise ValueError(f"{large} is beyond float32's numbers")
+        delora.inject(model, method, **experiment.adapter.arguments())
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, re.error) as error:
         raise ConfigError(f"{experiment.name}: adapter: {error}") from error
 
 
@@ -122,7 +153,7 @@ def fit(
         lam_weight_decay=train.lam_weight_decay,
         **data,
     )
-    checkpoint = last_checkpoint(folder / "checkpoints")
+    checkpoint = last_checkpoint(folder / "checkpoints", partial(context.console.print, markup=False), metric is not None)
     if checkpoint is not None and checkpoint.endswith(f"-{train.steps}"):
         trainer.finished(checkpoint)
         return trainer
@@ -135,8 +166,17 @@ def fit(
 
 
 def arguments(experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool) -> TrainingArguments:
-    """The arguments of transformers' Trainer."""
+    """The arguments of transformers' Trainer.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
     train = experiment.train
+    if metric and train.save_steps is not None:
+        raise ConfigError(
+            f"{experiment.name}: train.save_steps = {train.save_steps}: this task keeps its best epoch and writes a "
+            "checkpoint after each epoch; leave save_steps out"
+        )
     steps = train.steps or train.epochs * -(-examples // (train.batch_size * train.accumulation))
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True}
     return TrainingArguments(
@@ -230,18 +270,26 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
         UserError: a run is impossible (all are checked before the first starts); the folder belongs to another experiment; or a
             delivered file does not predict what the trained model does.
     """
-    out = Path(experiment.out)
+    out = place(experiment.out)
     runs = experiment.runs()
+    for _, each in runs:
+        require_sizes(each.model_dump(), each.name)
     with exclusive(out):
         data = [check(task, each) for _, each in runs]
         if fresh:
             discard(out)
+        new = not (out / CONFIG).is_file()
         claim(out, experiment)
-        results = []
+        results: list[Result] = []
         for (variant, each), material in zip(runs, data, strict=True):
             folder = out / "variants" / slug(each.name)
             context = RunContext(folder, out, each.row or variant.name, variant.name, console)
-            results.append(Result.read(folder) or task.run(each, context, material))
+            try:
+                results.append(Result.read(folder) or task.run(each, context, material))
+            except ConfigError:
+                if new and not results:  # nothing was trained: the folder is free for the recipe that is set right
+                    discard(out)
+                raise
             gather(out, results)
         if not (out / OUTCOME).is_file():
             best = choose(experiment, [each for _, each in runs], results)
@@ -250,6 +298,23 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
             outcome = Outcome(experiment.name, results, test, results[best].name, agreement, environment())
             write_json(out / OUTCOME, dataclasses.asdict(outcome))
     return Outcome.read(out)
+
+
+def require_sizes(settings: Mapping[str, Any], where: str) -> None:
+    """Refuse whole numbers that no machine counts to, wherever they stand in a configuration.
+
+    Raises:
+        ConfigError: names the key.
+
+    >>> require_sizes({"train": {"batch_size": 2**70}}, "mine")
+    Traceback (most recent call last):
+    delora.training.config.ConfigError: mine: train.batch_size = 1180591620717411303424: must be below 2,147,483,648
+    """
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            require_sizes({f"{key}.{inner}": each for inner, each in value.items()}, where)
+        elif type(value) is int and abs(value) >= (largest := 2**32 - 1 if key == "seed" else 2**31):
+            raise ConfigError(f"{where}: {key} = {value}: must be below {largest:,}")
 
 
 def check(task: Task, experiment: Experiment) -> Any:
@@ -265,11 +330,10 @@ def check(task: Task, experiment: Experiment) -> Any:
 
 def gather(out: Path, results: Sequence[Result]) -> None:
     """Write the metrics of all runs into one ``metrics.jsonl``, each line with the name of its run."""
-    lines = []
+    lines: list[str] = []
     for result in results:
-        file = out / "variants" / result.folder / METRICS
-        rows = file.read_text().splitlines() if file.is_file() else []
-        lines += [json.dumps({"run": result.name, **json.loads(row)}) for row in rows]
+        rows = read_metrics(out / "variants" / result.folder / METRICS)
+        lines += [json.dumps({"run": result.name, **row}) for row in rows]
     write_atomically(out / METRICS, "".join(line + "\n" for line in lines).encode())
 
 
