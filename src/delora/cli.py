@@ -13,16 +13,27 @@ from typing import Annotated, Any, Literal
 
 try:
     import typer
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType
     from rich.markup import escape
+    from rich.segment import Segment
     from rich.table import Table
     from rich.text import Text
 except ImportError as error:
     raise SystemExit(f'{error.name} is not installed: pip install "delora[cli]"') from error
 
 from delora.errors import UserError
+from delora.formats.files import printable
 
-__all__ = ["app", "exit_code", "main"]
+__all__ = ["Terminal", "app", "exit_code", "main"]
+
+
+class Terminal(Console):
+    """A console that shows no control character of any text: a name from a file could move the cursor or rename the window."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
 
 app = typer.Typer(
     name="delora",
@@ -31,8 +42,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True, highlight=False)
+out = Terminal()
+err = Terminal(stderr=True, highlight=False)
 
 # The extra that installs each optional package.
 EXTRAS = {
@@ -287,13 +298,22 @@ def export(
 def _print(header: Any, rows: Any, title: str) -> None:
     """Print a table. Its first column is text, aligned left; the others are numbers, aligned right."""
     table = Table(
-        title=escape(title) or None, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="bold"
+        title=escape(_line(title)) or None,
+        title_justify="left",
+        title_style="bold",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
     )
     for number, name in enumerate(header):
         table.add_column(Text(name), justify="left" if number == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))  # text from a file is not markup
+        table.add_row(*(escape(_line(cell)) for cell in row))  # text from a file is not markup
     out.print(table)
+
+
+def _line(text: str) -> str:
+    return printable(text, newlines=False)
 
 
 def _own(methods: list[str] | None) -> list[type]:
