@@ -119,8 +119,14 @@ def adapt(model: nn.Module, experiment: Experiment) -> None:
         for fields in (fields_of(method), *experiment.adapter.overrides.values()):
             if (large := beyond_float32(fields)) is not None:
                 raise ValueError(f"{large} is beyond float32's numbers")
+        for pattern in experiment.adapter.overrides:
+            re.compile(pattern)
         delora.inject(model, method, **experiment.adapter.arguments())
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, re.error) as error:
+    except re.error as error:
+        raise ConfigError(
+            f"{experiment.name}: adapter: overrides: {error.pattern!r} is not a regular expression: {error}"
+        ) from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(f"{experiment.name}: adapter: {error}") from error
 
 
@@ -301,7 +307,7 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
 
 
 def require_sizes(settings: Mapping[str, Any], where: str) -> None:
-    """Refuse whole numbers that no machine counts to, wherever they stand in a configuration.
+    """Refuse whole numbers that no machine counts to, and others beyond float32, wherever they stand in a configuration.
 
     Raises:
         ConfigError: names the key.
@@ -315,6 +321,8 @@ def require_sizes(settings: Mapping[str, Any], where: str) -> None:
             require_sizes({f"{key}.{inner}": each for inner, each in value.items()}, where)
         elif type(value) is int and abs(value) >= (largest := 2**32 - 1 if key == "seed" else 2**31):
             raise ConfigError(f"{where}: {key} = {value}: must be below {largest:,}")
+        elif type(value) is float and (large := beyond_float32({key: value})) is not None:
+            raise ConfigError(f"{where}: {large} is beyond float32's numbers")
 
 
 def check(task: Task, experiment: Experiment) -> Any:
