@@ -93,6 +93,8 @@ def _peft_row(name: str, layer: SavedLayer, saved: Saved) -> tuple[str, ...]:
         update = method.update(None, p)
         if not isinstance(update, LowRank):
             return "–", r, "–", "–", "–"
+        if update.up.ndim != 2 or update.down.ndim != 2:
+            raise ValueError("they are no matrices")
         values = singular_values(update)
         lam = p["lam"].item() if "lam" in p else None
     except (LookupError, TypeError, ValueError, RuntimeError) as error:

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -366,12 +366,11 @@ def get(data: dict[str, Any], key: str, kind: type | tuple[type, ...], where: ob
     return value
 
 
-def known_keys(data: Mapping[str, Any], known: Iterable[str], where: object) -> None:
+def known_keys(data: Mapping[str, Any], known: Collection[str], where: object) -> None:
     """Raise an AdapterError if a JSON object has a key that is not known.
 
     >>> known_keys({"r": 8}, ["r", "alpha"], "adapter.json")
     """
-    known = list(known)
     unknown = next((key for key in data if key not in known), None)
     if unknown is not None:
         raise AdapterError(
@@ -420,15 +419,16 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.shapes = _shapes(path)
         try:
+            self.shapes = _shapes(path)
             self._file = safe_open(path, framework="pt")
-            if set(self._file.keys()) != set(self.shapes):
-                raise AdapterError(f"{path} was changed while it was read")
-        except FileNotFoundError:
+            keys = set(self._file.keys())
+        except AdapterError:
             raise
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+        if keys != set(self.shapes):
+            raise AdapterError(f"{path} was changed while it was read")
 
     def read(self, key: str) -> Tensor:
         """One tensor; an AdapterError if it cannot be read or is not finite."""

@@ -425,21 +425,25 @@ def description(where: Path) -> dict[str, Any]:
 
 def _read(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module], model: str) -> Saved:
     where = folder / JSON
-    missing: str | None = None
-    while True:
-        data = description(where)
-        names = _names([*data["layers"], *data["also_train"]], modules, model, folder, data["base_model"])
-        _refuse_nested(names.values(), [names[layer] for layer in data["also_train"]], folder)
+    for attempt in range(100):
+        before = _version(where)
         try:
+            data = description(where)
+            names = _names([*data["layers"], *data["also_train"]], modules, model, folder, data["base_model"])
+            _refuse_nested(names.values(), [names[layer] for layer in data["also_train"]], folder)
             file = _tensors(folder, data["tensors"], where)
-        except FileNotFoundError as error:
-            # Deleted since the JSON was read? Then there is another JSON now.
-            name = str(data["tensors"]["file"])
-            if name == missing:
-                raise AdapterError(f"{folder / name} is missing") from error
-            missing = name
-        else:
             return Saved(folder, file, _layers(data, names, file, methods, where), data["base_model"])
+        except AdapterError:
+            # Another process may have replaced the JSON since, and deleted the tensors that it named.
+            if attempt == 99 or _version(where) == before:
+                raise
+    raise AssertionError
+
+
+def _version(file: Path) -> tuple[int, int, int]:
+    """What tells one version of a file from another that took its place."""
+    about = file.stat()
+    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def _layers(
@@ -519,14 +523,18 @@ def _tensors(folder: Path, entry: dict[str, Any], where: Path) -> TensorFile:
     if not TENSORS.fullmatch(name):
         raise AdapterError(f"{where}: {shown(name)} is not the name of an adapter's tensor file")
     path = folder / name
-    if path.exists() and not path.is_file():
-        raise AdapterError(f"{path} is no file")
-    with path.open("rb") as data:
-        there = os.fstat(data.fileno()).st_size
-        if there != size:
-            raise AdapterError(f"{path} has {there:,} bytes, {JSON} says {size:,}: it is truncated or was changed")
-        if hashlib.file_digest(data, "sha256").hexdigest() != digest:
-            raise AdapterError(f"{path} does not hold the bytes that {JSON} describes: it is damaged or was changed")
+    if not path.is_file():
+        raise AdapterError(f"{path} is {'no file' if path.exists() else 'missing'}")
+    try:
+        with path.open("rb") as data:
+            there = os.fstat(data.fileno()).st_size
+            actual = hashlib.file_digest(data, "sha256").hexdigest() if there == size else None
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror or error}") from error
+    if actual is None:
+        raise AdapterError(f"{path} has {there:,} bytes, {JSON} says {size:,}: it is truncated or was changed")
+    if actual != digest:
+        raise AdapterError(f"{path} does not hold the bytes that {JSON} describes: it is damaged or was changed")
     return TensorFile(path)
 
 
