@@ -10,6 +10,7 @@ import re
 import time
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import peft
 import pytest
@@ -195,6 +196,14 @@ def test_an_unknown_initialisation_is_refused(tmp_path):
         delora.load(Net(), tmp_path)
 
 
+@pytest.mark.parametrize(("init", "same"), [("pissa", True), ("olora", True), ("pissa_niter_0", False)])
+def test_some_of_them_peft_redoes_when_it_loads_and_some_it_draws_anew(init, same, tmp_path):
+    base, x = Net().eval(), ids()
+    theirs = theirs_saved(base, LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=init), tmp_path)
+    torch.manual_seed(9)
+    assert torch.allclose(theirs_loaded(base, tmp_path)(x), theirs(x), atol=1e-5) == same
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_way_out_of_a_changed_base_works(init, rslora, tmp_path):
@@ -365,6 +374,29 @@ def test_that_tied_adapters_train_apart_is_told(tmp_path):
         delora.load(llama(True), tmp_path)
 
 
+class Gate(nn.Module):
+    """A module whose parameter and buffer have names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("shift", torch.zeros(8))
+
+    def forward(self, x):
+        return self.scale * x + self.shift
+
+
+def test_a_plain_ending_names_the_module_and_all_that_is_in_it(tmp_path):
+    """As in PEFT, "norm" stands for "post_norm" too, and for whatever tensors that has."""
+    base = Nested().eval()
+    base.post_norm = nn.Sequential(Gate(), nn.LayerNorm(8))
+    theirs = theirs_saved(base, LoraConfig(r=2, target_modules=["enc.q"], modules_to_save=["norm"]), tmp_path)
+    assert {"post_norm.0.scale", "post_norm.0.shift", "post_norm.1.weight", "norm.bias"} <= keys(tmp_path)
+    ours, x = delora.load(copy.deepcopy(base), tmp_path), torch.randn(3, 8)
+    assert [name for name, a in delora.models.adapters(ours).items() if a.whole] == ["norm", "post_norm"]
+    close(ours(x), theirs(x))
+
+
 # ---------------------------------------------------------------- patterns
 
 
@@ -443,6 +475,14 @@ def test_hostile_patterns_are_refused_or_read_at_once(case, tmp_path):
         delora.load(Net(), tmp_path)
     assert time.process_time() - start < 5  # about one second, on any machine
     assert case in READABLE or len(str(caught.value)) < 1000
+
+
+def test_patterns_that_take_too_long_are_refused():
+    patterns = Patterns({f"((?!(a|b)*!)a)*{i}": 1 for i in range(100)}, "here: rank_pattern")
+    start = time.process_time()
+    with pytest.raises(AdapterError, match="here: rank_pattern: these patterns take too long to match"):
+        patterns.get("a" * 900, 0)
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("name", ["." * 100_000, "a." * 50_000 + "q", "q" * 100_000])
@@ -689,3 +729,189 @@ def test_what_peft_renames_is_foretold_and_refused(kind, some, tmp_path):
         with pytest.raises(ValueError, match="PEFT renames the tensors of a .* and would look for"):
             delora.export.peft(model, tmp_path / "new")
         assert not (tmp_path / "new").exists()
+
+
+# ---------------------------------------------------------------- the page for those who come from PEFT
+
+
+def page_rows():
+    text = (Path(__file__).parents[2] / "docs" / "coming-from-peft.md").read_text("utf-8")
+    table = text.split("|---|---|\n")[1].split("\n\n")[0]
+    return [tuple(cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:3]) for line in table.splitlines()]
+
+
+def names_of(model, attribute):
+    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if attribute in m._modules}
+
+
+def both(folder, right="LoRA()", targets=("q", "v"), base=Net, fields=None, **options):
+    """PEFT's model and ours, made by what the two columns say."""
+    torch.manual_seed(0)
+    net = base().eval()
+    config = LoraConfig(target_modules=list(targets) if not isinstance(targets, str) else targets, **(fields or {}))
+    theirs = get_peft_model(copy.deepcopy(net), config)
+    ours = delora.inject(copy.deepcopy(net), eval(right), targets, **options)
+    return theirs, ours
+
+
+def trainable(model):
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def same_method(config, right, folder):
+    """What PEFT writes with these fields is read as the method that the page names."""
+    torch.manual_seed(0)
+    base = Net()
+    theirs_saved(base, config, folder)
+    methods = {a.method for a in delora.models.adapters(delora.load(base, folder)).values()}
+    assert methods == {eval(code) for code in re.findall(r"`(\w+\([^`]*\))`", right)[:1]}
+
+
+def row_inject(left, right, folder):
+    theirs, ours = both(folder, "LoRA(r=8, alpha=16)", ["q"], fields={"r": 8, "lora_alpha": 16})
+    assert trainable(theirs) == trainable(ours)
+    assert isinstance(ours, Net)
+
+
+def row_dropout(left, right, folder):
+    theirs, ours = both(folder, fields={"lora_dropout": 0.1}, dropout=0.1)
+    assert theirs.base_model.model.q.lora_dropout["default"].p == ours.q.adapter.dropout == 0.1
+
+
+def row_targets(left, right, folder):
+    for targets in ("all-linear", ["q", "v"], "q|.*v"):
+        theirs, ours = both(folder, targets=targets, base=llama if targets == "all-linear" else Net)
+        assert names_of(theirs, "lora_A") == set(delora.models.adapters(ours))
+
+
+def row_exclude(left, right, folder):
+    theirs, ours = both(folder, targets=["q", "v"], fields={"exclude_modules": ["v"]}, exclude=["v"])
+    assert names_of(theirs, "lora_A") == set(delora.models.adapters(ours)) == {"q"}
+
+
+def row_also_train(left, right, folder):
+    theirs, ours = both(folder, fields={"modules_to_save": ["classifier"]}, also_train=["classifier"])
+    assert trainable(theirs) == trainable(ours)
+
+
+def row_fresh_head(left, right, folder):
+    base = bert()
+    theirs = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    with pytest.warns(UserWarning, match="classifier.*also_train"):
+        without = delora.inject(copy.deepcopy(base), LoRA(), ["query"])
+    ours = delora.inject(copy.deepcopy(base), LoRA(), ["query"], also_train=["classifier"])
+    assert trainable(theirs) == trainable(ours) > trainable(without)
+
+
+def row_patterns(left, right, folder):
+    theirs, ours = both(
+        folder, fields={"rank_pattern": {"v": 3}, "alpha_pattern": {"v": 5}}, overrides={"v": {"r": 3, "alpha": 5}}
+    )
+    layer = theirs.base_model.model.v
+    assert (layer.r["default"], layer.lora_alpha["default"]) == (ours.v.adapter.method.r, ours.v.adapter.method.alpha) == (3, 5)
+    with pytest.raises(ValueError, match="nothing"):
+        delora.inject(Net(), LoRA(), ["q"], overrides={"nothing": {"r": 3}})
+
+
+def row_save(left, right, folder):
+    model = ours_on(Net(), DeLoRA(2), ["q"])
+    delora.save(model, folder / "own")
+    delora.export.peft(model, folder / "peft")
+    close(theirs_loaded(Net(), folder / "peft")(ids()).shape, torch.Size([4, 3]))
+
+
+def row_load(left, right, folder):
+    for name in ("LORA", "use_dora", "DELORA", "IA3", "OFT"):
+        assert name in right
+    row_save(left, right, folder)
+    torch.manual_seed(0)
+    base, x = Net(), ids()
+    for kind in ("own", "peft"):
+        assert delora.load(copy.deepcopy(base), folder / kind, allow_other_base=True)(x).shape == (4, 3)
+
+
+def row_merge(left, right, folder):
+    theirs, ours = both(folder)
+    assert {type(m) for m in theirs.merge_and_unload().modules()} == {type(m) for m in delora.merge(ours).modules()}
+
+
+def row_merged(left, right, folder):
+    torch.manual_seed(0)
+    ours, x = ours_on(Net(), LoRA(), ["q"]), ids()
+    before, y = ours.q.base.weight.clone(), ours(x)
+    with delora.merged(ours):
+        close(ours(x), y)
+    assert torch.equal(ours.q.base.weight, before)
+
+
+def row_disabled(left, right, folder):
+    torch.manual_seed(0)
+    base, x = Net().eval(), ids()
+    theirs, ours = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q"])), ours_on(base, LoRA(), ["q"])
+    with theirs.disable_adapter(), delora.disabled(ours):
+        assert torch.equal(theirs(x), base(x))
+        assert torch.equal(ours(x), base(x))
+
+
+def row_several(left, right, folder):
+    model = delora.inject(ours_on(Net(), LoRA(), ["q"], name="a"), LoRA(), ["q"], name="b")
+    delora.activate(model, "a")
+    delora.activate(model, "b")
+    delora.blend(model, {"a": 0.7, "b": 0.3}, name="ab")
+    assert delora.models.active_adapter(model) == "ab"
+
+
+def row_summary(left, right, folder):
+    theirs, ours = both(folder, "LoRA(r=8, alpha=8)")
+    assert f"{theirs.get_nb_trainable_parameters()[0]:,}" in str(delora.summary(ours))
+
+
+def row_rates(left, right, folder):
+    model = delora.inject(Net(), DeLoRA(2), ["q"], also_train=["classifier"])
+    groups = delora.param_groups(model, lr=1e-3, lam_lr=1e-2, head_lr=1e-4, weight_decay=0.1)
+    lam = next(g for g in groups if any(p is model.q.adapter.lam for p in g["params"]))
+    assert (lam["lr"], lam["weight_decay"]) == (1e-2, 0)
+
+
+ROWS = {
+    "`get_peft_model(": row_inject,
+    "`lora_dropout=0.1`": row_dropout,
+    '`target_modules="all-linear"`': row_targets,
+    "`exclude_modules`": row_exclude,
+    '`modules_to_save=["classifier"]`': row_also_train,
+    '`task_type="SEQ_CLS"`': row_fresh_head,
+    "`rank_pattern`": row_patterns,
+    "`use_rslora=True`": lambda left, right, folder: same_method(
+        LoraConfig(r=8, lora_alpha=16, target_modules=["q"], use_rslora=True), right, folder
+    ),
+    "`use_dora=True`": lambda left, right, folder: same_method(
+        LoraConfig(r=8, lora_alpha=16, target_modules=["q"], use_dora=True), right, folder
+    ),
+    "`IA3Config(": lambda left, right, folder: same_method(
+        IA3Config(target_modules=["q"], feedforward_modules=[]), right, folder
+    ),
+    "`OFTConfig(": lambda left, right, folder: same_method(
+        OFTConfig(**eval(f"dict{left.strip('`')[9:]}"), target_modules=["q"]), right, folder
+    ),
+    "`DeloraConfig(": lambda left, right, folder: same_method(
+        DeloraConfig(**eval(f"dict{left.strip('`')[12:]}"), target_modules=["q"]), right, folder
+    ),
+    "`model.save_pretrained(": row_save,
+    "`PeftModel.from_pretrained(": row_load,
+    "`model.merge_and_unload()`": row_merge,
+    "`model.merge_adapter()`": row_merged,
+    "`with model.disable_adapter():`": row_disabled,
+    '`model.set_adapter("b")`': row_several,
+    "`model.print_trainable_parameters()`": row_summary,
+    "one learning rate for everything": row_rates,
+}
+
+
+@pytest.mark.parametrize("row", page_rows(), ids=lambda row: row[0])
+@pytest.mark.filterwarnings("ignore")
+def test_each_row_of_the_page_for_those_who_come_from_peft(row, tmp_path):
+    """Both columns are carried out; a row without a test fails."""
+    left, right = row
+    check = [check for beginning, check in ROWS.items() if left.startswith(beginning)]
+    assert len(check) == 1, f"no test for the row {left}"
+    check[0](left, right, tmp_path)

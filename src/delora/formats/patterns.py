@@ -13,7 +13,7 @@ import re._parser as parser  # type: ignore[import-not-found]
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from delora.formats.files import AdapterError
+from delora.formats.files import AdapterError, shown
 
 __all__ = ["LONGEST", "Pattern", "Patterns", "Steps"]
 
@@ -68,7 +68,7 @@ class Pattern:
             self.items = _joined(parsed)
         except (re.error, RecursionError, OverflowError) as error:
             why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-            raise AdapterError(f"{steps.where} has {_short(text)}, no regular expression: {why}") from error
+            raise AdapterError(f"{steps.where} has {shown(text)}, no regular expression: {why}") from error
         if parsed.state.flags & ~re.UNICODE:
             self._refuse("flags")
 
@@ -120,7 +120,7 @@ class Pattern:
         return reached
 
     def _refuse(self, what: str) -> Any:
-        raise AdapterError(f"{self.steps.where} has {_short(self.text)}: patterns with {what} are not read; write it without")
+        raise AdapterError(f"{self.steps.where} has {shown(self.text)}: patterns with {what} are not read; write it without")
 
 
 def _joined(items: Any, depth: int = 0) -> list[Any]:
@@ -156,10 +156,6 @@ def _in(kind: Any, part: Any, c: str) -> bool:
         return _IS[part](c)
     low, high = part if kind is codes.RANGE else (part, part)
     return bool(low <= ord(c) <= high)
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= 80 else text[:77] + "...")
 
 
 class Patterns:

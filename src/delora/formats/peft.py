@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from delora.ambient import apart
 from delora.formats.bases import fingerprint
-from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, write_atomically
+from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, shown, write_atomically
 from delora.formats.patterns import LONGEST, MOST, Pattern, Patterns, Steps
 from delora.formats.peft_fields import KINDS, require_known
 from delora.formats.peft_names import experts, renamed
@@ -302,7 +302,7 @@ def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) ->
     for key, shape in file.shapes.items():
         name = key.removeprefix(PREFIX)
         if name == key:
-            raise AdapterError(f"{file.path}: {key[:LONGEST]!r} does not start with {PREFIX!r}")
+            raise AdapterError(f"{file.path}: {shown(key)} does not start with {PREFIX!r}")
         if len(name) > LONGEST:
             raise AdapterError(f"{file.path}: no tensor has a name of {len(name):,} characters; at most {LONGEST:,} are read")
         ending = next((end for end in _NAMES[kind] if name.endswith(f".{end}")), None)
@@ -399,7 +399,7 @@ class _Methods:
         self.parameters = tuple(_texts(config, "target_parameters", where))
         if strange := [name for name in self.parameters if not f".{name}".endswith(".weight")]:
             raise AdapterError(
-                f"{where}: target_parameters has {strange[0][:LONGEST]!r}: of parameters, only the weights of layers are read; "
+                f"{where}: target_parameters has {shown(strange[0])}: of parameters, only the weights of layers are read; "
                 "merge it with PEFT and adapt the result"
             )
         if kind == "OFT" and self.dropout:
@@ -410,13 +410,13 @@ class _Methods:
         values = get(self.config, field, dict, self.where, None) or {}
         for pattern, value in values.items():
             if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise AdapterError(f"{self.where}: {field} has no number for {pattern[:LONGEST]!r}")
+                raise AdapterError(f"{self.where}: {field} has no number for {shown(pattern)}")
         return Patterns(values, f"{self.where}: {field}")
 
     def _dropout(self) -> float:
         value = self.config.get("lora_dropout" if self.kind == "LORA" else "module_dropout", 0.0)
         if type(value) not in (int, float) or not 0 <= value < 1:
-            raise AdapterError(f"{self.where}: dropout {value!r} must be at least 0 and below 1")
+            raise AdapterError(f"{self.where}: dropout {shown(value)} must be at least 0 and below 1")
         return float(value)
 
     def of(self, layer: str, tensors: Tensors) -> Method:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from delora.formats.files import AdapterError
+from delora.formats.files import AdapterError, shown
 
 __all__ = ["KINDS", "READ", "UNUSED", "require_known"]
 
@@ -83,7 +83,7 @@ def require_known(config: Mapping[str, Any], kind: str, where: object) -> None:
         if field in READ[kind] or value is None or value is False or value in ({}, [], unused.get(field)):
             continue
         why = _WHY.get(field, "it is not read") if field in unused else "this field is not known"
-        raise AdapterError(f"{where}: {field} = {_short(value)}: {why}; {_WAY_OUT}")
+        raise AdapterError(f"{where}: {field} = {shown(value)}: {why}; {_WAY_OUT}")
     if kind == "LORA":
         _require_same_base(config.get("init_lora_weights"), where)
 
@@ -93,24 +93,16 @@ def _require_same_base(init: Any, where: object) -> None:
     name = str(init).lower()
     if name.startswith(_OTHER_BASE):
         raise AdapterError(
-            f"{where}: init_lora_weights = {_short(init)}: the adapter belongs to base weights that this initialisation has "
+            f"{where}: init_lora_weights = {shown(init)}: the adapter belongs to base weights that this initialisation has "
             "changed; write it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a "
             "plain LoRA of it"
         )
     if name == "loftq":
         raise AdapterError(
-            f"{where}: init_lora_weights = {_short(init)}: the adapter belongs to base weights that this initialisation has "
+            f"{where}: init_lora_weights = {shown(init)}: the adapter belongs to base weights that this initialisation has "
             f"quantised; {_WAY_OUT}"
         )
     if name not in _SAME_BASE:
-        raise AdapterError(f"{where}: init_lora_weights = {_short(init)}: this initialisation is not known; {_WAY_OUT}")
+        raise AdapterError(f"{where}: init_lora_weights = {shown(init)}: this initialisation is not known; {_WAY_OUT}")
     if name == "mica":
         warnings.warn("PEFT's MiCA trains A alone: what is computed is the same here, and B trains as well", stacklevel=2)
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."

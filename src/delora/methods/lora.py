@@ -50,5 +50,18 @@ class LoRA:
         out, inp = W.shape
         return {"A": nn.Parameter(kaiming(self.r, inp, W)), "B": nn.Parameter(W.new_zeros(out, self.r))}
 
+    def init_lookup(self, W: Tensor) -> dict[str, Tensor]:
+        """The start on a layer that looks up columns of W, an embedding: A is zero and B is drawn from N(0, 1), as in PEFT.
+
+        A step moves the columns of A that were looked up, along vectors of B of size one; from a small A and B = 0 the same
+        step moves the vectors much less.
+
+        >>> p = LoRA(r=2).init_lookup(nn.Embedding(9, 4).weight.T)
+        >>> p["A"].shape, p["A"].any().item(), p["B"].shape
+        (torch.Size([2, 9]), False, torch.Size([4, 2]))
+        """
+        out, inp = W.shape
+        return {"A": nn.Parameter(W.new_zeros(self.r, inp)), "B": nn.Parameter(W.new_empty(out, self.r).normal_())}
+
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> LowRank:
         return LowRank(up=p["B"], down=p["A"] * self.scale)
