@@ -312,6 +312,13 @@ def _print(header: Any, rows: Any, title: str) -> None:
     out.print(table)
 
 
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: str | None = None
+) -> None:
+    """A warning as one message, without the place in the code, and as harmless to a terminal as all others."""
+    err.print(f"{category.__name__}: {message}", markup=False, soft_wrap=True)
+
+
 def _line(text: str) -> str:
     return printable(text, newlines=False)
 
@@ -362,6 +369,7 @@ def exit_code(error: Exception) -> int | None:
 
 def main() -> None:
     """The entry point. For a user's mistake it prints one message on stderr, never a traceback."""
+    warnings.showwarning = _warn
     try:
         app()
     except ImportError as error:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from delora.formats.files import printable
 from delora.training.runs import read_metrics
 
 __all__ = ["COLOURS", "CURVES", "DASHES", "STYLE", "Curve", "draw"]
@@ -78,7 +79,7 @@ def _plot(axes: Axes, curve: Curve, by_run: dict[str, list[tuple[int, float]]]) 
         if points:  # its number alone decides a run's style, which is then the same in all plots
             steps, values = zip(*points, strict=True)
             # A leading underscore would hide a line from the legend; a dollar sign would start a formula.
-            name = run.replace("$", r"\$").lstrip("_") or "run"
+            name = printable(run, newlines=False).replace("$", r"\$").lstrip("_") or "run"
             style: Any = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
             axes.plot(steps, _smooth(values, curve.smooth), linewidth=1.6, label=name, **style)
     if curve.log and all(value > 0 for points in by_run.values() for _, value in points):

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from delora.diagnostics import column_norms
+from delora.formats.files import printable
 from delora.reports.curves import COLOURS, DASHES, STYLE
 
 __all__ = ["column_norm_profile", "grids", "kind", "over_rates", "over_steps", "save", "styles"]
@@ -214,7 +215,7 @@ def _style(number: int) -> dict[str, Any]:
 
 def _plain(name: str) -> str:
     """A leading underscore would hide a line from the legend; a dollar sign would start a formula."""
-    return name.replace("$", r"\$").lstrip("_") or "case"
+    return printable(name, newlines=False).replace("$", r"\$").lstrip("_") or "case"
 
 
 def _values(rows: Rows, key: str, x: str) -> list[tuple[float, list[float]]]:

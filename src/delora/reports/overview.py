@@ -93,7 +93,7 @@ def collect(folders: Sequence[Path], modules: Sequence[str] = ()) -> tuple[list[
 
 
 def _run(folder: Path, modules: Sequence[str]) -> Run:
-    run = Run(folder, _experiment(folder / CONFIG, modules), Result.of(read_json(folder / RESULT), folder))
+    run = Run(folder, _experiment(folder / CONFIG, modules), Result.of(read_json(folder / RESULT), folder / RESULT))
     if run.result.task != run.experiment.task:
         raise RunError(
             f"{folder / RESULT} is damaged: it is of the task {shown(run.result.task)}, {CONFIG} of {run.experiment.task!r}"

@@ -90,7 +90,7 @@ class Outcome:
         """
         file = folder / OUTCOME
         data = read_json(file)
-        results = [Result.of(result, folder) for result in get(data, "results", list, file)]
+        results = [Result.of(result, file) for result in get(data, "results", list, file)]
         try:
             made = dataclasses.asdict(cls(**data | {"results": results}))
             return TypeAdapter(cls).validate_json(json.dumps(made), strict=True)

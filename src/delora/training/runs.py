@@ -113,11 +113,11 @@ class Result:
         Raises:
             RunError: another version wrote the file.
         """
-        return cls.of(read_json(folder / RESULT), folder) if (folder / RESULT).is_file() else None
+        return cls.of(read_json(folder / RESULT), folder / RESULT) if (folder / RESULT).is_file() else None
 
     @classmethod
     def of(cls, data: Any, where: Path) -> Result:
-        """The result with these values, from a file in the folder ``where``.
+        """The result with these values, which the file ``where`` holds.
 
         Raises:
             RunError: they are of another version, or damaged.
@@ -133,7 +133,7 @@ class Result:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            raise RunError(f"{where / RESULT} is damaged: {key} = {shown(first['input'])}: {first['msg']}") from error
+            raise RunError(f"{where} is damaged: {key} = {shown(first['input'])}: {first['msg']}") from error
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class Row:
 
     def validation(self) -> float:
         """The mean over seeds, by which a row's setting is chosen; -inf if it diverged with any seed."""
-        return -math.inf if self.diverged else statistics.fmean(self.values(lambda run: run.validation))
+        values = self.values(lambda run: run.validation)
+        return -math.inf if self.diverged or not values else statistics.fmean(values)
 
 
 def best_rows(results: Sequence[Result]) -> list[Row]:
