@@ -148,7 +148,7 @@ def _timm(name: str) -> list[tuple[str, Recipe]]:
     return [(name, lambda tiny: library.create_model(name, num_classes=5))]
 
 
-def build(kind: str, seconds: float = 6.5) -> Built:
+def build(kind: str, seconds: float = 5.0) -> Built:
     """A tiny model of a type and inputs that it runs with. ``seconds`` are of computing: what is found does not depend on load.
 
     Raises:
