@@ -19,8 +19,12 @@ test: .venv/ready
 	$(BIN)/pytest
 
 # Every model type of transformers and diffusers, tiny: an error if one is wrong.  docs/zoo.md says what came of it.
-zoo: .venv/ready
+zoo: .venv/ready .venv/timm
 	$(BIN)/python -m tests.zoo --all --processes 2
+
+# Apart from the others: timm needs torchvision, which does not import beside this torch; tests/zoo/timms.py does without it.
+.venv/timm: .venv/ready
+	$(BIN)/pip install --quiet --no-deps --target .venv/timm timm==1.0.31
 
 check: .venv/ready
 	$(BIN)/ruff format --check .
