@@ -439,6 +439,8 @@ def test_no_control_character_is_in_an_error(base, folder):
         delora.load(base, folder)
     assert "\x1b" not in str(caught.value)
     assert r"\x1b]0;x\x07" in str(caught.value)
+    with pytest.raises(AdapterError, match=r"there is no folder no\\x1b\[2J"):
+        delora.load(base, "no\x1b[2J")
 
 
 def test_what_is_printable_stays_and_all_else_is_escaped():
