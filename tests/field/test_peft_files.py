@@ -641,6 +641,7 @@ SIZES = {
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "index_head_dim": 16, "index_n_heads": 2, "index_topk": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "num_layers": 1, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 24, "zero_expert_num": 1,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
 }  # fmt: skip
 
@@ -729,6 +730,27 @@ def test_what_peft_renames_is_foretold_and_refused(kind, some, tmp_path):
         with pytest.raises(ValueError, match="PEFT renames the tensors of a .* and would look for"):
             delora.export.peft(model, tmp_path / "new")
         assert not (tmp_path / "new").exists()
+
+
+def test_a_layer_whose_weight_its_parent_reads_is_told(tmp_path):
+    """PEFT adapts the call of a layer: where a mixer multiplies by dt_proj's weight, its adapter has no effect."""
+    base = mixture("jamba")
+    model = ours_on(base, LoRA(2), ["dt_proj"])
+    with pytest.warns(UserWarning, match=r"JambaMambaMixer can compute with the weight of model.layers.0.mamba.dt_proj itself"):
+        delora.export.peft(model, tmp_path)
+    y, theirs = model(TOKENS).logits, theirs_loaded(base, tmp_path)(TOKENS).logits
+    torch.testing.assert_close(theirs, base(TOKENS).logits)
+    assert not torch.allclose(y, theirs, rtol=0.1)
+
+
+def test_a_layer_of_whose_weight_only_the_dtype_is_read_is_not(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = ours_on(T5ForConditionalGeneration(config), LoRA(2), ["wo", "q"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delora.export.peft(model, tmp_path)
 
 
 # ---------------------------------------------------------------- the page for those who come from PEFT

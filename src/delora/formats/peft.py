@@ -24,7 +24,7 @@ from delora.formats.bases import fingerprint
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, shown, write_atomically
 from delora.formats.patterns import LONGEST, MOST, Pattern, Patterns, Steps
 from delora.formats.peft_fields import KINDS, require_known
-from delora.formats.peft_names import experts, renamed
+from delora.formats.peft_names import experts, read_by_parent, renamed
 from delora.hosts import Conv1D, Convolution, Embedding
 from delora.layer import Placed
 from delora.methods import IA3, OFT, DeLoRA, DoRA, Full, LoRA
@@ -88,6 +88,13 @@ def write(
     else:
         parameters = []
         config, tensors = _as_delora(weights)
+    if read := read_by_parent(root, weights):
+        layer = next(iter(read))
+        warnings.warn(
+            f"{read[layer]} can compute with the weight of {layer} itself (so for {len(read)} of {len(weights)} layers): where "
+            "it does, PEFT's model is without the change of this layer; delora.merge puts it into the weight",
+            stacklevel=3,
+        )
     for layer, copy in whole.items():
         tensors |= {f"{layer}.{key}": t for key, t in copy.at_strength().items()}
     for layer, module in _also_taken(root, weights, whole).items():
