@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from delora.ambient import apart
 from delora.diagnostics import report
 from delora.formats.files import (
-    MAX_JSON,
     AdapterError,
     Saved,
     SavedLayer,
@@ -39,6 +38,7 @@ from delora.formats.files import (
     read_json,
     require_bounded,
     shown,
+    too_much,
     write_atomically,
 )
 from delora.formats.peft import read as read_peft
@@ -152,8 +152,10 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         text = json.dumps(described | {"checksum": seal(described)}, indent=1, allow_nan=False).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"a field of the method is no value of JSON: {error}; nothing was written to {folder}") from error
-    if len(text) > MAX_JSON:
-        raise ValueError(f"{JSON} would have {len(text):,} bytes, more than load reads ({MAX_JSON:,}): nothing was written")
+    if (much := too_much(text)) is not None:
+        raise ValueError(
+            f"{len(chosen):,} layers are more than a folder can hold: {JSON} would have {much}; nothing was written"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder, folder / f"adapter-{digest[:16]}.safetensors") as file:
@@ -396,11 +398,6 @@ def description(where: Path) -> dict[str, Any]:
     if not 1 <= schema <= SCHEMA:
         todo = "upgrade delora" if schema > SCHEMA else "no version of delora wrote that"
         raise AdapterError(f"{where} has schema {schema}, this delora reads schemas 1 to {SCHEMA}: {todo}")
-    if schema > 1 and get(data, "checksum", str, where) != seal(data):
-        raise AdapterError(
-            f"{where} does not hold what its checksum was made of: it is damaged or was changed; take another copy, or, to "
-            "change it, load and save the adapter"
-        )
     known_keys(data, KEYS if schema > 1 else KEYS[:-1], where)
     get(data, "method", str, where)
     get(data, "base_model", str, where, None)
@@ -420,6 +417,11 @@ def description(where: Path) -> dict[str, Any]:
         raise AdapterError(f"{where} names no layer")
     if both := next((layer for layer in data["layers"] if layer in data["also_train"]), None):
         raise AdapterError(f"{where}: {both!r} is in 'layers' and in 'also_train'")
+    if schema > 1 and get(data, "checksum", str, where) != seal(data):
+        raise AdapterError(
+            f"{where} does not hold what its checksum was made of: it is damaged or was changed; take another copy, or, to "
+            "change it, load and save the adapter"
+        )
     return data
 
 
