@@ -117,9 +117,10 @@ class LowRank(Update):
         """
         with torch.no_grad():
             u, d = self.up.abs().amax(-2).double(), self.down.abs().amax(-1).double()
-            size = (u * d).sqrt()
-            to_up, to_down = (torch.where(size > 0, size / each, 0).to(self.up.dtype) for each in (u, d))
-        return LowRank(self.up * to_up[..., None, :], self.down * to_down[..., None])
+            # Where one factor is zero, as at the start of training, its gradient is the other's, which must stay.
+            one = torch.where(u > 0, 1 / u.clamp_min(1), d.clamp_min(1))
+            to_up = torch.where((u > 0) & (d > 0), (d / u).sqrt(), one)
+        return LowRank(self.up * to_up.to(self.up.dtype)[..., None, :], self.down * (1 / to_up).to(self.up.dtype)[..., None])
 
     def onto(self, y: Tensor, host: Any, dropout: float, x: Tensor) -> Tensor:
         """y + up down drop(x), for an output y of the layer."""
