@@ -56,6 +56,7 @@ def loss(model, batches):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:'classifier' looks newly initialised")
 @pytest.mark.parametrize(("method", "targets", "lr"), TRIALS, ids=[str(trial[0]) for trial in TRIALS])
 def test_thirty_steps_lower_the_training_loss(encoder, method, targets, lr):
     """Of the adapters alone: the classification head stays at its random start."""

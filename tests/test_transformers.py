@@ -22,9 +22,6 @@ from delora import DeLoRA, LoRA
 from delora.models import adapted_layers
 from tests.cases import shake
 
-# All models here are random, and so are their heads, which most of the laws leave as they are.
-pytestmark = pytest.mark.filterwarnings("ignore:.*looks newly initialised")
-
 TOKENS = dict(vocab_size=50, bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 

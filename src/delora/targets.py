@@ -112,12 +112,15 @@ def _heads(model: nn.Module) -> set[int]:
 
 
 def fresh_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:
-    """The names of a transformers model's heads that look newly initialised and are not among the names that train.
+    """The names of a pretrained transformers model's heads that look newly initialised and are not among the names that train.
 
-    A head that was never trained has a bias of zeros and weights of the deviation that the configuration gives.
+    A head that was never trained has a bias of zeros and weights of the deviation that the configuration gives. Where all of
+    the model is so, it is not a pretrained one, and no head of it is named.
     """
     deviation = getattr(getattr(model, "config", None), "initializer_range", None)
     if "For" not in type(model).__name__ or not isinstance(deviation, float):
+        return []
+    if not any(type(m) is nn.Linear and m.bias is not None and not m.bias.is_meta and m.bias.any() for _, m in walk(model)):
         return []
     names, trained = [], list(trained)
     body = {id(m) for _, m in walk(_body(model))} if _body(model) is not model else set()

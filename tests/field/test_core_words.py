@@ -186,13 +186,22 @@ def test_falcons_layers_are_plain_products():
 
 def test_a_fresh_head_that_does_not_train_is_told():
     config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+
+    def pretrained():
+        model = BertForSequenceClassification(config)
+        for layer in model.bert.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.bias)
+        return model
+
     with pytest.warns(
         UserWarning, match=r"'classifier' looks newly initialised and would stay so: .*also_train=\['classifier'\]"
     ):
-        delora.inject(BertForSequenceClassification(config), DeLoRA(r=2), ["query"])
+        delora.inject(pretrained(), DeLoRA(r=2), ["query"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        delora.inject(BertForSequenceClassification(config), DeLoRA(r=2), ["query"], also_train=["classifier"])
-        trained = BertForSequenceClassification(config)
+        delora.inject(pretrained(), DeLoRA(r=2), ["query"], also_train=["classifier"])
+        delora.inject(BertForSequenceClassification(config), DeLoRA(r=2), ["query"])  # all of it is random
+        trained = pretrained()
         nn.init.ones_(trained.classifier.bias)
         delora.inject(trained, DeLoRA(r=2), ["query"])

@@ -10,6 +10,7 @@ A method need not inherit from anything or be registered. It may also have these
   only the number of rows of W, which is the number of the output's channels.
 * ``stacks``: True if ``update`` also accepts the tensors of several layers of one shape, stacked in a new first dimension,
   and returns a `LowRank` of stacked factors. Then one call builds the updates of all these layers in every forward.
+* ``init_lookup(W)``: takes the place of ``init`` on a layer that looks up columns of W, an embedding.
 * ``starts_at_base``: False if the change is not zero at initialisation.
 * ``has_dropout``: False if dropout cannot be applied to the change.
 * ``bound(p) -> Tensor``: an upper bound of the Frobenius norm of W' - W, if the method guarantees one.
@@ -36,6 +37,7 @@ __all__ = [
     "edits_output",
     "fields_of",
     "has_dropout",
+    "initial",
     "is_number",
     "kaiming",
     "measure",
@@ -120,6 +122,17 @@ def has_dropout(method: Method) -> bool:
     (True, False)
     """
     return getattr(method, "has_dropout", True)
+
+
+def initial(method: Method, W: Tensor, lookup: bool = False) -> dict[str, Tensor]:
+    """The tensors that training starts with; ``lookup``: for a layer that looks up columns of W.
+
+    >>> import delora
+    >>> initial(delora.LoRA(r=2), torch.ones(4, 9), lookup=True)["A"].any()
+    tensor(False)
+    """
+    start: dict[str, Tensor] = (getattr(method, "init_lookup", method.init) if lookup else method.init)(W)
+    return start
 
 
 def measure(method: Method, W: Tensor) -> dict[str, Tensor]:
@@ -256,10 +269,15 @@ def require_rank(r: object) -> None:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite int or float, and not a bool.
 
-    >>> is_number(1), is_number(True), is_number(math.inf)
-    (True, False, False)
+    >>> is_number(1), is_number(True), is_number(math.inf), is_number(10**400)
+    (True, False, False, False)
     """
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def require_positive(name: str, value: object) -> None:
