@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from delora.hosts import Host, any_host, host
 from delora.lowrank import traced, without_autocast
-from delora.methods.base import Method, edits_output, measure, reads_weight
+from delora.methods.base import Method, edits_output, initial, measure, reads_weight
 from delora.methods.full import Full
 from delora.reading import ReadWeight, reading
 from delora.together import built
@@ -69,7 +69,7 @@ class Adapter(_Kept):
     def _start(self, host: Host, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         W = host.weight()
         with torch.no_grad():
-            start = self.method.init(W.to("meta") if blank else W)
+            start = initial(self.method, W.to("meta") if blank else W, host.lookup)
             # A method may make its tensors without looking where W is.
             device = torch.device("meta") if blank else W.device
             moved = {name: t if t.device == device else _moved(t, device) for name, t in start.items()}

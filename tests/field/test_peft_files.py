@@ -139,6 +139,10 @@ def test_an_unknown_field_is_refused_if_it_is_set(value):
             "'base_model.model.emb.oft_embedding_R.weight' belongs to no adapter of type OFT that is read",
         ),
         (
+            OFTConfig(r=2, oft_block_size=0, target_modules=["conv"], use_cayley_neumann=False),
+            "conv is a convolution, on which PEFT's OFT computes something else",
+        ),
+        (
             IA3Config(target_modules=["conv"], feedforward_modules=["conv"]),
             "a scale of a convolution's input is not read",
         ),

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, get_peft_model
+from torch import nn
 
 import delora
 from delora import IA3, OFT, DeLoRA, DoRA, LoRA
@@ -90,6 +91,28 @@ def test_dora_starts_at_pefts_magnitudes():
     for name in ("q", "v"):
         magnitude = theirs.base_model.model.get_submodule(name).lora_magnitude_vector["default"].weight
         torch.testing.assert_close(ours.get_submodule(name).adapter.m, magnitude)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_on_an_embedding_starts_as_pefts(dora):
+    """A = 0, B ~ N(0, 1): the first step moves the vectors as far as it does in PEFT."""
+    net, x = Net().eval(), ids()
+    theirs = get_peft_model(copy.deepcopy(net), LoraConfig(r=4, lora_alpha=16, use_dora=dora, target_modules=["emb"]))
+    ours = delora.inject(copy.deepcopy(net), (DoRA if dora else LoRA)(4, 16), ["emb"])
+    layer, adapter = theirs.base_model.model.emb, ours.emb.adapter
+    assert not layer.lora_embedding_A["default"].any()
+    assert not adapter.A.any()
+    large = delora.inject(nn.Sequential(nn.Embedding(5, 4000)), LoRA(5), ["0"])[0].adapter.B
+    assert abs(large.mean()) < 0.05  # 20,000 numbers: 7 standard errors
+    assert abs(large.std() - 1) < 0.05
+    torch.testing.assert_close(ours(x), net(x))
+    adapter.B.data.copy_(layer.lora_embedding_B["default"].data)
+    for model in (ours, theirs):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        model(x).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(ours(x), net(x), rtol=1e-2)
 
 
 @pytest.mark.parametrize("side", ["output", "input"])

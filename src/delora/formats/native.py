@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from delora.ambient import apart
 from delora.diagnostics import report
+from delora.formats.bases import fingerprint
 from delora.formats.files import (
     AdapterError,
     Saved,
@@ -42,7 +43,7 @@ from delora.formats.files import (
     write_atomically,
 )
 from delora.formats.peft import read as read_peft
-from delora.hosts import Embedding
+from delora.hosts import Convolution, Embedding
 from delora.injection import check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
 from delora.methods import METHODS, Full
@@ -55,7 +56,6 @@ from delora.version import __version__
 __all__ = [
     "JSON",
     "description",
-    "fingerprint",
     "in_words",
     "is_adapter",
     "load",
@@ -75,20 +75,6 @@ WEIGHTS = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isi
 
 
 # ---------------------------------------------------------------- the base's fingerprint
-
-
-def fingerprint(W: Tensor) -> tuple[float, float]:
-    """|W|_F and p' W q with p_i = cos(i), q_j = sin(j): two numbers that another dtype changes only by its rounding.
-
-    Other signs or another order of the entries change the second, but not the first.
-
-    >>> norm, probe = fingerprint(torch.eye(2))
-    >>> round(norm, 4), round(probe, 4)  # probe: cos 1 sin 1 + cos 2 sin 2
-    (1.4142, 0.0762)
-    """
-    i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in W.shape)
-    p, q = torch.cos(i).to(W.device, W.dtype), torch.sin(j).to(W.device, W.dtype)
-    return torch.linalg.vector_norm(W).item(), (p @ (W @ q)).item()
 
 
 def _same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
@@ -273,8 +259,8 @@ def load(
 ) -> nn.Module:
     """Read an adapter into a model, make it the active one, and freeze everything else. Changes the model and returns it.
 
-    The folder comes from `save`, or from PEFT with an adapter of type LORA or DELORA. If the model has an adapter of this
-    name with the same layers and methods, its tensors take the values of the file, so that training can continue;
+    The folder comes from `save`, or from PEFT with an adapter of type LORA, DELORA, IA3 or OFT. If the model has an adapter
+    of this name with the same layers and methods, its tensors take the values of the file, so that training can continue;
     otherwise the adapter is added.
 
     Args:
@@ -578,6 +564,12 @@ def _rebuilt(module: nn.Module, name: str, entry: SavedLayer, saved: Saved, allo
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # a rank of 10^15 has no place, not even on meta
         raise AdapterError(f"{saved.source}: {name}: {error}") from error
     if isinstance(adapter, Adapter):
+        host = Placed(adapter, layer).host
+        if entry.no_kernel and isinstance(host, Convolution) and math.prod(host.layer.kernel_size) > 1:
+            raise AdapterError(
+                f"{saved.source}: {name} is a convolution, on which PEFT's {type(entry.method).__name__} computes something "
+                "else than a change of the weight; merge it with PEFT and adapt the result"
+            )
         _check_base(name, Placed(adapter, layer), entry, saved, allow_other_base)
     own = {_inside(name, key): key for key in adapter.saved()}
     expected = {own[_inside(name, key)]: t for key, t in adapter.saved().items()}

@@ -335,7 +335,7 @@ def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) ->
         norms = tensors.pop("c", None)
         base = {"columns": norms[0]} if norms is not None else _base(file, bases.get(layer), tensors)
         flat = {tensor: (key, _flat(tensor, shape)) for tensor, (key, shape) in tensors.items()}
-        layers[layer] = SavedLayer(method, methods.dropout, base=base, tensors=flat)
+        layers[layer] = SavedLayer(method, methods.dropout, base=base, no_kernel=kind == "OFT", tensors=flat)
     for module, tensors in _whole(config, rest, file, kind, where).items():
         if module in layers:
             raise AdapterError(f"{file.path}: {module} is both adapted and trained whole")

@@ -29,6 +29,7 @@ class Host:
     """
 
     weight_name: ClassVar[str | None] = None  # the parameter that holds the matrix; None: nothing can be merged
+    lookup: ClassVar[bool] = False  # looks up columns of the matrix, instead of multiplying by it
     linear: ClassVar[bool] = False  # a linear map of the last dimension; chosen by targets="all-linear"
 
     def __init__(self, layer: Any) -> None:

@@ -20,6 +20,8 @@ class Embedding(MatrixHost):
     torch.Size([4, 10])
     """
 
+    lookup = True
+
     def check(self) -> None:
         super().check()
         if self.layer.max_norm is not None:

@@ -52,8 +52,13 @@ class DoRA:
         return LoRA(self.r, self.alpha, self.rslora)
 
     def init(self, W: Tensor) -> dict[str, Tensor]:
-        m = {} if self.fixed_magnitude else {"m": nn.Parameter(self.measure(W)["squares"].sqrt())}
-        return self.lora.init(W) | m
+        return self.lora.init(W) | self._magnitudes(W)
+
+    def init_lookup(self, W: Tensor) -> dict[str, Tensor]:
+        return self.lora.init_lookup(W) | self._magnitudes(W)
+
+    def _magnitudes(self, W: Tensor) -> dict[str, Tensor]:
+        return {} if self.fixed_magnitude else {"m": nn.Parameter(self.measure(W)["squares"].sqrt())}
 
     def measure(self, W: Tensor) -> dict[str, Tensor]:
         return {"squares": W.square().sum(dim=1)}  # [out]

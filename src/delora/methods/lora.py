@@ -18,7 +18,7 @@ class LoRA:
     """W' = W + (alpha / r) B A                                  Hu et al. 2022, arXiv:2106.09685, Eq. 3
 
     ``A [r, in]`` is drawn from Kaiming's uniform distribution, ``B [out, r]`` starts at zero: training starts at the base
-    model exactly.
+    model exactly. On an embedding A starts at zero and B is drawn from N(0, 1), as in PEFT.
 
     Args:
         r: rank, at least 1.
