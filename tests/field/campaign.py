@@ -245,14 +245,17 @@ def judged(base: nn.Module, folder: Path) -> str:
     """What reading a folder comes to: the law that it broke, "read", or "refused"."""
     memory_before, verdict = memory(), "read"
     for act in (lambda: delora.load(base, folder), lambda: describe(folder)):
-        before = time.process_time()
-        try:
-            act()
-        except AdapterError as error:
-            verdict = "refused" if str(error).replace("\n", "").isprintable() else f"not printable: {error!r}"
-        except Exception as error:
-            return f"{type(error).__name__}: {str(error)[:200]}"
-        if time.process_time() - before > SECONDS:
+        for _ in range(3):  # the best of three: a collection of the whole process's garbage may fall into one
+            before = time.process_time()
+            try:
+                act()
+            except AdapterError as error:
+                verdict = "refused" if str(error).replace("\n", "").isprintable() else f"not printable: {error!r}"
+            except Exception as error:
+                return f"{type(error).__name__}: {str(error)[:200]}"
+            if time.process_time() - before <= SECONDS:
+                break
+        else:
             return f"took over {SECONDS} s"
     return f"took over {MEGABYTES} MB" if memory() - memory_before > MEGABYTES else verdict
 

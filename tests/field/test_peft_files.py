@@ -822,6 +822,7 @@ def row_also_train(left, right, folder):
 
 def row_fresh_head(left, right, folder):
     base = bert()
+    nn.init.normal_(base.bert.pooler.dense.bias)  # a pretrained body below a new head
     theirs = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
     with pytest.warns(UserWarning, match="classifier.*also_train"):
         without = delora.inject(copy.deepcopy(base), LoRA(), ["query"])
