@@ -132,7 +132,7 @@ def report(adapter: Placed) -> LayerReport:
         effective = torch.special.entr(share).sum().exp().item() if change else 0.0
     return LayerReport(
         method=str(adapter.method),
-        shape=tuple(adapter.host.matrix().shape) if not adapter.whole else None,
+        shape=adapter.host.shape if not adapter.whole else None,
         parameters=sum(p.numel() for p in adapter.parameters()),
         r=getattr(adapter.method, "r", None),
         lam=None if lam is None else lam.item(),

@@ -148,7 +148,7 @@ def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
     if isinstance(method, Full) or not isinstance(r, int):
         return None
     edits = edits_output(method)
-    shape = tuple((any_host(layer) if edits else host(layer)).matrix().shape)[: 1 if edits else None]
+    shape = (any_host(layer) if edits else host(layer)).shape[: 1 if edits else None]
     if r <= min(shape):
         return None
     what = "an output of" if len(shape) == 1 else "a matrix of shape"

@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 import delora
 from delora import DeLoRA
 from delora.diagnostics import inspect
+from delora.hosts import host
 from delora.methods.base import has_dropout, starts_at_base
 from delora.updates import wide
 from tests.cases import DTYPES, LAYERS, METHODS, adapted, change, shake
@@ -295,3 +296,14 @@ def test_gradient_checkpointing_changes_no_gradient(layer, method):
     for use_reentrant in (False, True) if x.is_floating_point() else (False,):
         again = gradients(lambda x, r=use_reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r))
         torch.testing.assert_close(again, plain)  # not bit for bit: the order of a sum follows the memory layout
+
+
+def test_a_host_tells_shape_dtype_and_device_and_reads_any_rows(layer, dtype):
+    looked_at = host(layer.model(dtype).layer)
+    W = looked_at.matrix().detach()
+    assert (looked_at.shape, looked_at.dtype, looked_at.device) == (tuple(W.shape), dtype, W.device)
+    out = len(W)
+    for start, stop in ((0, out), (0, 1), (out // 2, out), (3, 7)):
+        rows = looked_at.rows(start, stop)
+        assert torch.equal(rows, W[start:stop])
+        assert not rows.requires_grad

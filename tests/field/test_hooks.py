@@ -13,6 +13,7 @@ from torch import nn
 
 import delora
 from delora import DeLoRA, DoRA
+from delora.hosts import host
 from tests.cases import shake
 
 CALLS: list[str] = []
@@ -92,6 +93,12 @@ def test_weights_that_a_hook_keeps_elsewhere(method, tmp_path):
     before = model(x)
     state = {key: t.clone() for key, t in model.state_dict().items()}
     cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model[0].weight.is_meta
+    looked_at = host(model[0])
+    assert (looked_at.shape, looked_at.dtype, looked_at.device) == ((4, 4), torch.float32, torch.device("cpu"))
+    with looked_at.held():
+        assert torch.equal(looked_at.rows(1, 3), state["0.weight"][1:3])
+        assert not model[0].weight.is_meta  # they came once, for the whole context
     assert model[0].weight.is_meta
     delora.inject(model, method, ["0", "1"])
     assert not any(p.is_meta for layer in model for p in layer.adapters.parameters())

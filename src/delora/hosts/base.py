@@ -47,9 +47,40 @@ class Host:
         last = [p for p in self.layer.parameters() if p.is_floating_point()][-1]
         return last.reshape(len(last), -1)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape [out, in] of the matrix. Like ``dtype`` and ``device`` it is known without reading the weight."""
+        out, inp = self.matrix().shape
+        return out, inp
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of `rows`: the one that the layer computes in."""
+        return self.matrix().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where `rows` are: where the layer computes, also if a hook keeps its weights elsewhere between its calls."""
+        return torch.device(self.layer._hf_hook.execution_device) if _is_offloaded(self.layer) else self.matrix().device
+
+    def held(self) -> AbstractContextManager[Any]:
+        """A context in which the weights are where the layer computes; around several calls of `rows`, they come there once."""
+        return _held(self.layer)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The rows from ``start`` to before ``stop`` of the matrix [out, in], detached, in ``dtype``; a view where possible.
+
+        A host whose weight is kept in another form (quantised, sharded) overrides this and ``shape``, ``dtype``, ``device``.
+
+        >>> host(nn.Linear(3, 4)).rows(1, 3).shape
+        torch.Size([2, 3])
+        """
+        with self.held():
+            return self.matrix().detach()[start:stop]
+
     def read(self) -> Tensor:
         """The matrix [out, in], detached: its numbers, also where a hook keeps the layer's weights elsewhere (offloading)."""
-        with _held(self.layer):
+        with self.held():
             return self.matrix().detach()
 
     def weight(self) -> Tensor:
@@ -63,7 +94,7 @@ class Host:
 
     def bias(self) -> Tensor | None:
         """The bias [out], detached, in float32 or wider."""
-        with _held(self.layer):
+        with self.held():
             b = getattr(self.layer, "bias", None) if self.weight_name else None
             return b.detach().to(wide(b.dtype)) if isinstance(b, Tensor) else None
 
@@ -84,7 +115,7 @@ class Host:
 
     def _checked(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def checked(y: Any) -> Tensor:
-            channels = len(self.matrix())
+            channels = self.shape[0]
             if not isinstance(y, Tensor) or y.shape[-1] != channels:
                 got = f"shape {list(y.shape)}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
                 raise ValueError(
@@ -140,9 +171,17 @@ class Host:
         return new
 
 
+def _is_offloaded(layer: nn.Module) -> bool:
+    """Whether a hook of accelerate keeps the weights of a layer, which are on the meta device until it runs."""
+    hook = layer.__dict__.get("_hf_hook")
+    if hook is None or getattr(hook, "execution_device", None) is None:
+        return False
+    return any(p.is_meta for p in layer._parameters.values() if p is not None)
+
+
 def _held(layer: nn.Module) -> AbstractContextManager[Any]:
     """A context in which the weights of a layer that accelerate offloads are where it computes."""
-    if "_hf_hook" not in layer.__dict__ or not any(p.is_meta for p in layer._parameters.values() if p is not None):
+    if not _is_offloaded(layer):
         return nullcontext()
     from accelerate.utils import align_module_device  # the hook is accelerate's
 
@@ -207,8 +246,8 @@ class MatrixHost(Host):
         super().check()
         kind: Any = type(self.layer)
         known: Any = next(base for base in kind.__mro__ if base in host.registry)
-        if not self.matrix().is_floating_point():
-            raise TypeError(f"cannot adapt a {kind.__name__} whose weight is {self.matrix().dtype}: it seems to be quantised")
+        if not self.dtype.is_floating_point:
+            raise TypeError(f"cannot adapt a {kind.__name__} whose weight is {self.dtype}: it seems to be quantised")
         # A subclass that computes something else would be adapted wrongly, without an error.
         if kind.forward is not known.forward and not self.is_product():
             raise TypeError(
@@ -238,7 +277,7 @@ class MatrixHost(Host):
 
     def run(self, x: Tensor, W: Tensor) -> Tensor:
         """The layer's output with W in place of its own matrix."""
-        weight = self.as_weight(W).to(self.matrix().dtype)
+        weight = self.as_weight(W).to(self.dtype)
         return torch.func.functional_call(self.layer, {self.weight_name: weight}, (x,))
 
 
