@@ -116,9 +116,10 @@ def inject(
             raise ValueError(f"{layer}: dropout = {dropout!r}, but {type(each).__name__} does not support dropout")
     check_name(root, name)
     plan = with_ties(root, plan)
-    install(root, _build(root, plan, float(dropout)), name, left_out)
-    if left_out:
-        warnings.warn(told(root, left_out), stacklevel=3)
+    words = told(root, left_out) if left_out else ""
+    install(root, _build(root, plan, float(dropout)), name, words)
+    if words:
+        warnings.warn(words, stacklevel=3)
     if fresh := fresh_heads(root, plan):
         warnings.warn(
             f"{', '.join(map(repr, fresh))} looks newly initialised and would stay so: train it with also_train={fresh}",
@@ -142,9 +143,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"this model already has an adapter named {name!r}: choose another name=, or delora.eject it first")
 
 
-def install(
-    model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, left_out: Mapping[str, str] | None = None
-) -> None:
+def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, left_out: str = "") -> None:
     """Put adapters into their layers, make them active, and freeze everything else.
 
     >>> from delora.methods import LoRA
@@ -156,7 +155,7 @@ def install(
     modules = dict(walk(model))
     if "_delora" not in model.__dict__:
         model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad], ties=declared(model))
-    model.__dict__["_delora"].left_out = dict(left_out or {})
+    model.__dict__["_delora"].left_out = left_out
     swap(model, {modules[layer]: Adapted(modules[layer]) for layer in built if not isinstance(modules[layer], Adapted)})
     for layer, module in adapted_layers(model).items():
         if layer in built:
@@ -167,7 +166,7 @@ def install(
 
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
-    """Replace modules by new ones, in every place where they occur.
+    """Replace modules by new ones, in every place where they occur, a module's plain lists included.
 
     >>> old, new = nn.ReLU(), nn.Tanh()
     >>> model = nn.Sequential(old, nn.Sequential(old))
@@ -179,6 +178,11 @@ def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:
         for key, child in parent._modules.items():
             if child is not None and unwrapped(child) in new:
                 parent._modules[key] = new[unwrapped(child)]
+        # Some models call their layers from a list that they keep beside the registered ones (MaskFormer, DETR's heads).
+        for kept in [value for value in parent.__dict__.values() if type(value) is list]:
+            for i, item in enumerate(kept):
+                if isinstance(item, nn.Module) and unwrapped(item) in new:
+                    kept[i] = new[unwrapped(item)]
 
 
 def activate(model: nn.Module, name: str) -> None:

@@ -31,12 +31,12 @@ class State:
     """What is known of the adapters of a model: one object, on the module that `inject` was called on.
 
     ``trained``: the parameters that trained before the first `inject`; ``contexts``: the open `merged` and `disabled`,
-    outermost first; ``left_out``: what ``targets="all-linear"`` could not adapt, and why.
+    outermost first; ``left_out``: the words for what ``targets="all-linear"`` could not adapt, and why.
     """
 
     trained: list[str]
     contexts: list[str] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: str = ""
     ties: dict[str, dict[str, str]] = field(default_factory=dict)  # what a transformers model says of tied weights
 
 

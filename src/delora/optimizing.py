@@ -10,7 +10,6 @@ from torch import nn
 from delora.layer import Adapted, Copy
 from delora.methods.base import is_number
 from delora.models import active_adapter, adapted_layers, states
-from delora.targets import told
 
 __all__ = ["Summary", "param_groups", "summary"]
 
@@ -107,7 +106,6 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = adapted_layers(model)
     active_adapter(model)
-    left_out = {name: why for state in states(model) for name, why in state.left_out.items()}
     in_adapters = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
     counts: dict[str, list[int]] = {}
     for layer in layers.values():
@@ -117,4 +115,4 @@ def summary(model: nn.Module) -> Summary:
     rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
     rest = [p for p in model.parameters() if id(p) not in in_adapters]
     trainable, total = sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest)
-    return Summary(rows, trainable, total, told(model, left_out) if left_out else "")
+    return Summary(rows, trainable, total, "\n".join(state.left_out for state in states(model) if state.left_out))

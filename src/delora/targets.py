@@ -82,6 +82,9 @@ def _all_linear(
         elif own and not isinstance(base, (nn.Embedding, nn.EmbeddingBag)):
             why = f"a {type(base).__name__} is no linear layer" if kind else f"a {type(base).__name__} keeps its weights itself"
             left_out[name] = why
+    for key, p in model._parameters.items():
+        if p is not None and p.ndim > 1:
+            left_out[key] = "the model itself owns it, and no layer"
     return chosen, left_out
 
 
@@ -95,14 +98,13 @@ def _heads(model: nn.Module) -> set[int]:
     """The ids of the layers that put out the model's answer: transformers' output embeddings, and the linear layers that a task
     model of it (``...For...``) has beside its body."""
     heads = set()
-    for ask in ("get_output_embeddings", "get_input_embeddings"):
-        get = getattr(model, ask, None)
-        try:
-            layer = get() if callable(get) else None
-        except (AttributeError, NotImplementedError):  # the model has none
-            layer = None
-        if isinstance(layer, nn.Module):
-            heads.add(id(layer.base if isinstance(layer, Adapted) else layer))
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        layer = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):  # the model has none
+        layer = None
+    if isinstance(layer, nn.Module):
+        heads.add(id(layer.base if isinstance(layer, Adapted) else layer))
     if _body(model) is model and hasattr(model, "base_model_prefix") and "For" in type(model).__name__:
         for child in model._modules.values():
             base = child.base if isinstance(child, Adapted) else child
@@ -157,14 +159,17 @@ def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
 
 def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
     """What ``targets="all-linear"`` left out, by kind of layer and reason, with its share of the model's weights."""
-    modules = {name: m.base if isinstance(m, Adapted) else m for name, m in walk(model)}
+    owned: dict[str, nn.Module | nn.Parameter] = {name: p for name, p in model._parameters.items() if p is not None}
+    owned |= {name: m.base if isinstance(m, Adapted) else m for name, m in walk(model)}
     total = sum(p.numel() for p in model.parameters())
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, why in left_out.items():
-        kinds.setdefault((type(modules[name]).__name__, why), []).append(name)
+        kinds.setdefault((type(owned[name]).__name__, why), []).append(name)
     lines = []
     for (kind, why), names in kinds.items():
-        count = sum(p.numel() for n in names for p in modules[n]._parameters.values() if p is not None)
+        parts = [owned[n] for n in names]
+        tensors = [p for part in parts for p in (part._parameters.values() if isinstance(part, nn.Module) else [part])]
+        count = sum(p.numel() for p in tensors if p is not None)
         lines.append(f"{len(names)} {kind} ({count / total:.1%} of the weights; {why}), such as {names[0]!r}")
     return 'targets="all-linear" left out: ' + "; ".join(lines)
 

@@ -86,7 +86,7 @@ class Together:
                     layer.ran = True
         active = {name: layer for name, layer in self.layers.items() if layer.active is not None}
         silent = [name for name, layer in active.items() if not layer.ran]
-        if silent and len(silent) < len(active):
+        if silent:
             some = ", ".join(map(repr, silent[:5])) + (" ..." if len(silent) > 5 else "")
             warnings.warn(
                 f"{len(silent)} of {len(active)} adapted layers did not run in the first forward, so their adapters changed "

@@ -205,3 +205,26 @@ def test_a_fresh_head_that_does_not_train_is_told():
         trained = pretrained()
         nn.init.ones_(trained.classifier.bias)
         delora.inject(trained, DeLoRA(r=2), ["query"])
+
+
+class Patches(nn.Module):
+    """A model whose input embedding is a linear layer of patches, and that owns a matrix itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.positions = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8))
+        self.stack = nn.Sequential(nn.Conv1d(8, 8, 1))
+
+    def get_input_embeddings(self):
+        return self.patches
+
+    def forward(self, x):
+        return self.stack((self.patches(x) @ self.positions).mT)
+
+
+def test_all_linear_takes_a_linear_patch_embedding_and_names_what_the_model_owns_itself():
+    model = nn.ModuleDict({"vision": Patches()})
+    with pytest.warns(UserWarning, match="1 Parameter .*the model itself owns it.*'positions'") as told:
+        delora.inject(model["vision"], DeLoRA(r=2), "all-linear")
+    assert list(delora.distances(model)) == ["vision.patches"]
+    assert str(told[0].message) in str(delora.summary(model))

@@ -165,6 +165,12 @@ def test_what_never_ran_is_told_once_and_is_not_merged():
         model(x)
 
 
+def test_it_is_told_also_if_none_of_the_adapted_layers_ran():
+    model = delora.inject(Sometimes(), DeLoRA(r=2), ["b", "c"])
+    with pytest.warns(UserWarning, match="2 of 2 adapted layers did not run.*'b', 'c'"):
+        model(torch.randn(2, 4))
+
+
 def test_an_autograd_function_of_ones_own_is_told():
     class Times(torch.autograd.Function):
         @staticmethod
@@ -187,3 +193,35 @@ def test_an_autograd_function_of_ones_own_is_told():
     with pytest.warns(UserWarning, match="read with gradients on and is used with gradients off"):
         y = model(x)
     torch.testing.assert_close(delora.merge(model)(x), y)
+
+
+class Listed(nn.Module):
+    """Calls its layers from a plain list beside the registered ones, as transformers' MaskFormer does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)]
+        for i, layer in enumerate(self.layers):
+            self.add_module(str(i), layer)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_layers_that_are_called_from_a_plain_list_are_the_adapted_ones():
+    model, x = Listed(), torch.randn(3, 6)
+    first, layers = model(x), list(model.layers)
+    delora.inject(model, DeLoRA(r=2), ["0", "2"])
+    shake(model)
+    changed = model(x)
+    assert not torch.allclose(changed, first)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), changed)
+    with delora.merged(model):
+        torch.testing.assert_close(model(x), changed)
+    torch.testing.assert_close(delora.merge(twin)(x), changed)
+    assert all(type(layer) in (nn.Linear, nn.Tanh) for layer in twin.layers)
+    delora.eject(model)
+    assert model.layers == layers
