@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +22,51 @@ CALLS = {
     "merged": lambda model, folder: delora.merged(model).__enter__(),
     "strength": lambda model, folder: delora.strength(model, 0.5),
 }
+X = torch.arange(24).reshape(4, 6) % 20
+OTHERS = {
+    "model(x)": lambda model, folder: model(X),
+    "disabled": lambda model, folder: delora.disabled(model).__enter__(),
+    "save": lambda model, folder: delora.save(model, folder / "new"),
+    "export.peft": lambda model, folder: delora.export.peft(model, folder / "new"),
+    "distances": lambda model, folder: delora.distances(model),
+}
+GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
+TABLE = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in GUIDE.read_text().partition("## Contexts")[2].partition("\n## ")[0].splitlines()
+    if line.startswith("| `")
+]
+
+
+@pytest.mark.parametrize(("call", "column"), [(call, column) for call in {**CALLS, **OTHERS} for column in (1, 2)])
+def test_the_guides_table_of_contexts_is_carried_out(call, column, tmp_path):
+    (row,) = [row for row in TABLE if f"`{call}`" in row[0].split(", ")]
+    model = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])).eval()
+    delora.save(model, tmp_path)
+    outputs = {"the adapted model": model(x)}
+    with delora.disabled(model):
+        outputs["the base model"] = model(X)
+    with (delora.disabled, delora.merged)[column - 1](model):
+        act = {**CALLS, **OTHERS}[call]
+        if row[column] == "refused":
+            with pytest.raises(ValueError, match="inside delora"):
+                act(model, tmp_path)
+        else:
+            result = act(model, tmp_path)
+            if row[column] in outputs:
+                torch.testing.assert_close(result, outputs[row[column]])
+            else:
+                assert row[column] == "works"
+
+
+def test_a_context_holds_for_all_threads():
+    model, outputs = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])).eval(), []
+    with delora.disabled(model):
+        here = model(X)
+        thread = threading.Thread(target=lambda: outputs.append(model(X)))
+        thread.start()
+        thread.join()
+    assert torch.equal(outputs[0], here)
 
 
 @pytest.mark.parametrize("call", CALLS)
