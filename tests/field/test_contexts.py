@@ -43,7 +43,7 @@ def test_the_guides_table_of_contexts_is_carried_out(call, column, tmp_path):
     (row,) = [row for row in TABLE if f"`{call}`" in row[0].split(", ")]
     model = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])).eval()
     delora.save(model, tmp_path)
-    outputs = {"the adapted model": model(x)}
+    outputs = {"the adapted model": model(X)}
     with delora.disabled(model):
         outputs["the base model"] = model(X)
     with (delora.disabled, delora.merged)[column - 1](model):
