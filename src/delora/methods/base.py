@@ -281,7 +281,7 @@ def is_number(value: object) -> TypeGuard[float]:
 
 
 def require_positive(name: str, value: object) -> None:
-    """Raise a ValueError unless a value is a finite number above 0.
+    """Raise a ValueError unless a value is a finite number above 0, of those that float32 has.
 
     >>> require_positive("lam", -1.0)
     Traceback (most recent call last):
@@ -289,6 +289,8 @@ def require_positive(name: str, value: object) -> None:
     """
     if not is_number(value) or value <= 0:
         raise ValueError(f"{name} = {value!r}: must be a finite number above 0")
+    if value > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} = {value!r} is beyond float32's numbers")
 
 
 def require_flags(method: Method) -> None:

@@ -34,7 +34,7 @@ def deliver(
     Returns:
         What ``same`` returned for each.
     """
-    set_seed(experiment.seed + 1)  # not the run's seed: the values that a fresh head starts from must not matter
+    set_seed((experiment.seed + 1) % 2**32)  # not the run's seed: the values that a fresh head starts from must not matter
     model: Any = delora.load(fresh(), run / "adapter", methods=experiment.adapter.classes())
     delora.save(model, out / "adapter")
     model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
