@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 GOOD, BAD = ["good", "fine", "great", "lovely"], ["bad", "poor", "awful", "dull"]
 OTHER = [f"word{i}" for i in range(20)]
@@ -74,3 +74,17 @@ def recipe(model: str, source: str, out: Path, **changes: Any) -> dict[str, Any]
 def write(data: dict[str, Any], file: Path) -> Path:
     file.write_text(json.dumps(data))
     return file
+
+
+def make_language_model(folder: Path) -> str:
+    """A small random Llama and its tokenizer, which knows the words of the made-up sentences."""
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[EOS]", "user", "assistant", *GOOD, *BAD, *OTHER]
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(words), max_position_embeddings=64, **shape, **tokens)).save_pretrained(folder)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+    return str(folder)

@@ -5,10 +5,11 @@ A low-rank change is measured from its small factors, without building an [out, 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from delora.models import adapters
 from delora.updates import LowRank
 
 __all__ = ["LayerReport", "Recorder", "column_norms", "distances", "inspect", "report", "singular_values"]
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -33,6 +36,18 @@ def singular_values(update: LowRank) -> Tensor:
     return torch.linalg.svdvals(core)
 
 
+def _here(measure: Callable[[Placed], T]) -> Callable[[Placed], T]:
+    """Let the tensors of a layer and its adapter be here while they are measured."""
+
+    @functools.wraps(measure)
+    def measured(adapter: Placed) -> T:
+        with adapter.here():
+            return measure(adapter)
+
+    return measured
+
+
+@_here
 @torch.no_grad()
 def _changed(adapter: Placed) -> tuple[float, float, Tensor | None] | None:
     """|W' - W|_F, |W|_F, and the singular values of W' - W if it is low-rank (else None); None if no weight changes.
@@ -112,6 +127,7 @@ class LayerReport:
     effective_rank: float | None
 
 
+@_here
 @torch.no_grad()
 def report(adapter: Placed) -> LayerReport:
     """Measure the change of one layer's adapter.

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from delora.hosts import Host, any_host, host
+from delora.hosts.base import ELSEWHERE
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
 from delora.methods.full import Full
@@ -94,7 +97,8 @@ class Adapter(_Kept):
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors that belong in a file: all but those measured from W."""
-        return {k: t for k, t in self.tensors().items() if k not in self._non_persistent_buffers_set}
+        with _here(self):
+            return {k: t for k, t in self.tensors().items() if k not in self._non_persistent_buffers_set}
 
     def refresh(self, layer: nn.Module, redraw: bool) -> None:
         """Measure W again and, if ``redraw``, initialise the other tensors again, too."""
@@ -119,10 +123,13 @@ class Adapter(_Kept):
         with without_autocast(next(iter(p.values()))):
             return self.method.update(W, p)
 
-    def forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """The output of the layer that ``host`` looks at, with the change.
+
+        The layer itself is no argument: what moves arguments to a device (accelerate's hooks) would move it.
+        """
         if self.strength == 0:
-            return layer(*args, **kwargs)
-        host = self.kind(layer)
+            return host.layer(*args, **kwargs)
         if not args and len(kwargs) == 1 and host.weight_name is not None:  # layer(input=x)
             args, kwargs = tuple(kwargs.values()), {}
         return self.update(host).forward(host, self.dropout if self.training else 0.0, *args, **kwargs)
@@ -142,6 +149,8 @@ class Copy(_Kept):
     ['weight', 'bias']
     """
 
+    kind: ClassVar[type[Host]] = Host  # any module's
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.method = Full()
@@ -151,7 +160,8 @@ class Copy(_Kept):
 
     def saved(self) -> dict[str, Tensor]:
         """The tensors of the copy, as its own state dict names them."""
-        return dict(self.module.state_dict(keep_vars=True))
+        with _here(self.module):
+            return dict(self.module.state_dict(keep_vars=True))
 
     def put(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
         """Set a tensor to a value from elsewhere."""
@@ -173,15 +183,30 @@ class Copy(_Kept):
                 new[name] = torch.lerp(old.to(tensor.dtype), tensor, self.strength).to(old.dtype)
         return new
 
-    def forward(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        layer = host.layer
         if self.strength == 0:
             return layer(*args, **kwargs)
         if self.strength == 1 and _dtype(self.module) == _dtype(layer):
             return self.module(*args, **kwargs)
+        if on_meta(self.module):
+            raise ValueError(
+                f"a {type(layer).__name__} that was trained whole {ELSEWHERE.partition(':')[0]}: it runs there at strength 1 "
+                "and in its layer's own dtype only; delora.merge the model before it is sent elsewhere"
+            )
         return torch.func.functional_call(self.module, self.at_strength(layer), args, kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.method}, strength={self.strength}"
+
+
+@contextmanager
+def _here(module: nn.Module) -> Iterator[None]:
+    """A context in which the tensors of a module and of all in it are here, also where hooks keep them elsewhere."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            stack.enter_context(Host(part).held())
+        yield
 
 
 def _moved(t: Tensor, device: torch.device) -> Tensor:
@@ -231,7 +256,7 @@ class Placed:
         return getattr(self.adapter, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.adapter(self.base, *args, **kwargs)
+        return self.adapter(self.adapter.kind(self.base), *args, **kwargs)
 
     @property
     def whole(self) -> bool:
@@ -241,12 +266,19 @@ class Placed:
     @property
     def host(self) -> Host:
         """A look at the layer."""
-        return Host(self.base) if isinstance(self.adapter, Copy) else self.adapter.kind(self.base)
+        return self.adapter.kind(self.base)
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """A context in which the tensors of both are here, also where hooks keep them elsewhere (offloading)."""
+        with _here(self.base), _here(self.adapter):
+            yield
 
     def update(self) -> Update:
         """The change of the layer at the current strength."""
         assert isinstance(self.adapter, Adapter)
-        return self.adapter.update(self.host)
+        with _here(self.adapter):
+            return self.adapter.update(self.host)
 
     @torch.no_grad()
     def low_rank(self) -> LowRank | None:
@@ -261,7 +293,8 @@ class Placed:
         """Of a layer that is trained whole, its tensors at the current strength."""
         assert isinstance(self.adapter, Copy)
         kept = self.adapter.saved()
-        return {name: t for name, t in self.adapter.at_strength(self.base).items() if name in kept}
+        with self.here():
+            return {name: t for name, t in self.adapter.at_strength(self.base).items() if name in kept}
 
     @torch.no_grad()
     def changed(self) -> dict[str, Tensor]:
@@ -275,6 +308,8 @@ class Placed:
         if not self.whole:
             return dict(self.host.changed(self.update()))
         base = _tensors(self.base)
+        if on_meta(self.base):
+            raise ValueError(f"a weight of it {ELSEWHERE}")
         return {
             name: nn.Parameter(t.detach().clone(), base[name].requires_grad)
             if isinstance(base[name], nn.Parameter)
@@ -291,7 +326,7 @@ def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank:
 
     >>> from delora import DeLoRA
     >>> layer, x = nn.Linear(4, 3), torch.ones(1, 4)
-    >>> torch.allclose(attach(DeLoRA(r=2), layer)(layer, x), layer(x), atol=1e-6)  # training starts at the base
+    >>> torch.allclose(Placed(attach(DeLoRA(r=2), layer), layer)(x), layer(x), atol=1e-6)  # training starts at the base
     True
     """
     if isinstance(method, Full):
@@ -302,9 +337,10 @@ def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank:
 class Adapted(nn.Module):
     """``base`` with named ``adapters``; ``active`` is the name of the one in use, or None for the base alone.
 
-    Attributes that it does not have itself (``weight``, ``in_features``, ...) are those of the base, or of the active copy
-    (`Full`), because some models read them; a weight that is read while a forward runs is the adapted one (`delora.reading`).
-    What is set on such a name is set on the base. A checkpoint of the base saved before injection loads into it.
+    Public attributes that it does not have itself (``weight``, ``in_features``, ...) are those of the base, or of the active
+    copy (`Full`), because some models read them; a weight that is read while a forward runs is the adapted one
+    (`delora.reading`). What is set on such a name is set on the base. A checkpoint of the base saved before injection loads
+    into it.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), delora.LoRA(r=2), ["0"])
@@ -339,7 +375,8 @@ class Adapted(nn.Module):
             self.refresh()
         if self.active is None:
             return self.base(*args, **kwargs)
-        return self.adapters[self.active](self.base, *args, **kwargs)
+        adapter = self.adapters[self.active]
+        return adapter(cast("Adapter | Copy", adapter).kind(self.base), *args, **kwargs)
 
     def refresh(self) -> None:
         """Measure the frozen weight again. Call this after you changed that weight by hand."""
@@ -351,7 +388,7 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("__") or "base" not in self.__dict__.get("_modules", {}):  # the class's own, or being copied
+            if name.startswith("_") or "base" not in self.__dict__.get("_modules", {}):  # private to the base, or being copied
                 raise
         active = self.__dict__.get("active")
         if active is None:
@@ -374,14 +411,13 @@ class Adapted(nn.Module):
 
         def compute() -> Tensor:
             self.ran = True
-            update = adapter.update(host)
+            update = Placed(adapter, self.base).update()
             if name == host.weight_name:
                 return host.as_weight(update.merge(host.weight())).to(value.dtype)
             new = update.bias(host.bias())
             return value if new is None else new.to(value.dtype)
 
-        trains = any(p.requires_grad for p in adapter.tensors().values())
-        return ReadWeight.of(value, compute, trains)
+        return ReadWeight.of(value, compute, [p for p in adapter.tensors().values() if p.requires_grad])
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base")

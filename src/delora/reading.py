@@ -2,15 +2,15 @@
 
 Some attention layers hand the weights of their projections to a fused function, Mamba's mixers multiply by ``dt_proj.weight``,
 and a language model's head may be ``F.linear(h, self.wte.weight)``. While a forward runs, such a reader gets a tensor that
-knows shape, dtype and device of the weight W and becomes W' as soon as something is computed with it, differentiably. Outside
-of a forward, and for whoever writes to it, the attribute is the layer's own parameter.
+knows shape, dtype and device of the weight W and becomes W' as soon as something is computed with it, differentiably: also
+within an autograd function of the reader's own, whose gradient for the weight goes on to the adapter. Outside of a forward, and
+for whoever writes to it, the attribute is the layer's own parameter.
 """
 
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import cache
 from types import CodeType
@@ -95,23 +95,25 @@ class ReadWeight(Tensor):
 
     parameter: Tensor
     compute: Callable[[], Tensor]
-    graded: bool  # were gradients asked for where it was read?
 
     @staticmethod
-    def of(parameter: Tensor, compute: Callable[[], Tensor], requires_grad: bool = False) -> Tensor:
-        """What a reader gets in place of ``parameter``.
+    def of(parameter: Tensor, compute: Callable[[], Tensor], trains: Sequence[Tensor] = ()) -> Tensor:
+        """What a reader gets in place of ``parameter``; ``trains`` are the tensors in ``compute()`` that want gradients.
 
         >>> W = nn.Parameter(torch.ones(2, 3))
-        >>> weight = ReadWeight.of(W, lambda: 2 * W)
+        >>> weight = ReadWeight.of(W, lambda: 2 * W, [W])
         >>> weight.shape, (weight @ torch.ones(3)).tolist()
         (torch.Size([2, 3]), [6.0, 6.0])
         """
-        graded = requires_grad and torch.is_grad_enabled()
-        weight = None if traced() else wrapper_tensor(ReadWeight, parameter, graded)
+        weight = None if traced() else wrapper_tensor(ReadWeight, parameter, False)
         if weight is None:
             return compute()
-        weight.parameter, weight.compute, weight.graded = parameter, compute, graded
-        return weight
+        weight.parameter, weight.compute = parameter, compute
+        if not trains or not torch.is_grad_enabled():
+            return cast(Tensor, weight)
+        graded = cast(ReadWeight, _Gradient.apply(weight, *trains))
+        graded.parameter, graded.compute = parameter, compute
+        return graded
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -145,13 +147,23 @@ def _mapped(value: Any, fn: Callable[[ReadWeight], Any]) -> Any:
 
 
 def _computed(weight: ReadWeight) -> Tensor:
-    if weight.graded and not torch.is_grad_enabled():
-        warnings.warn(
-            "the weight of an adapted layer was read with gradients on and is used with gradients off, as in an autograd "
-            "function of one's own: its adapter is in force there, and gets no gradient from there",
-            stacklevel=4,
-        )
     return weight.compute()
+
+
+class _Gradient(torch.autograd.Function):
+    """Takes the gradient that an autograd function gives for the weight itself on to what the weight is computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: ReadWeight, *trains: Tensor) -> Any:
+        ctx.compute, ctx.trains = weight.compute, trains
+        return wrapper_tensor(ReadWeight, weight.parameter, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.enable_grad():
+            weight = ctx.compute()
+        return (None, *torch.autograd.grad(weight, ctx.trains, grad.to(weight.dtype), allow_unused=True))
 
 
 # What is known of the weight without computing it.

@@ -171,27 +171,37 @@ def test_it_is_told_also_if_none_of_the_adapted_layers_ran():
         model(torch.randn(2, 4))
 
 
-def test_an_autograd_function_of_ones_own_is_told():
+@pytest.mark.parametrize("method", METHODS[:3], ids=lambda m: type(m).__name__)
+def test_an_autograd_function_of_ones_own_gives_the_gradients_of_the_plain_product(method):
     class Times(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, W):
+            ctx.save_for_backward(x, W)
             return x @ W.T
 
         @staticmethod
         def backward(ctx, grad):
-            return grad, None
+            x, W = ctx.saved_tensors
+            assert ctx.needs_input_grad[1]
+            return grad @ W, grad.T @ x
 
     class Custom(nn.Module):
         def __init__(self):
             super().__init__()
-            self.q = nn.Linear(4, 4, bias=False)
+            self.p, self.q, self.plain = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), False
 
         def forward(self, x):
-            return Times.apply(x, self.q.weight)
+            x = self.p(x)
+            return self.q(x) if self.plain else Times.apply(x, self.q.weight)
 
-    model, x = shake(delora.inject(nn.Sequential(Custom()), DeLoRA(r=2), ["q"])), torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="read with gradients on and is used with gradients off"):
+    model, x = shake(delora.inject(nn.Sequential(Custom()), method, ["p", "q"])), torch.randn(3, 4)
+    found = []
+    for model[0].plain in (True, False):
+        model.zero_grad()
         y = model(x)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[1], found[0])
     torch.testing.assert_close(delora.merge(model)(x), y)
 
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from delora.torch_private import is_view
 from delora.updates import Update, wide
 
-__all__ = ["BY_NAME", "Host", "Hosts", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
+__all__ = ["BY_NAME", "ELSEWHERE", "Host", "Hosts", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
+
+
+ELSEWHERE = "is kept elsewhere by a hook (offloading), or was never loaded: keep the adapter beside it"
 
 
 class Host:
@@ -157,9 +160,7 @@ class Host:
                 "first, with torch.nn.utils.parametrize.remove_parametrizations or prune.remove"
             )
         if self.layer.get_parameter(self.weight_name).is_meta:
-            raise ValueError(
-                "its weight is kept elsewhere by a hook (offloading), or was never loaded: keep the adapter beside it"
-            )
+            raise ValueError(f"its weight {ELSEWHERE}")
         W, b = self.weight(), self.bias()
         new_W, new_b = self.fold(update.merge(W), update.bias(b))
         old = self.layer.get_parameter(self.weight_name)
