@@ -15,8 +15,8 @@ from typing import Any
 
 __all__ = ["SECONDS", "Row", "census", "one", "table"]
 
-# last half are skipped, and said so. By the clock a type may take PATIENCE times as long.
-# last half are skipped, and said so. By the clock it may take so many times as long.
+# Of one type, in time of the processor, so that the outcome does not depend on other work of the machine. Laws that would
+# begin in its last half are skipped, and said so. By the clock a type may take PATIENCE times as long.
 SECONDS, MEMORY = 45.0, 8 << 30
 PATIENCE = 5
 KINDS = ("right", "named", "refused", "wrong", "skipped")
