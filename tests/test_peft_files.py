@@ -149,7 +149,7 @@ def refuses(folder, words, **kwargs):
 CONFIGS = [
     ({"peft_type": "LOHA"}, "cannot read adapters of type 'LOHA': known types are LORA, DELORA"),
     ({"peft_type": 3}, "'peft_type' must be str"),
-    ({"bias": "all"}, "bias = 'all': trained biases of the base model are not read"),
+    ({"bias": "all"}, "bias = 'all': trained biases of the base model have no counterpart"),
     ({"r": 0}, "r = 0: the rank"),
     ({"r": 3}, r"q\.A has shape \[2, 8\], expected \[3, 8\]"),
     ({"delora_lambda": -5}, "lam = -5: must be"),

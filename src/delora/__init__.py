@@ -29,6 +29,7 @@ from delora.errors import UserError as UserError
 from delora.formats.files import AdapterError as AdapterError
 from delora.formats.native import load as load
 from delora.formats.native import save as save
+from delora.formats.peft_config import from_peft as from_peft
 from delora.hosts import host as host
 from delora.injection import activate as activate
 from delora.injection import disabled as disabled
@@ -56,6 +57,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "distances",
         "eject",
         "export",
+        "from_peft",
         "host",
         "hosts",
         "inject",

@@ -799,6 +799,16 @@ def row_inject(left, right, folder):
     assert isinstance(ours, Net)
 
 
+def row_from_a_configuration(left, right, folder):
+    config = LoraConfig(r=4, target_modules=["q"], modules_to_save=["classifier"])
+    theirs, ours = get_peft_model(Net(), config), Net()
+    code = re.findall(r"`([^`]+)`", right)
+    names = {"delora": delora, "config": config, "model": ours}
+    for line in code:
+        exec(line, names)
+    assert trainable(theirs) == trainable(ours)
+
+
 def row_dropout(left, right, folder):
     theirs, ours = both(folder, fields={"lora_dropout": 0.1}, dropout=0.1)
     assert theirs.base_model.model.q.lora_dropout["default"].p == ours.q.adapter.dropout == 0.1
@@ -901,7 +911,8 @@ def row_rates(left, right, folder):
 
 
 ROWS = {
-    "`get_peft_model(": row_inject,
+    "`get_peft_model(model, LoraConfig(": row_inject,
+    "`get_peft_model(model, config)`": row_from_a_configuration,
     "`lora_dropout=0.1`": row_dropout,
     '`target_modules="all-linear"`': row_targets,
     "`exclude_modules`": row_exclude,

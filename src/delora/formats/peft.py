@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from delora.ambient import apart
 from delora.formats.bases import fingerprint
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, shown, write_atomically
-from delora.formats.patterns import LONGEST, MOST, Pattern, Patterns, Steps
-from delora.formats.peft_fields import KINDS, require_known
+from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
+from delora.formats.peft_config import method_of, parameters_of, texts
+from delora.formats.peft_fields import KINDS, require_known, require_same_base
 from delora.formats.peft_names import experts, read_by_parent, renamed
 from delora.hosts import Conv1D, Convolution, Embedding
 from delora.layer import Placed
-from delora.methods import IA3, OFT, DeLoRA, DoRA, Full, LoRA
+from delora.methods import DeLoRA, Full
 from delora.methods.base import Method
 from delora.models import active_adapter, adapters, unwrapped, walk
 from delora.updates import wide
@@ -133,6 +134,7 @@ def as_lora(layers: dict[str, Placed], parameters: Collection[str] = ()) -> tupl
     ``parameters``: the layers that PEFT is told of by the name of their weight.
 
     >>> from delora.layer import attach
+    >>> from delora.methods import LoRA
     >>> config, tensors = as_lora({"query": Placed(attach(LoRA(r=2), nn.Linear(4, 3)), nn.Linear(4, 3))})
     >>> config["r"], list(tensors)
     (2, ['query.lora_A.weight', 'query.lora_B.weight'])
@@ -276,6 +278,8 @@ def read(folder: Path) -> Saved:
     if kind not in KINDS:
         raise AdapterError(f"{where}: cannot read adapters of type {kind!r}: known types are {', '.join(KINDS)}")
     require_known(config, kind, where)
+    if kind == "LORA":
+        require_same_base(config.get("init_lora_weights"), where)
     if not (folder / TENSORS).is_file():
         pickled = " (adapter_model.bin is a pickle and is never opened)" if (folder / "adapter_model.bin").exists() else ""
         raise AdapterError(f"{folder} has no {TENSORS}{pickled}")
@@ -373,7 +377,7 @@ def _whole(config: dict[str, Any], rest: Tensors, file: TensorFile, kind: str, w
     A name in ``modules_to_save`` stands for all modules whose name ends so, as in PEFT: "norm" also for "post_norm". A weight
     that belongs to none is one of the base model's, as PEFT saves embeddings whose vocabulary has grown.
     """
-    endings = tuple(_texts(config, "modules_to_save", where))
+    endings = tuple(texts(config, "modules_to_save", where))
     modules: dict[str, Tensors] = {}
     for name, (key, shape) in rest.items():
         parts = name.split(".")
@@ -389,13 +393,6 @@ def _whole(config: dict[str, Any], rest: Tensors, file: TensorFile, kind: str, w
     return modules
 
 
-def _texts(config: dict[str, Any], field: str, where: Path) -> list[str]:
-    texts = get(config, field, list, where, None) or []
-    if len(texts) > MOST or not all(isinstance(text, str) and text for text in texts):
-        raise AdapterError(f"{where}: {field} must be a list of at most {MOST:,} names")
-    return texts
-
-
 class _Methods:
     """The method of each layer, as PEFT's configuration says it."""
 
@@ -403,12 +400,7 @@ class _Methods:
         self.config, self.kind, self.where = config, kind, where
         self.patterns = {field: self._patterns(field) for field in ("rank_pattern", "alpha_pattern", "lambda_pattern")}
         self.dropout = 0.0 if kind == "IA3" else self._dropout()
-        self.parameters = tuple(_texts(config, "target_parameters", where))
-        if strange := [name for name in self.parameters if not f".{name}".endswith(".weight")]:
-            raise AdapterError(
-                f"{where}: target_parameters has {shown(strange[0])}: of parameters, only the weights of layers are read; "
-                "merge it with PEFT and adapt the result"
-            )
+        self.parameters = parameters_of(config, where)
         if kind == "OFT" and self.dropout:
             warnings.warn(f"module_dropout = {self.dropout}: OFT has no dropout here, training goes on without", stacklevel=2)
             self.dropout = 0.0
@@ -440,13 +432,11 @@ class _Methods:
         if f"{layer}.weight".endswith(tuple(f".{name}" for name in self.parameters)) or f"{layer}.weight" in self.parameters:
             layer = f"{layer}.weight"  # PEFT knows it by its parameter
         r, alpha = self._number("r", "rank_pattern", layer), self._number("lora_alpha", "alpha_pattern", layer)
-        rslora = bool(get(self.config, "use_rslora", bool, self.where, False))
-        dora = get(self.config, "use_dora", bool, self.where, False)
-        return DoRA(r=r, alpha=alpha, rslora=rslora) if dora else LoRA(r=r, alpha=alpha, rslora=rslora)
+        return method_of(self.config, self.kind, self.where, r=r, alpha=alpha)
 
     def _delora(self, layer: str, tensors: Tensors) -> Method:
         r, lam = self._number("r", "rank_pattern", layer), self._number("delora_lambda", "lambda_pattern", layer)
-        return DeLoRA(r=r, lam=lam, start="zero")
+        return method_of(self.config, self.kind, self.where, r=r, lam=lam)
 
     def _ia3(self, layer: str, tensors: Tensors) -> Method:
         key, shape = tensors["l"]
@@ -455,7 +445,7 @@ class _Methods:
             steps = Steps(f"{self.where}: feedforward_modules")
             side: Any = "input" if len(layer) in Pattern(named, steps).ends(layer, {0}) else "output"
         else:  # by any ending, without a dot before it
-            side = "input" if layer.endswith(tuple(_texts(self.config, "feedforward_modules", self.where))) else "output"
+            side = "input" if layer.endswith(tuple(texts(self.config, "feedforward_modules", self.where))) else "output"
         if len(shape) == 2 and shape != (1, 1):
             by_shape = "input" if shape[0] == 1 else "output"
             if named is not None and by_shape != side:
@@ -463,13 +453,10 @@ class _Methods:
             side = by_shape
         elif len(shape) > 2 and side == "input":
             raise ValueError("a scale of a convolution's input is not read; merge it with PEFT and adapt the result")
-        return IA3(side=side)
+        return method_of(self.config, self.kind, self.where, side=side)
 
     def _oft(self, layer: str, tensors: Tensors) -> Method:
         key, shape = tensors["Q"]
         if len(shape) != 2 or not shape[0]:
             raise ValueError(f"{key!r} must be a matrix, not of shape {list(shape)}")
-        radius = None
-        if get(self.config, "coft", bool, self.where, False):
-            radius = get(self.config, "eps", (int, float), self.where, 6e-5) / math.sqrt(shape[0])
-        return OFT(blocks=shape[0], radius=radius)
+        return method_of(self.config, self.kind, self.where, blocks=shape[0])

@@ -6,12 +6,12 @@ The account is of PEFT 0.21.2. A field that is not in it is refused if it is set
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from delora.formats.files import AdapterError, shown
 
-__all__ = ["KINDS", "READ", "UNUSED", "require_known"]
+__all__ = ["KINDS", "READ", "UNUSED", "require_known", "require_same_base", "require_usual_start"]
 
 KINDS = ("LORA", "DELORA", "IA3", "OFT")
 
@@ -56,21 +56,26 @@ UNUSED: dict[str, dict[str, Any]] = {
 MISSING: dict[tuple[str, str], Any] = {("OFT", "use_cayley_neumann"): True}
 
 _WHY = {
-    "bias": "trained biases of the base model are not read",
-    "lora_bias": "a bias in B is not read",
-    "trainable_token_indices": "single rows of an embedding are not read",
+    "bias": "trained biases of the base model have no counterpart",
+    "lora_bias": "a bias in B has no counterpart",
+    "trainable_token_indices": "single rows of an embedding have no counterpart",
     "layer_replication": "the base model would have other layers",
-    "block_share": "one rotation for all blocks is not read",
+    "block_share": "one rotation for all blocks has no counterpart",
     "use_cayley_neumann": "a truncated series is not orthogonal; OFT here is the exact Cayley transform",
 }
 _WAY_OUT = "merge it with PEFT and adapt the result"
 
+STARTS = {"LORA": "init_lora_weights", "DELORA": "init_weights", "IA3": "init_ia3_weights", "OFT": "init_weights"}
 _SAME_BASE = {"true", "false", "none", "gaussian", "orthogonal", "eva", "mica"}  # initial values of A and B alone
 _OTHER_BASE = ("pissa", "olora", "corda", "lora_ga")
 
 
-def require_known(config: Mapping[str, Any], kind: str, where: object) -> None:
+def require_known(
+    config: Mapping[str, Any], kind: str, where: object, way_out: Callable[[Any], str] = lambda default: _WAY_OUT
+) -> None:
     """Raise an AdapterError unless every field of a configuration is one that is understood here.
+
+    ``way_out``: what to do instead, for a field with this default.
 
     >>> require_known({"peft_type": "LORA", "r": 8, "a_new_idea": None}, "LORA", "adapter_config.json")
     >>> require_known({"peft_type": "LORA", "r": 8, "new": 3}, "LORA", "adapter.json")
@@ -82,14 +87,28 @@ def require_known(config: Mapping[str, Any], kind: str, where: object) -> None:
         value = config.get(field, MISSING.get((kind, field), unused.get(field)))
         if field in READ[kind] or value is None or value is False or value in ({}, [], unused.get(field)):
             continue
-        why = _WHY.get(field, "it is not read") if field in unused else "this field is not known"
-        raise AdapterError(f"{where}: {field} = {shown(value)}: {why}; {_WAY_OUT}")
-    if kind == "LORA":
-        _require_same_base(config.get("init_lora_weights"), where)
+        why = _WHY.get(field, "it has no counterpart") if field in unused else "this field is not known"
+        raise AdapterError(f"{where}: {field} = {shown(value)}: {why}; {way_out(unused.get(field))}")
 
 
-def _require_same_base(init: Any, where: object) -> None:
-    """Refuse an adapter whose initialisation has changed the weights that it is added to."""
+def require_usual_start(config: Mapping[str, Any], kind: str, where: object) -> None:
+    """Raise an AdapterError if training would begin elsewhere than at PEFT's usual start, which is also the one here.
+
+    >>> require_usual_start({"init_lora_weights": True}, "LORA", "LoraConfig")
+    """
+    field = STARTS[kind]
+    if config.get(field, True) is not True:
+        raise AdapterError(
+            f"{where}: {field} = {shown(config[field])}: training starts as with True here; set it to True, or, if it leaves "
+            "the base's weights as they are, save PEFT's untrained model and delora.load its folder, which holds this start"
+        )
+
+
+def require_same_base(init: Any, where: object) -> None:
+    """Refuse an adapter whose initialisation has changed the weights that it is added to.
+
+    >>> require_same_base("gaussian", "adapter_config.json")
+    """
     name = str(init).lower()
     if name.startswith(_OTHER_BASE):
         raise AdapterError(
