@@ -21,7 +21,7 @@ LEVELS = [
     {"methods", "hosts"},
     {"reading", "together", "layer"},
     {"models", "ties", "targets", "injection", "optimizing"},
-    {"merging", "diagnostics", "formats", "export"},
+    {"merging", "routing", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "training", "evaluation"},
     {"tasks"},
     {"sweep", "reports", "cli"},

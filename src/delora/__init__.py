@@ -8,7 +8,8 @@ From the ground up; imports only point to what stands above them in this list:
 ``layer`` ``together`` ``reading``                      `Adapted`: a frozen layer with named adapters, and who reads its weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
 ``optimizing``                                          what trains, at which rate
-``merging`` ``diagnostics`` ``formats`` ``export``      into the weights, how far from them, to and from files
+``merging`` ``routing``                                 into the weights; a different adapter for each row of a batch
+``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
 ``reports`` ``sweep`` ``cli``                           what came of it; many runs; the command line
@@ -43,6 +44,7 @@ from delora.merging import merged as merged
 from delora.methods import *  # noqa: F403 (METHODS, RUNGS and every method)
 from delora.optimizing import param_groups as param_groups
 from delora.optimizing import summary as summary
+from delora.routing import routed as routed
 from delora.version import __version__ as __version__
 
 if not TYPE_CHECKING:  # type checkers read the names from the lines above
@@ -66,6 +68,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "merged",
         "methods",
         "param_groups",
+        "routed",
         "save",
         "strength",
         "summary",

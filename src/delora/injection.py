@@ -271,7 +271,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     ...     bool((model(x) == model[0].base(x)).all())
     True
     """
-    refuse_inside(model, "disabled", "merged")
+    refuse_inside(model, "disabled", "merged", "routed")
     if open_context(model) is None:
         active_adapter(model)
     layers = adapted_layers(model).values()

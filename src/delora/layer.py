@@ -348,6 +348,8 @@ class Adapted(nn.Module):
     (True, 'default', 4)
     """
 
+    route: Any = None  # within `delora.routed`, what runs the layer with an adapter of its own for each row
+
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
@@ -369,10 +371,12 @@ class Adapted(nn.Module):
         return None if self.active is None else self.placed(self.active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.ran and not traced():
+        if not traced() and not self.ran:
             self.ran = True
         if self._blank:
             self.refresh()
+        if self.route is not None:
+            return self.route(self, *args, **kwargs)
         if self.active is None:
             return self.base(*args, **kwargs)
         adapter = self.adapters[self.active]
@@ -392,7 +396,9 @@ class Adapted(nn.Module):
                 raise
         active = self.__dict__.get("active")
         if active is None:
-            return getattr(self.base, name)
+            value = getattr(self.base, name)
+            routed = self.__dict__.get("route") is not None and name in ("weight", "bias") and isinstance(value, Tensor)
+            return ReadWeight.of(value, lambda: self.route.read(value)) if routed and reading() else value
         adapter = self.adapters[active]
         if isinstance(adapter, Copy):
             if reading() and name in ("weight", "bias"):

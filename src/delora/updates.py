@@ -20,6 +20,7 @@ __all__ = [
     "Edited",
     "LowRank",
     "NearIdentity",
+    "PerRow",
     "Rescaled",
     "Scaled",
     "Side",
@@ -133,6 +134,62 @@ class LowRank(Update):
 
     def low_rank(self, W: Tensor) -> LowRank:
         return self
+
+
+@dataclass(frozen=True)
+class PerRow(Update):
+    """Row i of a batch runs with ``W + scale[i] up[index[i]] down[index[i]]``, out of the n changes of one layer.
+
+    ``up [n, out, k]``, ``down [n, k, in]``, ``index [rows]`` and ``scale [rows]``. ``into [rows, in, k]`` and
+    ``back [rows, k, out]`` are the same factors gathered for every row; a linear layer multiplies by them.
+
+    >>> from delora.hosts import host
+    >>> layer = host(torch.nn.Linear(1, 1, bias=False))
+    >>> up, down = torch.tensor([[[0.0]], [[1.0]]]), torch.ones(2, 1, 1)
+    >>> change = PerRow(up, down, torch.tensor([0, 1]), torch.ones(2))
+    >>> y = change.forward(layer, 0.0, torch.ones(2, 3, 1)) - layer.layer(torch.ones(2, 3, 1))
+    >>> y.flatten(1).tolist()
+    [[0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]
+    """
+
+    up: Tensor
+    down: Tensor
+    index: Tensor
+    scale: Tensor
+    into: Tensor | None = None
+    back: Tensor | None = None
+    mergeable: ClassVar[bool] = False
+
+    def merge(self, W: Tensor) -> Tensor:
+        raise ValueError("every row of the batch has a change of its own, which no one weight can express")
+
+    def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
+        return host.with_rows(x, self)
+
+    def gathered(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors of every row, [rows, in, k] and [rows, k, out]."""
+        into, back = self.into, self.back
+        if into is None or back is None:
+            into = (self.down[self.index] * self.scale.view(-1, 1, 1)).mT
+            back = self.up[self.index].mT
+        return into.to(dtype), back.to(dtype)
+
+    def all_down(self, dtype: torch.dtype) -> Tensor:
+        """The n factors ``down`` as one, [n k, in]."""
+        return self.down.flatten(0, 1).to(dtype)
+
+    def all_up(self, dtype: torch.dtype) -> Tensor:
+        """The n factors ``up`` as one, [out, n k]."""
+        return self.up.movedim(0, 1).flatten(1).to(dtype)
+
+    def own(self, h: Tensor) -> Tensor:
+        """Of the features h [rows, ..., n k] of every row under all n changes those under its own, scaled; the others are 0."""
+        n, k = self.down.shape[:2]
+        shape = (len(self.index), *(1,) * (h.dim() - 2), n * k)
+        number = torch.arange(n, device=h.device).repeat_interleave(k)
+        mine = (self.index[:, None] == number).view(shape)
+        # Not a product with zeros and ones: another change's features may have overflowed.
+        return torch.where(mine, h, 0) * self.scale.to(h.dtype).view(-1, *(1,) * (h.dim() - 1))
 
 
 # ---------------------------------------------------------------- multiplication from both sides

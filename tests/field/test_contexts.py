@@ -1,4 +1,4 @@
-"""1j. Within `merged` and `disabled` nothing changes the structure; they nest where that means something."""
+"""1j. Within `merged`, `disabled` and `routed` nothing changes the structure; they nest where that means something."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ CALLS = {
     "blend": lambda model, folder: delora.blend(model, {"default": 1.0}, "new"),
     "merge": lambda model, folder: delora.merge(model),
     "merged": lambda model, folder: delora.merged(model).__enter__(),
+    "routed": lambda model, folder: delora.routed(model, ["default"] * 4).__enter__(),
     "strength": lambda model, folder: delora.strength(model, 0.5),
 }
+CONTEXTS = {"disabled": delora.disabled, "merged": delora.merged, "routed": lambda model: delora.routed(model, NAMES)}
+NAMES = ["default", None, "default", "default"]
 X = torch.arange(24).reshape(4, 6) % 20
 OTHERS = {
     "model(x)": lambda model, folder: model(X),
@@ -38,7 +41,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("call", "column"), [(call, column) for call in {**CALLS, **OTHERS} for column in (1, 2)])
+@pytest.mark.parametrize(("call", "column"), [(call, column) for call in {**CALLS, **OTHERS} for column in (1, 2, 3)])
 def test_the_guides_table_of_contexts_is_carried_out(call, column, tmp_path):
     (row,) = [row for row in TABLE if f"`{call}`" in row[0].split(", ")]
     model = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])).eval()
@@ -46,7 +49,9 @@ def test_the_guides_table_of_contexts_is_carried_out(call, column, tmp_path):
     outputs = {"the adapted model": model(X)}
     with delora.disabled(model):
         outputs["the base model"] = model(X)
-    with (delora.disabled, delora.merged)[column - 1](model):
+    rows = torch.tensor([[name is not None] for name in NAMES])
+    outputs["each row with its adapter"] = torch.where(rows, *outputs.values())
+    with list(CONTEXTS.values())[column - 1](model):
         act = {**CALLS, **OTHERS}[call]
         if row[column] == "refused":
             with pytest.raises(ValueError, match="inside delora"):
@@ -70,13 +75,13 @@ def test_a_context_holds_for_all_threads():
 
 
 @pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("context", ["merged", "disabled"])
+@pytest.mark.parametrize("context", CONTEXTS)
 def test_structural_change_inside_a_context_is_refused_in_words(call, context, tmp_path):
-    model, x = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"], also_train=["classifier"])), ids()
+    model, x = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"], also_train=["classifier"])).eval(), ids()
     delora.save(model, tmp_path)
     expected = model(x)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    with getattr(delora, context)(model):
+    with CONTEXTS[context](model):
         inside = model(x)
         with pytest.raises(ValueError, match=rf"{call} inside delora.{context}\(model\): leave that context first"):
             CALLS[call](model, tmp_path)
@@ -103,11 +108,11 @@ def test_disabled_nests_and_knows_no_merged():
         pass
 
 
-@pytest.mark.parametrize("context", ["merged", "disabled"])
+@pytest.mark.parametrize("context", CONTEXTS)
 def test_an_error_inside_leaves_the_model_as_it_was(context):
-    model, x = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])), ids()
+    model, x = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])).eval(), ids()
     expected = model(x)
-    with pytest.raises(KeyError), getattr(delora, context)(model):
+    with pytest.raises(KeyError), CONTEXTS[context](model):
         raise KeyError
     assert torch.equal(model(x), expected)
     delora.strength(model, 0.5)  # no context is left open
@@ -115,10 +120,10 @@ def test_an_error_inside_leaves_the_model_as_it_was(context):
 
 def test_what_reads_the_adapter_says_where_it_is(tmp_path):
     model = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"]))
-    for context in (delora.merged, delora.disabled):
+    for name, context in CONTEXTS.items():
         with context(model):
             for call in (lambda: delora.save(model, tmp_path / "x"), lambda: delora.distances(model)):
-                with pytest.raises(ValueError, match=rf"inside delora.{context.__name__}\(model\) no adapter is active"):
+                with pytest.raises(ValueError, match=rf"inside delora.{name}\(model\) no adapter is active"):
                     call()
             with pytest.raises(ValueError, match="inside delora"):
                 delora.export.peft(model, tmp_path / "x")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.torch_private import is_view
-from delora.updates import Update, wide
+from delora.updates import PerRow, Update, wide
 
 __all__ = ["BY_NAME", "ELSEWHERE", "Host", "Hosts", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
 
@@ -275,6 +275,13 @@ class MatrixHost(Host):
     def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
         """The layer's output plus ``up down drop(x)``."""
         return self.branch(self.layer(x), x, down, up, dropout)
+
+    def with_rows(self, x: Tensor, rows: PerRow) -> Tensor:
+        """The layer's output plus its own ``up down x`` for each row of x: all features are computed, a row keeps its own."""
+        y = self.layer(x)
+        dtype = x.dtype if x.is_floating_point() else y.dtype
+        h = self.channels_last(self.project(x, rows.all_down(dtype), 0.0), rows.own)
+        return self.add(y, h, rows.all_up(dtype))
 
     def run(self, x: Tensor, W: Tensor) -> Tensor:
         """The layer's output with W in place of its own matrix."""

@@ -9,6 +9,7 @@ from torch import Tensor
 from delora.hosts.base import MatrixHost, is_bare
 from delora.lowrank import add_low_rank, can_add_in_place, can_fuse, linear
 from delora.torch_private import is_view
+from delora.updates import PerRow
 
 __all__ = ["Conv1D", "Linear"]
 
@@ -55,6 +56,18 @@ class Linear(MatrixHost):
         if type(self) is Linear and is_bare(layer) and can_fuse(x, layer.weight, layer.bias):
             return linear(x, layer.weight, layer.bias, down, up, dropout)
         return super().with_branch(x, down, up, dropout)
+
+    def with_rows(self, x: Tensor, rows: PerRow) -> Tensor:
+        y = self.layer(x)
+        into, back = rows.gathered(x.dtype)
+        batch = len(x)
+        h = torch.bmm(x.reshape(batch, -1, x.shape[-1]), into)  # [rows, tokens, k]
+        flat = y.reshape(batch, -1, y.shape[-1])
+        if y.dtype != h.dtype:  # under autocast
+            return (flat + torch.bmm(h, back).to(y.dtype)).view_as(y)
+        own = type(self.layer).forward is torch.nn.Linear.forward or not is_view(y)  # its memory is nobody else's
+        fresh = own and not torch.is_grad_enabled() and can_add_in_place(y, x) and is_bare(self.layer)
+        return (flat.baddbmm_(h, back) if fresh else torch.baddbmm(flat, h, back)).view_as(y)
 
     def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
         return F.linear(F.dropout(x, dropout) if dropout else x, down)

@@ -1,0 +1,361 @@
+"""Mixed batches: every row of a batch with an adapter of its own, or with none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from delora.ambient import apart, put_aside
+from delora.layer import Adapted, Adapter, Copy, Placed
+from delora.lowrank import traced
+from delora.methods.base import edits_output, is_number
+from delora.models import adapted_layers, adapter_names, refuse_inside, states, unwrapped
+from delora.updates import Affine, Edited, LowRank, PerRow
+
+__all__ = ["Rows", "routed"]
+
+Key = tuple[str, float | None] | None  # an adapter's name and strength (None: the adapter's own), or None: no adapter
+
+
+class Rows:
+    """Which adapter each row of a batch runs with, while `routed` is open.
+
+    >>> import delora
+    >>> model = nn.Sequential(nn.Linear(4, 4))
+    >>> model = delora.inject(model, delora.ETHER(), ["0"], name="a").eval()
+    >>> with delora.routed(model, ["a", None]) as rows:
+    ...     rows.use([None, "a", "a"])
+    ...     rows.names
+    [None, 'a', 'a']
+    """
+
+    def __init__(self, model: nn.Module, num_beams: int) -> None:
+        self.known = adapter_names(model)
+        self.num_beams = num_beams
+        self.names: list[str | None] = []
+        self.routes = {name: _Route(name, layer, self) for name, layer in adapted_layers(model).items()}
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers of rows that a layer may get."""
+        n = len(self.names)
+        return (n,) if self.num_beams == 1 else (n, n * self.num_beams)
+
+    @apart
+    def use(self, names: Sequence[str | None], strengths: Sequence[float | None] | None = None) -> None:
+        """Give the rows of the next batches these adapters.
+
+        Args:
+            names: one adapter's name, or None for the base model, for each row.
+            strengths: for each row the strength of its adapter, or None for the adapter's own.
+
+        Raises:
+            ValueError, TypeError: a name is unknown, or a strength is not a number of at least 0; nothing is changed then.
+        """
+        keys = _keys(names, strengths, self.known)
+        with torch.no_grad():
+            self.names = list(names)
+            for route in self.routes.values():
+                route.use(keys)
+
+
+def _keys(names: Sequence[str | None], strengths: Sequence[float | None] | None, known: list[str]) -> list[Key]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TypeError(f"names = {names!r}: expected a list with the name of an adapter, or None, for each row of the batch")
+    if not names:
+        raise ValueError("names = []: expected the name of an adapter, or None, for each row of the batch")
+    for name in names:
+        if name is not None and name not in known:
+            raise ValueError(f"no adapter is named {name!r}: this model has {known or 'none'}")
+    each = [None] * len(names) if strengths is None else list(strengths)
+    if len(each) != len(names):
+        raise ValueError(f"{len(each)} strengths for {len(names)} rows: expected one for each row")
+    for s in each:
+        if s is not None and (not is_number(s) or s < 0):
+            raise ValueError(f"strength {s!r}: must be a finite number, at least 0")
+    return [None if name is None else (name, None if s is None else float(s)) for name, s in zip(names, each, strict=True)]
+
+
+class _Route:
+    """How one layer runs a mixed batch: all low-rank changes at once, if all that is asked for is of that kind; else the rows
+    of each adapter for themselves."""
+
+    def __init__(self, name: str, layer: Adapted, rows: Rows) -> None:
+        self.name, self.rows = name, rows
+        self.adapters = {key: cast("Adapter | Copy", module) for key, module in layer.adapters.items()}
+        low = {key: Placed(_at(adapter, 1.0), layer.base).low_rank() for key, adapter in self.adapters.items()}
+        changes = {key: change for key, change in low.items() if change is not None}
+        self.number = {key: i for i, key in enumerate(changes, start=1)}  # 0: no change
+        if changes:
+            host = layer.placed(next(iter(changes))).host
+            self.kind, self.gathers = type(host), host.linear
+            self.length = 1 if host.lookup else 2 if host.linear else None  # dimensions before that of the features, or None
+            self.up, self.down = _stacked(list(changes.values()), host.dtype)
+        self.changes: list[PerRow] = []  # one for each number of rows that is possible
+        self.groups: list[tuple[Tensor, Adapter | Copy | None]] = []  # of one batch, the rows of each adapter
+        self.batch_first = False  # whether a call has shown that the first dimension of what this layer gets is the batch
+
+    def use(self, keys: list[Key]) -> None:
+        mine = [key if key is not None and key[0] in self.adapters else None for key in keys]
+        if all(key is None or key[0] in self.number for key in mine):
+            self.groups = []
+            self._write(mine)
+            return
+        self.changes = []
+        self.groups = [
+            (
+                torch.tensor([i for i, other in enumerate(mine) if other == key]),
+                None if key is None else _at(self.adapters[key[0]], key[1]),
+            )
+            for key in dict.fromkeys(mine)
+        ]
+
+    def _write(self, keys: list[Key]) -> None:
+        """Into the memory of the batch before, if it had as many rows: what torch.compile has seen stays what it was."""
+        if not self.number:
+            return
+        numbers = torch.tensor([0 if key is None else self.number[key[0]] for key in keys])
+        scales = torch.tensor(
+            [0.0 if key is None else self.adapters[key[0]].strength if key[1] is None else key[1] for key in keys]
+        )
+        old, self.changes = {len(change.index): change for change in self.changes}, []
+        for times in dict.fromkeys((1, self.rows.num_beams)):
+            index = numbers.repeat_interleave(times).to(self.up.device)
+            scale = scales.repeat_interleave(times).to(self.up.device, self.up.dtype)
+            new = PerRow(self.up, self.down, index, scale)
+            if self.gathers:
+                new = PerRow(self.up, self.down, index, scale, *(t.contiguous() for t in new.gathered(self.up.dtype)))
+            before = old.get(len(index))
+            if before is not None:
+                for name in ("index", "scale", "into", "back"):
+                    if getattr(new, name) is not None:
+                        getattr(before, name).copy_(getattr(new, name))
+            self.changes.append(before or new)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """What a module gets that reads the weight of this layer: none is right for all rows, if their changes differ."""
+        if not self.groups and not any(bool(change.index.any()) for change in self.changes):
+            return weight
+        raise ValueError(
+            f"{self.name}: the module around this layer reads its weight, and the rows of a mixed batch have none in common; "
+            "run the rows of each adapter for themselves"
+        )
+
+    def __call__(self, layer: Adapted, *args: Any, **kwargs: Any) -> Any:
+        if layer.training and (self.groups or self.changes):
+            raise ValueError("delora.routed is for inference, in which adapters get no gradient: call model.eval() first")
+        if self.groups:
+            return self._by_groups(layer.base, args, kwargs)
+        if not self.changes:
+            return layer.base(*args, **kwargs)
+        (x,) = args if args else kwargs.values()  # layer(input=x)
+        change = next((change for change in self.changes if len(change.index) == x.shape[0]), None) if x.dim() else None
+        if change is None:
+            raise self._other_rows(x)
+        self._is_batch_first(x, self.length)
+        return change.forward(self.kind(layer.base), 0.0, x)
+
+    def _other_rows(self, x: Tensor) -> ValueError:
+        names, hint = len(self.rows.names), ""
+        if x.dim() and len(x) and len(x) % names == 0 and self.rows.num_beams == 1:
+            hint = f". If generate repeats every row, tell it: delora.routed(model, names, num_beams={len(x) // names})"
+        return ValueError(
+            f"{self.name} got an input of shape {list(x.shape)}, and delora.routed was given names for {names} rows: its first "
+            f"dimension has to be the batch{hint}"
+        )
+
+    def _is_batch_first(self, x: Tensor, length: int | None) -> None:
+        """Refuse an input whose first two dimensions could both be the batch, unless another call has shown which is."""
+        if length is None or x.dim() <= length:
+            return
+        counts = [len(self.rows.names) * times for times in (1, self.rows.num_beams)]
+        if x.shape[1] not in counts:
+            if not traced():
+                self.batch_first = True
+        elif not self.batch_first and len(set(self.rows.names)) > 1:
+            raise ValueError(
+                f"{self.name} got an input of shape {list(x.shape)}: as many rows as tokens, so which of the two are the rows "
+                "cannot be told yet; run one batch of another length first, or pad this one by a token"
+            )
+
+    # ---------------------------------------------------------------- rows of each adapter for themselves
+
+    def _by_groups(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        edits = self._edits(base)
+        if edits is not None:
+            host, edit = edits
+            return host.edited(edit, *args, **kwargs)
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is None:
+            raise ValueError(f"{self.name} got no tensor whose rows could be told apart")
+        at = self._rows_of(x)
+        parts = [
+            base(*_split(args, len(x), rows, self.name), **_split(kwargs, len(x), rows, self.name))
+            if adapter is None
+            else adapter(base, *_split(args, len(x), rows, self.name), **_split(kwargs, len(x), rows, self.name))
+            for rows, (_, adapter) in zip(at, self.groups, strict=True)
+        ]
+        return _joined(parts, torch.cat(at).argsort(), self.name)
+
+    def _rows_of(self, x: Tensor) -> list[Tensor]:
+        """The rows of each group in a batch in which every row may be repeated."""
+        names = len(self.rows.names)
+        times = len(x) // names if x.dim() else 0
+        if times not in (1, self.rows.num_beams) or times * names != len(x):
+            raise self._other_rows(x)
+        self._is_batch_first(x, 2 if x.is_floating_point() else 1)
+        each = torch.arange(times)
+        return [(rows[:, None] * times + each).flatten().to(x.device) for rows, _ in self.groups]
+
+    def _edits(self, base: nn.Module) -> tuple[Any, Any] | None:
+        """If all adapters edit the layer's output, one edit of all rows: the layer itself runs once, for whatever arguments."""
+        found: list[Any] = []
+        host: Any = None
+        for _, adapter in self.groups:
+            if adapter is None:
+                found.append(None)
+                continue
+            if not isinstance(adapter, Adapter) or not edits_output(adapter.method):
+                return None
+            host = adapter.kind(base)
+            update = adapter.update(host)
+            if not isinstance(update, (Edited, Affine)):
+                return None
+            found.append(update.forward(_Caught(), 0.0))
+
+        def edit(y: Tensor) -> Tensor:
+            at = self._rows_of(y)
+            parts = [y[rows] if fn is None else fn(y[rows]) for rows, fn in zip(at, found, strict=True)]
+            return torch.cat(parts)[torch.cat(at).argsort()]
+
+        return host, edit
+
+
+class _Caught:
+    """In a host's place: gives the function by which an update edits an output, without running a layer."""
+
+    def edited(self, fn: Any) -> Any:
+        return fn
+
+
+def _at(adapter: Adapter | Copy, strength: float | None) -> Adapter | Copy:
+    """The adapter, which shares its tensors, at another strength."""
+    if strength is None or strength == adapter.strength:
+        return adapter
+    other = copy.copy(adapter)
+    other.strength = strength
+    return other
+
+
+def _stacked(changes: list[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The factors [n + 1, out, k] and [n + 1, k, in] of n changes after none, filled up with zeros to the largest rank."""
+    if dtype == torch.float16:
+        changes = [change.evened() for change in changes]
+    first, k = changes[0], max(len(change.down) for change in changes)
+    up = first.up.new_zeros(len(changes) + 1, len(first.up), k, dtype=dtype)
+    down = first.down.new_zeros(len(changes) + 1, k, first.down.shape[1], dtype=dtype)
+    for i, change in enumerate(changes, start=1):
+        rank = len(change.down)
+        up[i, :, :rank], down[i, :rank] = change.up, change.down
+    return up, down
+
+
+def _split(value: Any, count: int, rows: Tensor, name: str) -> Any:
+    """Of every tensor among arguments these rows; a tensor of one row is for all of them."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == count:
+        return value[rows]
+    if isinstance(value, dict):
+        return {key: _split(part, count, rows, name) for key, part in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_split(part, count, rows, name) for part in value)
+    if value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value
+    if isinstance(value, Tensor) and len(value) == 1:
+        return value
+    got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise ValueError(
+        f"{name} is changed by an adapter whose change is not low-rank, and gets {got}, which cannot be split into the rows of "
+        "each adapter: run these adapters one after the other"
+    )
+
+
+def _joined(parts: list[Any], order: Tensor, name: str) -> Any:
+    """The outputs for groups of rows as one output, in the order of the batch."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts)[order]
+    if type(first) in (tuple, list):
+        return type(first)(_joined(list(each), order, name) for each in zip(*parts, strict=True))
+    if first is None:
+        return None
+    raise ValueError(f"{name} gave a {type(first).__name__}, which cannot be put together from the rows of each adapter")
+
+
+@contextmanager
+def routed(
+    model: nn.Module,
+    names: Sequence[str | None],
+    strengths: Sequence[float | None] | None = None,
+    *,
+    num_beams: int = 1,
+) -> Iterator[Rows]:
+    """A context in which row i of every batch runs with the adapter ``names[i]``, or as the base model where that is None.
+
+    ``y_i = W x_i + s_i up_i down_i x_i``: the layer runs once for all rows, and the small factors are multiplied row by row.
+    Adapters of any rank and method go together; where a change is not low-rank (DoRA, OFT, modules trained whole ...), the
+    layer runs once for each adapter, on its rows. The factors are computed when the context is entered. What it gives changes
+    the adapters of the rows, ``rows.use(names)``: a few factors are copied, and ``torch.compile`` compiles nothing anew.
+
+    Args:
+        model: in eval mode; the adapters get no gradient.
+        names: one adapter's name, or None, for each row of the batch.
+        strengths: for each row the strength of its adapter, or None for the adapter's own. Default: the adapters' own.
+        num_beams: how often ``generate`` repeats each row (its ``num_beams`` or ``num_return_sequences``). Batches may then
+            have ``len(names)`` rows or that many times more.
+
+    Raises:
+        ValueError, TypeError: a name is unknown, or another context is open.
+
+    Within the context, a forward raises a ValueError if a layer gets another number of rows, or if the module around it reads
+    its weight instead of calling it.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.ETHER(), ["0"], name="a").eval()
+    >>> x = torch.eye(4)[:1].repeat(2, 1)
+    >>> with delora.routed(model, ["a", None]):
+    ...     y = model(x)
+    >>> torch.allclose(y[:1], model(x[:1]), atol=1e-6)
+    True
+    >>> with delora.disabled(model):
+    ...     torch.allclose(y[1:], model(x[1:]), atol=1e-6)
+    True
+    """
+    refuse_inside(model, "routed")
+    if type(num_beams) is not int or num_beams < 1:
+        raise ValueError(f"num_beams = {num_beams!r}: must be an integer of at least 1")
+    layers = adapted_layers(model)
+    with put_aside(), torch.no_grad():
+        _keys(names, strengths, adapter_names(model))
+        for layer in layers.values():
+            if layer._blank:
+                layer.refresh()
+        rows = Rows(unwrapped(model), num_beams)
+    rows.use(names, strengths)
+    before = [layer.active for layer in layers.values()]
+    opened = states(model)
+    try:
+        for state in opened:
+            state.contexts.append("routed")
+        for name, layer in layers.items():
+            layer.active, layer.route = None, rows.routes[name]
+        yield rows
+    finally:
+        for layer, active in zip(layers.values(), before, strict=True):
+            layer.active, layer.route = active, None
+        for state in opened:
+            state.contexts.pop()
