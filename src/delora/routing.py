@@ -104,7 +104,7 @@ class _Route:
         mine = [key if key is not None and key[0] in self.adapters else None for key in keys]
         if all(key is None or key[0] in self.number for key in mine):
             self.groups = []
-            self._write(mine)
+            self._gather(mine)
             return
         self.changes = []
         self.groups = [
@@ -115,27 +115,22 @@ class _Route:
             for key in dict.fromkeys(mine)
         ]
 
-    def _write(self, keys: list[Key]) -> None:
-        """Into the memory of the batch before, if it had as many rows: what torch.compile has seen stays what it was."""
+    def _gather(self, keys: list[Key]) -> None:
+        self.changes = []
         if not self.number:
             return
         numbers = torch.tensor([0 if key is None else self.number[key[0]] for key in keys])
         scales = torch.tensor(
-            [0.0 if key is None else self.adapters[key[0]].strength if key[1] is None else key[1] for key in keys]
+            [0.0 if key is None else self.adapters[key[0]].strength if key[1] is None else key[1] for key in keys],
+            dtype=torch.float64,
         )
-        old, self.changes = {len(change.index): change for change in self.changes}, []
         for times in dict.fromkeys((1, self.rows.num_beams)):
             index = numbers.repeat_interleave(times).to(self.up.device)
             scale = scales.repeat_interleave(times).to(self.up.device, self.up.dtype)
             new = PerRow(self.up, self.down, index, scale)
             if self.gathers:
                 new = PerRow(self.up, self.down, index, scale, *(t.contiguous() for t in new.gathered(self.up.dtype)))
-            before = old.get(len(index))
-            if before is not None:
-                for name in ("index", "scale", "into", "back"):
-                    if getattr(new, name) is not None:
-                        getattr(before, name).copy_(getattr(new, name))
-            self.changes.append(before or new)
+            self.changes.append(new)
 
     def read(self, weight: Tensor) -> Tensor:
         """What a module gets that reads the weight of this layer: none is right for all rows, if their changes differ."""
@@ -194,12 +189,10 @@ class _Route:
         if x is None:
             raise ValueError(f"{self.name} got no tensor whose rows could be told apart")
         at = self._rows_of(x)
-        parts = [
-            base(*_split(args, len(x), rows, self.name), **_split(kwargs, len(x), rows, self.name))
-            if adapter is None
-            else adapter(base, *_split(args, len(x), rows, self.name), **_split(kwargs, len(x), rows, self.name))
-            for rows, (_, adapter) in zip(at, self.groups, strict=True)
-        ]
+        parts = []
+        for rows, (_, adapter) in zip(at, self.groups, strict=True):
+            run = base if adapter is None else Placed(adapter, base)
+            parts.append(run(*_split(args, len(x), rows, self.name), **_split(kwargs, len(x), rows, self.name)))
         return _joined(parts, torch.cat(at).argsort(), self.name)
 
     def _rows_of(self, x: Tensor) -> list[Tensor]:
