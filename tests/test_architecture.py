@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "delora"
 LEVELS = [
     {"errors", "version", "torch_private", "ambient", "updates", "lowrank"},
     {"methods", "hosts"},
-    {"reading", "together", "layer"},
+    {"reading", "together", "layer", "parts"},
     {"models", "ties", "targets", "injection", "optimizing"},
     {"merging", "routing", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "training", "evaluation"},

@@ -5,7 +5,7 @@ From the ground up; imports only point to what stands above them in this list:
 ======================================================  =======================================================================
 ``updates`` ``lowrank`` ``ambient``                     how one layer changes, in two equal computations, whatever torch's modes
 ``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
-``layer`` ``together`` ``reading``                      `Adapted`: a frozen layer with named adapters, and who reads its weight
+``layer`` ``parts`` ``together`` ``reading``            `Adapted`: a frozen layer with named adapters, and who reads its weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
 ``optimizing``                                          what trains, at which rate
 ``merging`` ``routing``                                 into the weights; a different adapter for each row of a batch

@@ -11,6 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from delora.ambient import apart
+from delora.hosts import Slot, slots
 from delora.layer import Adapted, Adapter, Copy, attach
 from delora.methods import Full, Method
 from delora.methods.base import has_dropout, is_number
@@ -22,11 +23,13 @@ from delora.models import (
     adapters,
     inner,
     open_context,
+    places,
     refuse_inside,
     states,
     unwrapped,
     walk,
 )
+from delora.parts import Parts
 from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
@@ -46,17 +49,19 @@ __all__ = [
 
 
 def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) -> dict[str, Adapter | Copy]:
-    modules = dict(walk(model))
+    modules = places(model)
     built: dict[str, Adapter | Copy] = {}
     for name, method in plan.items():
         module = modules[name]
         base = module.base if isinstance(module, Adapted) else module
-        if isinstance(method, Full) and (inside := list(adapted_layers(base))):
+        if isinstance(method, Full) and isinstance(base, nn.Module) and (inside := list(adapted_layers(base))):
             raise ValueError(f"{name}: {inside[0]!r} inside it is adapted already; delora.eject or delora.merge that first")
         try:
-            built[name] = attach(method, base, dropout)
+            built[name] = attach(method, base, 0.0 if isinstance(base, Slot) else dropout)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}; to leave it out: exclude=[{name!r}]") from error
+            inside = list(slots(base)) if isinstance(base, nn.Module) else []
+            way_in = f"; its matrices can be named: {f'{name}.{inside[0]}'!r}" if inside else ""
+            raise type(error)(f"{name}: {error}{way_in}; to leave it out: exclude=[{name!r}]") from error
         if isinstance(built[name], Adapter):
             if (limit := rank_limit(method, base)) is not None:
                 raise ValueError(
@@ -120,6 +125,12 @@ def inject(
     install(root, _build(root, plan, float(dropout)), name, words)
     if words:
         warnings.warn(words, stacklevel=3)
+    if dropout and (without := [name for name, placed in adapters(root, name).items() if isinstance(placed.base, Slot)]):
+        warnings.warn(
+            f"dropout = {dropout!r} does not apply to {without[0]!r} (so for {len(without)} of {len(plan)} layers): what a "
+            "module multiplies by its own parameters is not seen",
+            stacklevel=3,
+        )
     if fresh := fresh_heads(root, plan):
         warnings.warn(
             f"{', '.join(map(repr, fresh))} looks newly initialised and would stay so: train it with also_train={fresh}",
@@ -153,16 +164,33 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
     'a'
     """
     modules = dict(walk(model))
+    whole = _by_module(places(model), built)
     if "_delora" not in model.__dict__:
         model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad], ties=declared(model))
     model.__dict__["_delora"].left_out = left_out
-    swap(model, {modules[layer]: Adapted(modules[layer]) for layer in built if not isinstance(modules[layer], Adapted)})
+    swap(model, {modules[layer]: Adapted(modules[layer]) for layer in whole if not isinstance(modules[layer], Adapted)})
     for layer, module in adapted_layers(model).items():
-        if layer in built:
-            module.adapters[name] = built[layer].train(module.training)
+        if layer in whole:
+            module.adapters[name] = whole[layer].train(module.training)
     model.requires_grad_(False)
     rename_declared(model)
     activate(model, name)
+
+
+def _by_module(named: Mapping[str, Any], built: Mapping[str, Adapter | Copy]) -> dict[str, Adapter | Copy | Parts]:
+    """The adapters by the module that they go into; those of matrices in its parameters together."""
+    whole: dict[str, Adapter | Copy | Parts] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for name, adapter in built.items():
+        if isinstance(slot := named[name], Slot):
+            parts.setdefault(name.removesuffix(f".{slot.name}"), {})[slot.name] = adapter
+        else:
+            whole[name] = adapter
+    if both := sorted(whole.keys() & parts.keys()):
+        raise ValueError(
+            f"{both[0]!r} cannot have an adapter, and its parameters others, under one name: choose one of the two"
+        )
+    return whole | {module: Parts(each) for module, each in parts.items()}
 
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from delora.hosts import Host, any_host, host
+from delora.hosts import Host, Slice, Slot, any_host, host
 from delora.hosts.base import ELSEWHERE
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
@@ -20,15 +20,23 @@ from delora.reading import ReadWeight, reading
 from delora.together import built
 from delora.updates import LowRank, Update, wide
 
-__all__ = ["Adapted", "Adapter", "Copy", "Placed", "attach", "on_meta"]
+__all__ = ["Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "look", "on_meta"]
 
 
-class _Kept(nn.Module):
+class Kept(nn.Module):
     """What an adapter of any kind keeps: its method and tensors, and nothing of the layer, which every call is given."""
 
     strength: float
 
-    def _apply(self, fn: Any, recurse: bool = True) -> _Kept:
+    def each(self, name: str, layer: Any) -> Iterator[tuple[str, Any, Any]]:
+        """What is adapted, by its name, with its adapter and what that changes: the layer itself, or matrices of its own."""
+        yield name, self, layer
+
+    def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:
+        """What computes the changed tensor of the layer for one who reads it by this name; None if it does not change."""
+        return None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Kept:
         """Move the tensors as ``fn`` does, but never to a narrower dtype: what trains stays in float32.
 
         A strength of 8.0 in bfloat16 could not learn: the next number is 8.06.
@@ -43,7 +51,7 @@ class _Kept(nn.Module):
         return self
 
 
-class Adapter(_Kept):
+class Adapter(Kept):
     """A method's tensors for one layer, in float32 or wider whatever the dtype of the layer.
 
     >>> from delora import LoRA
@@ -100,7 +108,7 @@ class Adapter(_Kept):
         with _here(self):
             return {k: t for k, t in self.tensors().items() if k not in self._non_persistent_buffers_set}
 
-    def refresh(self, layer: nn.Module, redraw: bool) -> None:
+    def refresh(self, layer: Any, redraw: bool) -> None:
         """Measure W again and, if ``redraw``, initialise the other tensors again, too."""
         host = self.kind(layer)
         start, measured = self._start(host) if redraw else ({}, measure(self.method, host.weight()))
@@ -111,9 +119,12 @@ class Adapter(_Kept):
             else:
                 self._put(name, tensor)
 
-    def update(self, host: Host) -> Update:
-        """The change of a layer at the current strength, computed in float32 or wider even under autocast."""
-        update = (None if traced() else built(self)) or self._own_update(host)
+    def update(self, host: Host, ready: Update | None = None) -> Update:
+        """The change of a layer at the current strength, computed in float32 or wider even under autocast.
+
+        ``ready``: the change at full strength, where it is computed already.
+        """
+        update = ready or (None if traced() else built(self)) or self._own_update(host)
         return update if self.strength == 1 else update.scaled(self.strength)
 
     def _own_update(self, host: Host) -> Update:
@@ -134,11 +145,26 @@ class Adapter(_Kept):
             args, kwargs = tuple(kwargs.values()), {}
         return self.update(host).forward(host, self.dropout if self.training else 0.0, *args, **kwargs)
 
+    def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:
+        host = self.kind(layer)
+        if name not in ("weight", "bias") or host.weight_name is None or self.strength == 0:
+            return None
+        value: Tensor = getattr(layer, name)
+
+        def compute() -> Tensor:
+            update = Placed(self, layer).update()
+            if name == host.weight_name:
+                return host.as_weight(update.merge(host.weight())).to(value.dtype)
+            new = update.bias(host.bias())
+            return value if new is None else new.to(value.dtype)
+
+        return compute
+
     def extra_repr(self) -> str:
         return f"{self.method}, dropout={self.dropout}, strength={self.strength}"
 
 
-class Copy(_Kept):
+class Copy(Kept):
     """The adapter of `Full`: a copy of a layer of any kind, which trains while the original stays fixed.
 
     The copy of a layer in half precision is kept, and trains, in float32; it is computed in the layer's own dtype.
@@ -247,8 +273,8 @@ class Placed:
     (2, torch.Size([3, 4]))
     """
 
-    adapter: Adapter | Copy
-    base: nn.Module
+    adapter: Any  # Adapter, Copy or Parts
+    base: Any  # the layer, or the Slot of a matrix
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("adapter", "base"):  # being copied or unpickled
@@ -271,7 +297,7 @@ class Placed:
     @contextmanager
     def here(self) -> Iterator[None]:
         """A context in which the tensors of both are here, also where hooks keep them elsewhere (offloading)."""
-        with _here(self.base), _here(self.adapter):
+        with _here(self.host.module), _here(self.adapter):
             yield
 
     def update(self) -> Update:
@@ -303,6 +329,8 @@ class Placed:
         Raises:
             ValueError: no weight of the layer can express the change.
         """
+        if not isinstance(self.adapter, (Adapter, Copy)):  # adapters of several matrices of the layer's own
+            return dict(self.adapter.changed(self.base))
         if self.strength == 0:
             return {}
         if not self.whole:
@@ -318,7 +346,22 @@ class Placed:
         }
 
 
-def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank: bool = False) -> Adapter | Copy:
+def look(method: Method | Full, layer: nn.Module | Slot) -> Host:
+    """How a method sees a layer, or a matrix in a parameter.
+
+    Raises:
+        TypeError, ValueError: it cannot be adapted; the message says why.
+
+    >>> from delora import LoRA
+    >>> look(LoRA(r=2), nn.Linear(4, 3)).shape
+    (3, 4)
+    """
+    if isinstance(layer, Slot):
+        return Slice(layer)
+    return any_host(layer) if not isinstance(method, Full) and edits_output(method) else host(layer)
+
+
+def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0, blank: bool = False) -> Adapter | Copy:
     """A new adapter for a layer, which itself is not changed.
 
     Raises:
@@ -330,14 +373,25 @@ def attach(method: Method | Full, layer: nn.Module, dropout: float = 0.0, blank:
     True
     """
     if isinstance(method, Full):
+        if isinstance(layer, Slot):
+            raise TypeError("a matrix in a parameter cannot be trained whole: name its module")
         return Copy(layer)
-    return Adapter(method, any_host(layer) if edits_output(method) else host(layer), dropout, blank)
+    made = Adapter(method, look(method, layer), dropout, blank)
+    if isinstance(layer, Slot) and edits_output(method):
+        update, b = Placed(made, layer).update(), made.kind(layer).bias()
+        if not update.mergeable or (b is None and update.bias(None) is not None):
+            what = "has no bias" if update.mergeable else "is no layer whose output could be edited"
+            raise TypeError(f"cannot adapt it by {type(method).__name__}: a parameter {what}")
+    return made
+
+
+_OF_HOOKS = ("_hf_hook", "_old_forward")  # what accelerate sets on a module is that module's alone
 
 
 class Adapted(nn.Module):
     """``base`` with named ``adapters``; ``active`` is the name of the one in use, or None for the base alone.
 
-    Public attributes that it does not have itself (``weight``, ``in_features``, ...) are those of the base, or of the active
+    Attributes that it does not have itself (``weight``, ``in_features``, ...) are those of the base, or of the active
     copy (`Full`), because some models read them; a weight that is read while a forward runs is the adapted one
     (`delora.reading`). What is set on such a name is set on the base. A checkpoint of the base saved before injection loads
     into it.
@@ -392,7 +446,7 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base" not in self.__dict__.get("_modules", {}):  # private to the base, or being copied
+            if name.startswith("__") or name in _OF_HOOKS or "base" not in self.__dict__.get("_modules", {}):  # or being copied
                 raise
         active = self.__dict__.get("active")
         if active is None:
@@ -406,24 +460,19 @@ class Adapted(nn.Module):
                 return adapter.at_strength(self.base).get(name, getattr(adapter.module, name))
             return getattr(adapter.module, name)
         value = getattr(self.base, name)
-        if name in ("weight", "bias") and isinstance(value, Tensor) and reading():
-            return self._read(cast(Adapter, adapter), name, value)
+        if isinstance(value, Tensor) and reading() and (read := cast(Kept, adapter).read(self.base, name)) is not None:
+            trained = [
+                p for _, each, _ in cast(Kept, adapter).each("", None) for p in each.tensors().values() if p.requires_grad
+            ]
+            return ReadWeight.of(value, self._seen(read), trained)
         return value
 
-    def _read(self, adapter: Adapter, name: str, value: Tensor) -> Tensor:
-        host = adapter.kind(self.base)
-        if host.weight_name is None or adapter.strength == 0:
-            return value
-
-        def compute() -> Tensor:
+    def _seen(self, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def seen() -> Tensor:
             self.ran = True
-            update = Placed(adapter, self.base).update()
-            if name == host.weight_name:
-                return host.as_weight(update.merge(host.weight())).to(value.dtype)
-            new = update.bias(host.bias())
-            return value if new is None else new.to(value.dtype)
+            return compute()
 
-        return ReadWeight.of(value, compute, [p for p in adapter.tensors().values() if p.requires_grad])
+        return seen
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("_modules", {}).get("base")

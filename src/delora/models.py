@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from delora.hosts import Slot, slots
 from delora.layer import Adapted, Placed
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "clean_name",
     "inner",
     "open_context",
+    "places",
     "refuse_inside",
     "states",
     "unwrapped",
@@ -127,6 +129,20 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
             yield from walk(module.base if isinstance(module, Adapted) else module, f"{prefix}{key}.")
 
 
+def places(model: nn.Module) -> dict[str, nn.Module | Slot]:
+    """All that an adapter can be given to, by name: the modules, and the matrices that they keep as parameters of their own.
+
+    >>> list(places(nn.Sequential(nn.MultiheadAttention(4, 2))))
+    ['0', '0.in_proj_weight', '0.out_proj']
+    """
+    found: dict[str, nn.Module | Slot] = {}
+    for name, module in walk(model):
+        found[name] = module
+        inside = slots(module.base if isinstance(module, Adapted) else module)
+        found |= {f"{name}.{key}": slot for key, slot in inside.items()}
+    return found
+
+
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """The adapted layers by name (by the first name if a layer has several).
 
@@ -184,7 +200,11 @@ def adapters(model: nn.Module, name: str | None = None) -> dict[str, Placed]:
     {'0': LoRA(r=2, alpha=16.0, rslora=False)}
     """
     name = active_adapter(model) if name is None else name
-    by_layer = {layer: module.placed(name) for layer, module in adapted_layers(model).items() if name in module.adapters}
+    by_layer: dict[str, Placed] = {}
+    for layer, module in adapted_layers(model).items():
+        if name in module.adapters:
+            each = module.adapters[name].each(layer, module.base)  # type: ignore[operator]
+            by_layer |= {inside: Placed(adapter, what) for inside, adapter, what in each}
     if not by_layer:
         raise ValueError(f"no adapter is named {name!r}: this model has {adapter_names(model) or 'none'}")
     return by_layer

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from delora.layer import Adapted, Copy
+from delora.layer import Adapter, Copy
 from delora.methods.base import is_number
-from delora.models import active_adapter, adapted_layers, states
+from delora.models import adapted_layers, adapters, states
 
 __all__ = ["Summary", "param_groups", "summary"]
 
@@ -44,7 +44,7 @@ def param_groups(
     for key, value in rates.items():
         if value is not None and (not is_number(value) or value < 0):
             raise ValueError(f"{key} = {value!r}: must be a finite number, at least 0")
-    lam = {id(a.lam) for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values() if hasattr(a, "lam")}
+    lam = {id(m.lam) for m in model.modules() if isinstance(m, Adapter) and hasattr(m, "lam")}
     head = {id(p) for m in model.modules() if isinstance(m, Copy) for p in m.parameters()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -105,13 +105,11 @@ def summary(model: nn.Module) -> Summary:
     16 of the base model's 20 parameters: 80.000%
     """
     layers = adapted_layers(model)
-    active_adapter(model)
     in_adapters = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
     counts: dict[str, list[int]] = {}
-    for layer in layers.values():
-        if layer.adapter is not None:
-            n = sum(p.numel() for p in layer.adapter.parameters() if p.requires_grad)
-            counts.setdefault(str(layer.adapter.method), []).append(n)
+    for placed in adapters(model).values():
+        n = sum(p.numel() for p in placed.parameters() if p.requires_grad)
+        counts.setdefault(str(placed.method), []).append(n)
     rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
     rest = [p for p in model.parameters() if id(p) not in in_adapters]
     trainable, total = sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest)

@@ -10,7 +10,7 @@ for whoever writes to it, the attribute is the layer's own parameter.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from types import CodeType
@@ -19,6 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from delora.hosts import Slot
 from delora.lowrank import traced
 from delora.torch_private import without_subclass, wrapper_tensor
 
@@ -57,14 +58,20 @@ class Reading:
             _depth.set(max(0, _depth.get() - 1))
 
 
-def readers(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules in ``model`` around one of ``layers`` whose code speaks of weights or biases.
+def readers(model: nn.Module, layers: Mapping[str, Any]) -> list[nn.Module]:
+    """The modules in ``model`` around one of the adapted ``layers`` whose code speaks of weights, biases or adapted parameters.
 
-    >>> attention = nn.MultiheadAttention(4, 2)
-    >>> [type(module).__name__ for module in readers(nn.Sequential(attention), [attention.out_proj])]
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.MultiheadAttention(4, 2)), delora.LoRA(r=2), ["out_proj"])
+    >>> [type(module).__name__ for module in readers(model, {"0.out_proj": model[0].out_proj})]
     ['MultiheadAttention']
     """
-    wanted = set(layers)
+    wanted = set(layers.values())
+    names = {"weight", "bias"}
+    for layer in wanted:
+        for _, _, slot in (part for adapter in layer.adapters.values() for part in adapter.each("", layer.base)):
+            if isinstance(slot, Slot):
+                names |= {slot.key, slot.layout.bias or slot.key}
     around: dict[nn.Module, bool] = {}
 
     def holds(module: nn.Module) -> bool:
@@ -73,14 +80,18 @@ def readers(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
             around[module] = any(child in wanted or holds(child) for child in module._modules.values() if child is not None)
         return around[module]
 
-    return [m for m in model.modules() if m is not model and m not in wanted and _reads(cast(Any, type(m))) and holds(m)]
+    return [
+        m
+        for m in model.modules()
+        if m is not model and m not in wanted and _reads(cast(Any, type(m)), frozenset(names)) and holds(m)
+    ]
 
 
 @cache
-def _reads(kind: Any) -> bool:
+def _reads(kind: Any, names: frozenset[str]) -> bool:
     classes = kind.__mro__[: kind.__mro__.index(nn.Module)]
     functions = [inspect.unwrap(f) for c in classes for f in vars(c).values() if inspect.isfunction(inspect.unwrap(f))]
-    return any({"weight", "bias"} & set(_names(f.__code__)) for f in functions if f.__name__ != "__init__")
+    return any(not names.isdisjoint(_names(f.__code__)) for f in functions if f.__name__ != "__init__")
 
 
 def _names(code: CodeType) -> Iterator[str]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from delora.hosts import any_host, host, host_type
-from delora.layer import Adapted
+from delora.hosts import Slot, host, host_type, slots
+from delora.layer import Adapted, look
 from delora.methods import Full, Method
 from delora.methods.base import checked_replace, edits_output
-from delora.models import walk
+from delora.models import places, walk
 
 __all__ = ["Patterns", "fresh_heads", "rank_limit", "resolve", "told"]
 
@@ -79,6 +79,15 @@ def _all_linear(
                 chosen.add(name)
             else:
                 left_out[name] = limit
+        elif parts := slots(base):
+            for key, slot in parts.items():
+                if f"{name}.{key}" in out:
+                    continue
+                limit = rank_limit(method, slot)
+                if limit is None:
+                    chosen.add(f"{name}.{key}")
+                else:
+                    left_out[f"{name}.{key}"] = limit
         elif own and not isinstance(base, (nn.Embedding, nn.EmbeddingBag)):
             why = f"a {type(base).__name__} is no linear layer" if kind else f"a {type(base).__name__} keeps its weights itself"
             left_out[name] = why
@@ -139,7 +148,7 @@ def fresh_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:
     return names
 
 
-def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
+def rank_limit(method: Method | Full, layer: nn.Module | Slot) -> str | None:
     """Why the method's rank is too high for a layer, or None.
 
     >>> from delora.methods import LoRA
@@ -149,8 +158,7 @@ def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
     r = getattr(method, "r", 0)
     if isinstance(method, Full) or not isinstance(r, int):
         return None
-    edits = edits_output(method)
-    shape = (any_host(layer) if edits else host(layer)).shape[: 1 if edits else None]
+    shape = look(method, layer).shape[: 1 if edits_output(method) else None]
     if r <= min(shape):
         return None
     what = "an output of" if len(shape) == 1 else "a matrix of shape"
@@ -159,12 +167,13 @@ def rank_limit(method: Method | Full, layer: nn.Module) -> str | None:
 
 def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
     """What ``targets="all-linear"`` left out, by kind of layer and reason, with its share of the model's weights."""
-    owned: dict[str, nn.Module | nn.Parameter] = {name: p for name, p in model._parameters.items() if p is not None}
-    owned |= {name: m.base if isinstance(m, Adapted) else m for name, m in walk(model)}
+    found: dict[str, Any] = {**model._parameters, **places(model)}
+    owned = {name: _owned(found[name]) for name in left_out}
     total = sum(p.numel() for p in model.parameters())
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, why in left_out.items():
-        kinds.setdefault((type(owned[name]).__name__, why), []).append(name)
+        kind = f"{found[name].key} of a {type(found[name].owner).__name__}" if isinstance(found[name], Slot) else owned[name]
+        kinds.setdefault((kind if isinstance(kind, str) else type(kind).__name__, why), []).append(name)
     lines = []
     for (kind, why), names in kinds.items():
         parts = [owned[n] for n in names]
@@ -172,6 +181,10 @@ def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
         count = sum(p.numel() for p in tensors if p is not None)
         lines.append(f"{len(names)} {kind} ({count / total:.1%} of the weights; {why}), such as {names[0]!r}")
     return 'targets="all-linear" left out: ' + "; ".join(lines)
+
+
+def _owned(place: Any) -> Any:
+    return place.part() if isinstance(place, Slot) else place.base if isinstance(place, Adapted) else place
 
 
 def _outer(name: str) -> Iterator[str]:
@@ -209,33 +222,37 @@ def resolve(
     if targets is None or (not isinstance(targets, str) and not isinstance(targets, Sequence)):
         raise TypeError(f"targets={targets!r}: must be a list of names, a regular expression, or 'all-linear'")
     modules = dict(walk(model))
-    names = list(modules)
-    if not names:
+    if not modules:
         raise ValueError(
             f"a {type(model).__name__} has no module inside that could be replaced: wrap it, as nn.Sequential(layer)"
         )
-    whole = _select(also_train, names, "also_train") if also_train else set()
-    out = _select(exclude, names, "exclude") if exclude else set()
+    named = places(model)
+    experts = _experts(named)
+    names = [*named, *experts]
+    whole = _select(also_train, list(modules), "also_train") if also_train else set()
+    out = _spread(_select(exclude, names, "exclude"), experts) if exclude else set()
     left_out: dict[str, str] = {}
     if targets == "all-linear":
         chosen, left_out = _all_linear(model, method, modules, whole | out)
     else:
-        chosen = _select(targets, names, "targets")
+        chosen = _spread(_select(targets, names, "targets"), experts)
     chosen -= out
     if not chosen:
         reasons = f": {told(model, left_out)}" if left_out else ""
         raise ValueError(f"targets={targets!r} with exclude={exclude!r} leaves no layer to adapt{reasons}")
-    named = chosen | whole
     nested = [
-        n for n in named if any(outer in whole for outer in _outer(n)) or (n in whole and any(o in named for o in _outer(n)))
+        n
+        for n in chosen | whole
+        if any(outer in whole for outer in _outer(n)) or (n in whole and any(o in chosen for o in _outer(n)))
     ]
+    nested += [n for n in chosen if isinstance(slot := named[n], Slot) and n.removesuffix(f".{slot.name}") in chosen]
     if both := sorted((chosen & whole) | set(nested)):
         raise ValueError(f"{both[0]!r} is named twice: it, or a module that contains it, is also a target or in also_train")
 
-    first: dict[int, str] = {}  # a module in two places is one layer, under its first name
-    for name in names:
-        first.setdefault(id(modules[name]), name)
-    plan: dict[str, Method | Full] = {first[id(modules[n])]: method for n in names if n in chosen}
+    first: dict[Any, str] = {}  # a module in two places is one layer, under its first name
+    for name, place in named.items():
+        first.setdefault(place, name)
+    plan: dict[str, Method | Full] = {first[named[n]]: method for n in named if n in chosen}
     for pattern, changes in (overrides or {}).items():
         hits = [name for name in plan if re.search(pattern, name)]
         if not hits:
@@ -244,12 +261,26 @@ def resolve(
             )
         for name in hits:
             plan[name] = checked_replace(plan[name], dict(changes), f"overrides[{pattern!r}]")
-    plan |= {first[id(modules[n])]: Full() for n in names if n in whole}
+    plan |= {first[modules[n]]: Full() for n in modules if n in whole}
     expanded: dict[str, Method | Full] = {}
     for name, each in plan.items():
         parts = _called(name, modules) if isinstance(each, Full) else [name]
-        expanded |= {first[id(modules[part])]: each for part in parts}
+        expanded |= {first[named[part]]: each for part in parts}
     return expanded, left_out
+
+
+def _experts(named: Mapping[str, nn.Module | Slot]) -> dict[str, list[str]]:
+    """The names of the matrices in a parameter of three dimensions, by the parameter's name."""
+    experts: dict[str, list[str]] = {}
+    for name, place in named.items():
+        if isinstance(place, Slot) and place.index is not None:
+            experts.setdefault(name.rpartition(".")[0], []).append(name)
+    return experts
+
+
+def _spread(chosen: set[str], experts: Mapping[str, list[str]]) -> set[str]:
+    """The names with those of all experts in place of a parameter's that holds them."""
+    return {each for name in chosen for each in experts.get(name, [name])}
 
 
 def _called(name: str, modules: Mapping[str, nn.Module]) -> list[str]:

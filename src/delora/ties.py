@@ -62,7 +62,7 @@ def with_ties(model: nn.Module, plan: Mapping[str, Method | Full]) -> dict[str, 
     return result
 
 
-def share_copies(built: Mapping[str, tuple[nn.Module, Adapter | Copy]]) -> None:
+def share_copies(built: Mapping[str, tuple[Any, Adapter | Copy]]) -> None:
     """Let copies of modules that share a parameter share the copy of it, too."""
     first: dict[int, nn.Parameter] = {}
     for module, made in built.values():

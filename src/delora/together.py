@@ -22,7 +22,7 @@ from delora.reading import Reading, readers
 from delora.torch_private import is_compiled, saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
-__all__ = ["Together", "built", "unwatch", "watch", "watched"]
+__all__ = ["Together", "built", "stacked", "unwatch", "watch", "watched"]
 
 
 @dataclass
@@ -67,7 +67,8 @@ class Together:
             _current.set(forward)
             # A replica of the model (nn.DataParallel) has layers of its own, which build their updates themselves.
             layers = self.layers.values() if model is self.model else ()
-            forward.updates = _build(layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank)
+            active = (layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank)
+            forward.updates = _build(part for adapter in active for _, part, _ in adapter.each("", None))
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if not traced():
@@ -108,7 +109,7 @@ def watch(model: nn.Module, layers: Mapping[str, Any]) -> None:
     together, reading = Together(model, layers), Reading()
     model.register_forward_pre_hook(together.before)
     model.register_forward_hook(together.after, always_call=True)
-    for module in (model, *readers(model, layers.values())):
+    for module in (model, *readers(model, layers)):
         module.register_forward_pre_hook(reading.before)
         module.register_forward_hook(reading.after, always_call=True)
 
@@ -149,6 +150,25 @@ def built(adapter: Any) -> LowRank | None:
         return None
     entry = forward.updates.pop(adapter, None)
     return entry[1] if entry and entry[0] == versions(adapter.tensors().values()) else None
+
+
+def stacked(adapters: Iterable[Any]) -> dict[Any, LowRank]:
+    """The updates of those adapters that can be built together: ready ones of the running forward, or built now.
+
+    >>> from delora.layer import attach
+    >>> from delora.methods import LoRA
+    >>> pair = [attach(LoRA(r=2), nn.Linear(4, 4)) for _ in range(2)]
+    >>> len(stacked(pair))
+    2
+    """
+    ready, rest = {}, []
+    for adapter in adapters:
+        update = built(adapter)
+        if update is None:
+            rest.append(adapter)
+        else:
+            ready[adapter] = update
+    return ready | {adapter: update for adapter, (_, update) in _build(rest).items()}
 
 
 def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:

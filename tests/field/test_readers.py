@@ -87,7 +87,7 @@ def test_multihead_attention_and_the_encoders_fast_path(method, training):
             torch.testing.assert_close(model(x), y.detach(), atol=1e-5, rtol=1e-4)
         return y
 
-    check(model, call, ["out_proj", "linear1", "linear2"], method)
+    check(model, call, ["in_proj_weight", "out_proj", "linear1", "linear2"], method)
 
 
 @pytest.mark.parametrize("method", METHODS[:3], ids=lambda m: type(m).__name__)

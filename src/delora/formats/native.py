@@ -43,12 +43,12 @@ from delora.formats.files import (
     write_atomically,
 )
 from delora.formats.peft import read as read_peft
-from delora.hosts import Convolution, Embedding
+from delora.hosts import Convolution, Embedding, Slot
 from delora.injection import check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
-from delora.models import active_adapter, adapted_layers, adapter_names, adapters, clean_name, refuse_inside, unwrapped, walk
+from delora.models import active_adapter, adapter_names, adapters, clean_name, places, refuse_inside, unwrapped
 from delora.ties import share_copies
 from delora.updates import wide
 from delora.version import __version__
@@ -283,8 +283,8 @@ def load(
     """
     root, folder = unwrapped(model), Path(folder)
     refuse_inside(root, "load")
-    classes = [*methods, *(type(a.method) for layer in adapted_layers(root).values() for a in layer.adapters.values())]
-    modules = dict(walk(root))
+    classes = [*methods, *(type(a.method) for each in adapter_names(root) for a in adapters(root, each).values())]
+    modules = places(root)
     saved = open_folder(folder, {name_of(kind): kind for kind in classes} | METHODS, modules, type(root).__name__)
     built = {layer: _rebuilt(modules[layer], layer, entry, saved, allow_other_base) for layer, entry in saved.layers.items()}
     if name in adapter_names(root):
@@ -297,7 +297,7 @@ def load(
     return model
 
 
-def open_folder(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module], model: str) -> Saved:
+def open_folder(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module | Slot], model: str) -> Saved:
     """The adapter in a folder, its layers by the names that they have in a model of the class ``model`` with these modules.
 
     Raises:
@@ -307,7 +307,7 @@ def open_folder(folder: Path, methods: Mapping[str, type], modules: Mapping[str,
     >>> net = nn.Sequential(nn.Linear(4, 4))
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     _ = delora.save(delora.inject(net, delora.LoRA(r=2), ["0"]), folder)
-    ...     list(open_folder(Path(folder), METHODS, dict(walk(net)), "Sequential").layers)
+    ...     list(open_folder(Path(folder), METHODS, places(net), "Sequential").layers)
     ['0']
     """
     require_adapter(folder)
@@ -411,7 +411,7 @@ def description(where: Path) -> dict[str, Any]:
     return data
 
 
-def _read(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module], model: str) -> Saved:
+def _read(folder: Path, methods: Mapping[str, type], modules: Mapping[str, nn.Module | Slot], model: str) -> Saved:
     where = folder / JSON
     for attempt in range(100):
         before = _version(where)
@@ -527,7 +527,7 @@ def _tensors(folder: Path, entry: dict[str, Any], where: Path) -> TensorFile:
 
 
 def _names(
-    layers: Iterable[str], modules: Mapping[str, nn.Module], model: str, source: Path, base_model: str | None
+    layers: Iterable[str], modules: Mapping[str, nn.Module | Slot], model: str, source: Path, base_model: str | None
 ) -> dict[str, str]:
     """The name of each saved layer in the model: its own, or without the names of wrappers in it."""
     names = {layer: layer if layer in modules else clean_name(layer) for layer in layers}
@@ -541,9 +541,9 @@ def _names(
             f"{source}: {len(missing)} of {len(names)} layers are not in this {model}, "
             f"first {shown(missing[0])} ({hint}){made_for}"
         )
-    places: dict[int, str] = {}
+    taken: dict[Any, str] = {}
     for layer, name in names.items():
-        if (other := places.setdefault(id(modules[name]), layer)) != layer:
+        if (other := taken.setdefault(modules[name], layer)) != layer:
             raise AdapterError(f"{source}: {other!r} and {layer!r} are one and the same module of this {model}")
     return names
 
@@ -556,7 +556,7 @@ def _refuse_nested(names: Iterable[str], whole: Iterable[str], source: Path) -> 
             raise AdapterError(f"{source}: {name!r} lies inside {around!r}, which is trained whole")
 
 
-def _rebuilt(module: nn.Module, name: str, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> Adapter | Copy:
+def _rebuilt(module: nn.Module | Slot, name: str, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> Adapter | Copy:
     """The adapter of one layer, with the tensors of the file, after all checks."""
     layer = module.base if isinstance(module, Adapted) else module
     try:

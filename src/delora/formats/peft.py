@@ -26,7 +26,7 @@ from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
 from delora.formats.peft_config import method_of, parameters_of, texts
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
 from delora.formats.peft_names import experts, read_by_parent, renamed
-from delora.hosts import Conv1D, Convolution, Embedding
+from delora.hosts import Conv1D, Convolution, Embedding, Slot
 from delora.layer import Placed
 from delora.methods import DeLoRA, Full
 from delora.methods.base import Method
@@ -142,6 +142,11 @@ def as_lora(layers: dict[str, Placed], parameters: Collection[str] = ()) -> tupl
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     for layer, adapter in layers.items():
+        if isinstance(adapter.base, Slot):
+            raise ValueError(
+                f"{layer} is a matrix in a parameter of a {type(adapter.base.owner).__name__}, which is not written in this "
+                "format; delora.merge writes it into the weights"
+            )
         factors = adapter.low_rank()
         if factors is None:
             way_out = "; delora.merge writes it into the weights" if adapter.mergeable() else ""

@@ -8,6 +8,7 @@
 ``linear``            ``nn.Linear``, transformers' ``Conv1D``
 ``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``embedding``         ``nn.Embedding``
+``packed``            matrices that a module keeps as parameters of its own: ``nn.MultiheadAttention``
 ====================  ==================================================================================
 """
 
@@ -19,6 +20,7 @@ from delora.hosts.base import BY_NAME, Host, MatrixHost, Norm, any_host, host, h
 from delora.hosts.convolution import Conv1d, Conv2d, Conv3d, Convolution
 from delora.hosts.embedding import Embedding
 from delora.hosts.linear import Conv1D, Linear
+from delora.hosts.packed import Layout, Parameters, Slice, Slot, parameters, slots
 
 __all__ = [
     "Conv1D",
@@ -28,12 +30,18 @@ __all__ = [
     "Convolution",
     "Embedding",
     "Host",
+    "Layout",
     "Linear",
     "MatrixHost",
     "Norm",
+    "Parameters",
+    "Slice",
+    "Slot",
     "any_host",
     "host",
     "host_type",
+    "parameters",
+    "slots",
 ]
 
 host.register(nn.Linear, Linear)

@@ -45,6 +45,11 @@ class Host:
             TypeError, ValueError: it cannot; the message says why.
         """
 
+    @property
+    def module(self) -> Any:
+        """The module that holds the weight: the layer itself."""
+        return self.layer
+
     def matrix(self) -> Tensor:
         """The weight as a matrix [out, in], a view where possible; of other modules any matrix with one row per channel."""
         last = [p for p in self.layer.parameters() if p.is_floating_point()][-1]
@@ -64,11 +69,11 @@ class Host:
     @property
     def device(self) -> torch.device:
         """Where `rows` are: where the layer computes, also if a hook keeps its weights elsewhere between its calls."""
-        return torch.device(self.layer._hf_hook.execution_device) if _is_offloaded(self.layer) else self.matrix().device
+        return torch.device(self.module._hf_hook.execution_device) if _is_offloaded(self.module) else self.matrix().device
 
     def held(self) -> AbstractContextManager[Any]:
         """A context in which the weights are where the layer computes; around several calls of `rows`, they come there once."""
-        return _held(self.layer)
+        return _held(self.module)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The rows from ``start`` to before ``stop`` of the matrix [out, in], detached, in ``dtype``; a view where possible.

@@ -1,0 +1,168 @@
+"""Matrices that a module keeps as parameters of its own: attention's packed projection, a mixture's experts.
+
+Such a matrix has no layer that could be called: its module multiplies by it somewhere in its forward. So a `Slot` says where
+it is, and the module runs with the changed parameter in place (`delora.parts`). Which parameters of a module are such matrices
+is known for ``nn.MultiheadAttention``; a module of your own takes one line:
+``delora.hosts.parameters.register(MyAttention, {"qkv": delora.hosts.Layout()})``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from delora.hosts.base import Host
+from delora.updates import wide
+
+__all__ = ["Layout", "Parameters", "Slice", "Slot", "parameters", "slots"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a parameter holds a matrix: as [out, in], or ``transposed`` as [in, out]; of three dimensions, one for each expert.
+
+    ``bias`` names the parameter that is added to what the matrix gives, if there is one; ``part`` says which of how many equal
+    parts of it.
+
+    >>> Layout(transposed=True)
+    Layout(transposed=True, bias=None, part=(0, 1))
+    """
+
+    transposed: bool = False
+    bias: str | None = None
+    part: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One matrix in a parameter of a module.
+
+    >>> attention = nn.MultiheadAttention(4, 2)
+    >>> slot = slots(attention)["in_proj_weight"]
+    >>> slot.name, Slice(slot).shape
+    ('in_proj_weight', (12, 4))
+    """
+
+    owner: nn.Module
+    key: str
+    layout: Layout
+    index: int | None = None  # of the expert
+
+    @property
+    def name(self) -> str:
+        """The name inside the module: that of the parameter and, of an expert, its number."""
+        return self.key if self.index is None else f"{self.key}.{self.index}"
+
+    def part(self) -> Tensor:
+        """What of the parameter is this matrix, in the parameter's own layout."""
+        W: Tensor = getattr(self.owner, self.key)
+        return W if self.index is None else W[self.index]
+
+
+class Parameters:
+    """The parameters of modules that are matrices, by the module's type; of your own: ``parameters.register(kind, layouts)``.
+
+    >>> parameters(nn.MultiheadAttention(4, 2))
+    {'in_proj_weight': Layout(transposed=False, bias='in_proj_bias', part=(0, 1))}
+    >>> parameters(nn.Linear(2, 2))
+    {}
+    """
+
+    def __init__(self) -> None:
+        self.registry: dict[type, dict[str, Layout]] = {}
+
+    def register(self, kind: type, layouts: Mapping[str, Layout]) -> None:
+        """Let these parameters of modules of a type, and of types derived from it, be matrices that can be adapted.
+
+        >>> class Projection(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w = nn.Parameter(nn.Linear(3, 2).weight)
+        >>> parameters.register(Projection, {"w": Layout()})
+        >>> list(slots(Projection()))
+        ['w']
+        """
+        if not isinstance(layouts, Mapping) or not all(isinstance(each, Layout) for each in layouts.values()):
+            raise TypeError(f"parameters.register({kind.__name__}, ...): expected a Layout for each parameter, got {layouts!r}")
+        self.registry[kind] = dict(layouts)
+
+    def __call__(self, module: nn.Module) -> dict[str, Layout]:
+        known: Mapping[str, Layout] = next((self.registry[k] for k in type(module).__mro__ if k in self.registry), {})
+        found = {}
+        for key, layout in known.items():
+            W = getattr(module, key, None)
+            if isinstance(W, Tensor) and W.is_floating_point() and W.ndim in (2, 3):
+                found[key] = layout
+        return found
+
+
+parameters = Parameters()
+parameters.register(
+    nn.MultiheadAttention,
+    {
+        "in_proj_weight": Layout(bias="in_proj_bias"),
+        **{f"{name}_proj_weight": Layout(bias="in_proj_bias", part=(i, 3)) for i, name in enumerate("qkv")},
+    },
+)
+
+
+def slots(module: nn.Module) -> dict[str, Slot]:
+    """The matrices in a module's own parameters, by their names inside the module.
+
+    >>> list(slots(nn.MultiheadAttention(4, 2, kdim=3)))
+    ['q_proj_weight', 'k_proj_weight', 'v_proj_weight']
+    """
+    found = {}
+    for key, layout in parameters(module).items():
+        W: Tensor = getattr(module, key)
+        for index in range(len(W)) if W.ndim == 3 else [None]:
+            slot = Slot(module, key, layout, index)
+            found[slot.name] = slot
+    return found
+
+
+class Slice(Host):
+    """The matrix [out, in] of a `Slot`. It cannot be run: its module runs with another parameter in place of its own.
+
+    >>> Slice(slots(nn.MultiheadAttention(4, 2))["in_proj_weight"]).bias().shape
+    torch.Size([12])
+    """
+
+    weight_name = "weight"  # a change can be merged
+    linear = True
+    layer: Slot
+
+    @property
+    def module(self) -> nn.Module:
+        return self.layer.owner
+
+    def matrix(self) -> Tensor:
+        W = self.layer.part()
+        return W.T if self.layer.layout.transposed else W
+
+    def as_weight(self, W: Tensor) -> Tensor:
+        return W.T if self.layer.layout.transposed else W
+
+    def bias_at(self) -> tuple[str, Any] | None:
+        """The parameter that is added to what the matrix gives, and where in it; None if there is none."""
+        name = self.layer.layout.bias
+        if name is None or not isinstance(b := getattr(self.module, name, None), Tensor):
+            return None
+        if self.layer.index is not None:
+            return name, self.layer.index
+        i, n = self.layer.layout.part
+        return name, slice(i * len(b) // n, (i + 1) * len(b) // n)
+
+    def bias(self) -> Tensor | None:
+        at = self.bias_at()
+        if at is None:
+            return None
+        with self.held():
+            b: Tensor = getattr(self.module, at[0])[at[1]].detach()
+            return b.to(wide(b.dtype))
+
+    def changed(self, update: Any) -> Any:
+        raise NotImplementedError  # all matrices of a parameter change together
