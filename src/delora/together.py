@@ -156,8 +156,8 @@ def stacked(adapters: Iterable[Any]) -> dict[Any, LowRank]:
     """The updates of those adapters that can be built together: ready ones of the running forward, or built now.
 
     >>> from delora.layer import attach
-    >>> from delora.methods import LoRA
-    >>> pair = [attach(LoRA(r=2), nn.Linear(4, 4)) for _ in range(2)]
+    >>> from delora.methods import DeLoRA
+    >>> pair = [attach(DeLoRA(r=2), nn.Linear(4, 4)) for _ in range(2)]
     >>> len(stacked(pair))
     2
     """
