@@ -127,6 +127,12 @@ def test_merge_and_export_keep_every_logit(world, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
     torch.testing.assert_close(delora.load(base, tmp_path / "peft").eval()(**batch).logits, expected)
 
+    options = ("--rank", 2, "--dtype", "bfloat16", "--out", tmp_path / "near")
+    with pytest.warns(UserWarning, match="rank = 2, dtype = torch.bfloat16: of"):
+        code, *_ = run("export", world / "out" / "adapter", "--model", world / "model", *options)
+    assert code == 0
+    assert json.loads((tmp_path / "near" / "adapter_config.json").read_text())["r"] == 2
+
     # and from PEFT's folder, which holds no config.json of the model
     code, *_ = run("merge", tmp_path / "peft", "--model", world / "model", "--out", tmp_path / "again")
     assert code == 0

@@ -59,6 +59,7 @@ EXTRAS = {
 }
 
 Kind = Literal["lora", "delora"]
+DType = Literal["float32", "float16", "bfloat16"]
 RecipeName = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A TOML file, a shipped recipe's name, or a run's config.json.", show_default=False),
@@ -278,17 +279,26 @@ def export(
     kind: Annotated[
         Kind, typer.Option("--kind", help="lora: exact, and any program reads it. delora: PEFT's type DELORA.")
     ] = "lora",
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="The highest rank to write; higher ones are approximated, and told.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        DType | None, typer.Option(help="The dtype to write. Default: the adapter's own, float32.", show_default=False)
+    ] = None,
     method: OwnMethod = None,
 ) -> None:
     """Write an adapter in PEFT's format, which most servers read."""
     _empty(folder)
     _quiet()
+    import torch
+
     from delora.export import peft
     from delora.training.models import adapted
 
     loaded = adapted(adapter, model, _own(method))
     with _refusals():
-        peft(loaded, folder, kind=kind)
+        peft(loaded, folder, kind=kind, rank=rank, dtype=None if dtype is None else getattr(torch, dtype))
     out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}", markup=False)
 
 

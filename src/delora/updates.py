@@ -123,6 +123,21 @@ class LowRank(Update):
             to_up = torch.where((u > 0) & (d > 0), (d / u).sqrt(), one)
         return LowRank(self.up * to_up.to(self.up.dtype)[..., None, :], self.down * (1 / to_up).to(self.up.dtype)[..., None])
 
+    @torch.no_grad()
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [out, n], s [n] and V [n, in] with ``up @ down = U diag(s) V``, s falling and n <= k: in float64, on the CPU.
+
+        From the triangular factors of both, [k, k]: no [out, in] matrix is built, and terms that cancel do so before.
+
+        >>> U, s, V = LowRank(up=2 * torch.eye(3, 2), down=torch.eye(2, 5)).svd()
+        >>> s
+        tensor([2., 2.], dtype=torch.float64)
+        """
+        left, up = torch.linalg.qr(self.up.cpu().double())
+        right, down = torch.linalg.qr(self.down.cpu().double().mT)
+        U, s, V = torch.linalg.svd(up @ down.mT, full_matrices=False)
+        return left @ U, s, V @ right.mT
+
     def onto(self, y: Tensor, host: Any, dropout: float, x: Tensor) -> Tensor:
         """y + up down drop(x), for an output y of the layer."""
         # Token ids do not tell the dtype to compute in; the layer's output does.

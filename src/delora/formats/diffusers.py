@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from delora.ambient import apart
 from delora.formats.files import write_atomically
+from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
 from delora.models import adapted_layers, adapter_names, adapters, unwrapped, walk
 
@@ -37,7 +38,14 @@ Factors = tuple[Tensor, Tensor]  # down [r, in], up [out, r]; of a convolution w
 
 @apart
 @torch.no_grad()
-def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, kohya: bool = False) -> Path:
+def write(
+    model: Any,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    kohya: bool = False,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
     """Write the adapters of an image model, at their current strength, as one exact LoRA file, and return its path.
 
     ``pipe.load_lora_weights(folder)`` reads it.
@@ -55,12 +63,16 @@ def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, k
         ValueError: no part has an adapter, or one is not low-rank or not finite, or the file cannot hold a layer so that the
             programs read it. Nothing is written then.
 
+    Warns:
+        UserWarning: layers are not exact beyond rounding; ``delora.approximation`` in the header of the file has their errors.
+
     >>> import delora, tempfile
     >>> unet = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2, start="soft"), ["0"])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     delora.export.diffusers(unet, folder).name
     'pytorch_lora_weights.safetensors'
     """
+    form = Approximation(rank, dtype)
     parts, readable = _parts(model)
     known = {part: adapter_names(module) for part, module in parts.items() if adapted_layers(module)}
     if not known:
@@ -68,15 +80,18 @@ def write(model: Any, folder: str | os.PathLike[str], name: str | None = None, k
     chosen = [part for part, names in known.items() if name is None or name in names]
     if not chosen:
         raise ValueError(f"no part has an adapter named {name!r}, only: {known}")
-    layers = {part: _factors(part, parts[part], name) for part in chosen}
+    layers = {part: _factors(part, parts[part], name, form) for part in chosen}
     tensors = _kohyas_names(parts, layers) if kohya else _diffusers_names(parts, layers, readable)
+    # An alpha is one number, and exact in float32 alone.
+    tensors = {key: form.cast(tensor) if tensor.dim() else tensor for key, tensor in tensors.items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
+    form.tell(stacklevel=4)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
-    write_atomically(folder / FILE, to_bytes(data, {"format": "pt"}))
+    write_atomically(folder / FILE, to_bytes(data, {"format": "pt", **form.header()}))
     return folder / FILE
 
 
@@ -99,13 +114,13 @@ def _is_a(module: nn.Module, kind: str) -> bool:
     return any(base.__name__ == kind for base in type(unwrapped(module)).__mro__)
 
 
-def _factors(part: str, module: nn.Module, name: str | None) -> dict[str, Factors]:
+def _factors(part: str, module: nn.Module, name: str | None, form: Approximation) -> dict[str, Factors]:
     """The factors of each layer of a part."""
     chosen = {f"{part}.{layer}": placed for layer, placed in adapters(module, name).items()}
     whole = next((layer for layer, placed in chosen.items() if placed.whole), None)
     if whole is not None:
         raise ValueError(f"{whole} is trained whole, which a LoRA file cannot hold; delora.merge writes it into the weights")
-    _, tensors = as_lora(chosen)
+    _, tensors = as_lora(chosen, form=form)
     factors: dict[str, Factors] = {}
     for layer in chosen:
         if f"{layer}.lora_A.weight" not in tensors:

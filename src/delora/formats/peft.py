@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from delora.ambient import apart
 from delora.formats.bases import fingerprint
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, shown, write_atomically
+from delora.formats.nearest import Approximation
 from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
 from delora.formats.peft_config import method_of, parameters_of, texts
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
@@ -45,7 +46,12 @@ __all__ = ["CONFIG", "as_lora", "read", "write"]
 @apart
 @torch.no_grad()
 def write(
-    model: nn.Module, folder: str | os.PathLike[str], name: str | None = None, kind: Literal["lora", "delora"] = "lora"
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    kind: Literal["lora", "delora"] = "lora",
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write an adapter, at its current strength, to a folder in PEFT's format.
 
@@ -58,9 +64,15 @@ def write(
         kind: "lora" writes the exact factors of any low-rank change as a LoRA, each layer with its own rank, and modules
             trained whole as ``modules_to_save``. "delora" writes a ``DeLoRA(start="zero", norm="columns")`` on linear
             layers as PEFT's DELORA, whose training can be continued with PEFT.
+        rank: the highest rank to write, with kind="lora": a change of a higher one is written as the nearest of this rank,
+            which is told. None writes each exactly. A DeLoRA that starts by "subtract" or "copy" has rank 2r.
+        dtype: the dtype of all numbers in the file, with kind="lora": float32, float16 or bfloat16; None for the adapter's own.
 
     Raises:
         ValueError: the change is not low-rank, or PEFT cannot read it right; nothing is written then.
+
+    Warns:
+        UserWarning: layers are not exact beyond rounding; ``delora.approximation`` in the header of the file has their errors.
 
     >>> import delora, tempfile
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
@@ -70,6 +82,9 @@ def write(
     """
     if kind not in ("lora", "delora"):
         raise ValueError(f"kind = {kind!r}: must be 'lora' or 'delora'")
+    if kind == "delora" and (rank, dtype) != (None, None):
+        raise ValueError("kind='delora' writes the trained tensors as they are: rank and dtype are for kind='lora'")
+    form = Approximation(rank, dtype)
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
     weights = {layer: a for layer, a in chosen.items() if not a.whole}
@@ -85,7 +100,7 @@ def write(
                 f"{len(moved)} of {len(weights)} layers), where nothing is: leave these layers out, or use delora.merge"
             )
         parameters = [layer for layer in weights if layer.rpartition(".")[2] in experts(root)]
-        config, tensors = as_lora(weights, parameters)
+        config, tensors = as_lora(weights, parameters, form)
     else:
         parameters = []
         config, tensors = _as_delora(weights)
@@ -100,6 +115,7 @@ def write(
         tensors |= {f"{layer}.{key}": t for key, t in copy.at_strength().items()}
     for layer, module in _also_taken(root, weights, whole).items():
         tensors |= {f"{layer}.{key}": t for key, t in module.state_dict().items()}
+    tensors = {key: form.cast(t) for key, t in tensors.items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
@@ -120,7 +136,9 @@ def write(
     }
     if parameters:
         config["target_parameters"] = [f"{layer}.weight" for layer in parameters]
-    data = to_bytes({PREFIX + key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, {"format": "pt"})
+    form.tell(stacklevel=4)
+    header = {"format": "pt", **form.header()}
+    data = to_bytes({PREFIX + key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, header)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSORS, data)
@@ -128,10 +146,12 @@ def write(
     return folder
 
 
-def as_lora(layers: dict[str, Placed], parameters: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def as_lora(
+    layers: dict[str, Placed], parameters: Collection[str] = (), form: Approximation | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's configuration of type LORA and the tensors by name, for low-rank adapters by layer.
 
-    ``parameters``: the layers that PEFT is told of by the name of their weight.
+    ``parameters``: the layers that PEFT is told of by the name of their weight. ``form``: of which rank they are, if not exact.
 
     >>> from delora.layer import attach
     >>> from delora.methods import LoRA
@@ -151,6 +171,7 @@ def as_lora(layers: dict[str, Placed], parameters: Collection[str] = ()) -> tupl
         if factors is None:
             way_out = "; delora.merge writes it into the weights" if adapter.mergeable() else ""
             raise ValueError(f"{layer}: {adapter.method} is not a low-rank change{way_out}")
+        factors = factors if form is None else form.of(layer, factors)
         ranks[f"{layer}.weight" if layer in parameters else layer] = len(factors.down)
         host, up, down = adapter.host, factors.up, factors.down
         if isinstance(host, Embedding):
