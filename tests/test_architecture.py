@@ -20,7 +20,7 @@ LEVELS = [
     {"errors", "version", "torch_private", "ambient", "updates", "lowrank"},
     {"methods", "hosts"},
     {"reading", "together", "layer", "parts"},
-    {"models", "ties", "targets", "injection", "optimizing"},
+    {"models", "ties", "targets", "injection", "optimizing", "quantisers"},
     {"merging", "routing", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "training", "evaluation"},
     {"tasks"},

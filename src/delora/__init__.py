@@ -7,7 +7,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
 ``layer`` ``parts`` ``together`` ``reading``            `Adapted`: a frozen layer with named adapters, and who reads its weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
-``optimizing``                                          what trains, at which rate
+``optimizing`` ``quantisers``                           what trains, at which rate; what a model says of its quantised layers
 ``merging`` ``routing``                                 into the weights; a different adapter for each row of a batch
 ``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from delora.ambient import apart
-from delora.hosts import Slot, slots
+from delora.hosts import Slot, quantised_layers, slots
 from delora.layer import Adapted, Adapter, Copy, attach
 from delora.methods import Full, Method
 from delora.methods.base import has_dropout, is_number
@@ -165,6 +165,8 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
     """
     modules = dict(walk(model))
     whole = _by_module(places(model), built)
+    for look in quantised_layers(model):  # also those without an adapter: gradients pass through them
+        look.settle()
     if "_delora" not in model.__dict__:
         model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad], ties=declared(model))
     model.__dict__["_delora"].left_out = left_out

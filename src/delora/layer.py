@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from delora.hosts import Host, Slice, Slot, any_host, host
+from delora.hosts import Host, Quantised, Slice, Slot, any_host, host, quantised_host
 from delora.hosts.base import ELSEWHERE
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
@@ -154,7 +154,7 @@ class Adapter(Kept):
         def compute() -> Tensor:
             update = Placed(self, layer).update()
             if name == host.weight_name:
-                return host.as_weight(update.merge(host.weight())).to(value.dtype)
+                return host.as_weight(update.merge(host.weight())).to(host.dtype)  # a quantised layer's value holds codes
             new = update.bias(host.bias())
             return value if new is None else new.to(value.dtype)
 
@@ -323,8 +323,8 @@ class Placed:
             return {name: t for name, t in self.adapter.at_strength(self.base).items() if name in kept}
 
     @torch.no_grad()
-    def changed(self) -> dict[str, Tensor]:
-        """The layer's tensors with the change in them, by name; only those that change.
+    def changed(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The layer's tensors with the change in them, by name; only those that change. ``dtype``: of a quantised layer's.
 
         Raises:
             ValueError: no weight of the layer can express the change.
@@ -334,7 +334,8 @@ class Placed:
         if self.strength == 0:
             return {}
         if not self.whole:
-            return dict(self.host.changed(self.update()))
+            host = self.host
+            return dict(host.changed(self.update(), dtype) if isinstance(host, Quantised) else host.changed(self.update()))
         base = _tensors(self.base)
         if on_meta(self.base):
             raise ValueError(f"a weight of it {ELSEWHERE}")
@@ -375,6 +376,9 @@ def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0,
     if isinstance(method, Full):
         if isinstance(layer, Slot):
             raise TypeError("a matrix in a parameter cannot be trained whole: name its module")
+        for part in layer.modules():
+            if (codes := quantised_host(part)) is not None:
+                raise ValueError(f"a {codes.kind} layer cannot be trained whole: codes take no gradient; give it an adapter")
         return Copy(layer)
     made = Adapter(method, look(method, layer), dropout, blank)
     if isinstance(layer, Slot) and edits_output(method):
@@ -409,6 +413,7 @@ class Adapted(nn.Module):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.active: str | None = None
+        self.fed: torch.dtype | None = None  # the dtype of what it was given when it ran first
         self.ran = False  # whether it has run, or its weight was read, since its adapter was made active
         self._blank = False  # moved here from the meta device: the adapters' memory is not initialised
         self._arrived = (False, False)  # whether the state dict being loaded holds the base, the adapters
@@ -427,6 +432,8 @@ class Adapted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not traced() and not self.ran:
             self.ran = True
+            floats = (t.dtype for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+            self.fed = next(floats, None)
         if self._blank:
             self.refresh()
         if self.route is not None:

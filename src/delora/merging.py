@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from delora.ambient import apart, put_aside
+from delora.hosts import Quantised
 from delora.injection import check_name, install, put_back, refuse_parallel, swap
 from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.methods import LoRA
 from delora.methods.base import is_number
 from delora.models import active_adapter, adapted_layers, adapters, refuse_inside, states, unwrapped
+from delora.quantisers import account
 from delora.ties import owners, untie
 from delora.together import watched
 from delora.updates import wide
@@ -22,7 +24,7 @@ from delora.updates import wide
 __all__ = ["blend", "merge", "merged"]
 
 
-def _changes(model: nn.Module, unused: bool) -> dict[str, tuple[Adapted, dict[str, Tensor]]]:
+def _changes(model: nn.Module, unused: bool, requantise: bool) -> dict[str, tuple[Adapted, dict[str, Tensor]]]:
     """The new, finite tensors of every adapted layer; nothing in the model is changed."""
     active_adapter(model)
     changes = {}
@@ -38,7 +40,8 @@ def _changes(model: nn.Module, unused: bool) -> dict[str, tuple[Adapted, dict[st
         if layer._blank:
             layer.refresh()
         try:
-            new = {} if layer.adapter is None else layer.adapter.changed()
+            dtype = torch.float32 if requantise else layer.fed
+            new = {} if layer.adapter is None else layer.adapter.changed(dtype)
         except ValueError as error:
             raise ValueError(f"cannot merge {name!r}: {error}") from error
         bad = [key for key, t in new.items() if t.is_floating_point() and not _finite(t)]
@@ -47,6 +50,26 @@ def _changes(model: nn.Module, unused: bool) -> dict[str, tuple[Adapted, dict[st
         changes[name] = layer, new
     _keep_ties(unwrapped(model), changes)
     return changes
+
+
+def _replaced(layer: Adapted, new: dict[str, Any], requantise: bool) -> nn.Module:
+    """The plain layer: the very one, to be given its new tensors; of a quantised one with a new weight, a new one."""
+    look = None if layer.adapter is None or layer.adapter.whole else layer.adapter.host
+    return look.replaced(new, requantise) if isinstance(look, Quantised) and "weight" in new else layer.base
+
+
+def _plain(
+    changes: Mapping[str, tuple[Adapted, dict[str, Tensor]]], requantise: bool
+) -> dict[str, tuple[Adapted, nn.Module, dict[str, Tensor]]]:
+    """Every adapted layer with the plain one that takes its place, and the tensors to be put into that."""
+    plain = {}
+    for name, (layer, new) in changes.items():
+        try:
+            module = _replaced(layer, new, requantise)
+        except ValueError as error:
+            raise ValueError(f"cannot merge {name!r}: {error}") from error
+        plain[name] = layer, module, new if module is layer.base else {}
+    return plain
 
 
 def _keep_ties(model: nn.Module, changes: dict[str, tuple[Adapted, dict[str, Tensor]]]) -> None:
@@ -91,7 +114,7 @@ def _untied(configs: list[tuple[Any, bool]], again: bool) -> Iterator[None]:
 
 
 @apart
-def merge(model: nn.Module, *, unused: bool = False) -> nn.Module:
+def merge(model: nn.Module, *, unused: bool = False, requantise: bool = False) -> nn.Module:
     """Replace W by W', computed in float32 or wider, in plain layers of the original types. Returns the changed model.
 
     The active adapter is merged at its current strength; other adapters are dropped. The layers are the very ones that were
@@ -99,13 +122,16 @@ def merge(model: nn.Module, *, unused: bool = False) -> nn.Module:
     one, and was not adapted itself, keeps the old weight: the two are untied, and a transformers ``config.tie_word_embeddings``
     becomes False, so that a saved checkpoint loads as the same model.
 
+    A quantised layer becomes a dense ``nn.Linear``, in the dtype of what it was given when it ran first, or that it was
+    quantised from; with ``requantise`` it is quantised anew by its own scheme, which rounds the change as coarsely as W.
+
     Args:
         unused: merge also adapters of layers that were seen not to run.
+        requantise: quantise the layers that are quantised anew, instead of making them dense.
 
     Raises:
         ValueError: no weight can express the change, a new weight is not finite, the model would tie the weights again when it
-        is
-            loaded, or a layer was seen not to run; nothing is changed then.
+            is loaded, a layer was seen not to run, or cannot be quantised anew; nothing is changed then.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.ETHER(), ["0"])
@@ -115,21 +141,23 @@ def merge(model: nn.Module, *, unused: bool = False) -> nn.Module:
     """
     refuse_inside(model, "merge")
     root = unwrapped(model)
-    changes = _changes(model, unused)
+    changes = _changes(model, unused, requantise)
     configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
+    plain = _plain(changes, requantise)
     with _untied(configs, again=False):
-        for layer, new in changes.values():
-            _put(layer.base, new)
-        put_back(model, {layer: layer.base for layer, _ in changes.values()})
+        for _, module, new in plain.values():
+            _put(module, new)
+        put_back(model, {layer: module for layer, module, _ in plain.values()})
+        account(root)
     return model
 
 
 @contextmanager
-def merged(model: nn.Module, *, unused: bool = False) -> Iterator[nn.Module]:
+def merged(model: nn.Module, *, unused: bool = False, requantise: bool = False) -> Iterator[nn.Module]:
     """A context in which the change is in the model's weights, in plain layers; afterwards it is as before, bit for bit.
 
-    ``with merged(model): model.save_pretrained(path)`` writes a plain checkpoint and keeps the adapter. ``unused`` and the
-    errors are those of `merge`.
+    ``with merged(model): model.save_pretrained(path)`` writes a plain checkpoint and keeps the adapter. ``unused``,
+    ``requantise`` and the errors are those of `merge`.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
@@ -140,19 +168,24 @@ def merged(model: nn.Module, *, unused: bool = False) -> Iterator[nn.Module]:
     refuse_inside(model, "merged")
     root = unwrapped(model)
     with put_aside():
-        changes = _changes(model, unused)
+        changes = _changes(model, unused, requantise)
         configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
+        plain = _plain(changes, requantise)
     opened = states(model)
+    restore: Callable[[], None] | None = None
     old: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     with _untied(configs, again=True):
         try:
             for state in opened:
                 state.contexts.append("merged")
-            old += [(layer.base, _put(layer.base, new)) for layer, new in changes.values()]
-            swap(root, {layer: layer.base for layer, _ in changes.values()})
+            old += [(module, _put(module, new)) for _, module, new in plain.values()]
+            swap(root, {layer: module for layer, module, _ in plain.values()})
+            restore = account(root)
             yield model
         finally:
-            swap(root, {layer.base: layer for layer, _ in changes.values()})
+            swap(root, {module: layer for layer, module, _ in plain.values()})
+            if restore is not None:
+                restore()
             for base, tensors in old:
                 _put(base, tensors)
             for state in opened:

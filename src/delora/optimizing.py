@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from delora.hosts import quantised_layers
 from delora.layer import Adapter, Copy
 from delora.methods.base import is_number
 from delora.models import adapted_layers, adapters, states
@@ -67,7 +68,8 @@ def param_groups(
 
 @dataclass(frozen=True)
 class Summary:
-    """How much of a model trains. ``share`` is trainable / base.
+    """How much of a model trains. ``share`` is trainable / base. ``quantised`` says of each kind of quantised layer how many
+    there are, how many weights they stand for, and how many bytes they take with scales and biases.
 
     >>> Summary(rows=(("LoRA(r=8)", 2, 30),), other=0, base=1000).share
     0.03
@@ -77,6 +79,7 @@ class Summary:
     other: int  # trainable parameters outside the adapters
     base: int
     left_out: str = ""  # what targets="all-linear" could not adapt, by kind
+    quantised: tuple[tuple[str, int, int, int], ...] = ()  # kind, layers, weights, bytes
 
     @property
     def trainable(self) -> int:
@@ -92,6 +95,9 @@ class Summary:
         if self.other:
             lines.append(f"{'outside the adapters':<{width}}  {'':>12}  {self.other:>13,} trainable")
         lines.append(f"{self.trainable:,} of the base model's {self.base:,} parameters: {self.share:.3%}")
+        for kind, layers, count, size in self.quantised:
+            each = 8 * size / count
+            lines.append(f"{kind}: {layers} layers, {count:,} of these parameters in {size:,} bytes ({each:.2f} bits each)")
         lines += [self.left_out] if self.left_out else []
         return "\n".join(lines)
 
@@ -113,4 +119,10 @@ def summary(model: nn.Module) -> Summary:
     rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
     rest = [p for p in model.parameters() if id(p) not in in_adapters]
     trainable, total = sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest)
-    return Summary(rows, trainable, total, "\n".join(state.left_out for state in states(model) if state.left_out))
+    kinds: dict[str, tuple[int, int, int]] = {}
+    for look in quantised_layers(model):
+        total += look.weights() - look.counted()
+        n, count, size = kinds.get(look.kind, (0, 0, 0))
+        kinds[look.kind] = n + 1, count + look.weights(), size + look.bytes()
+    left_out = "\n".join(state.left_out for state in states(model) if state.left_out)
+    return Summary(rows, trainable, total, left_out, tuple((kind, *numbers) for kind, numbers in kinds.items()))

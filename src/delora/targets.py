@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from delora.hosts import Slot, host, host_type, slots
+from delora.hosts import Slot, codes_of, host, host_type, quantised_host, quantised_layers, slots
 from delora.layer import Adapted, look
 from delora.methods import Full, Method
 from delora.methods.base import checked_replace, edits_output
@@ -88,6 +88,8 @@ def _all_linear(
                     chosen.add(f"{name}.{key}")
                 else:
                     left_out[f"{name}.{key}"] = limit
+        elif kind is None and (codes := codes_of(base)) is not None:
+            left_out[name] = f"a {type(base).__name__} keeps {codes}: quantised in a way that is not known here"
         elif own and not isinstance(base, (nn.Embedding, nn.EmbeddingBag)):
             why = f"a {type(base).__name__} is no linear layer" if kind else f"a {type(base).__name__} keeps its weights itself"
             left_out[name] = why
@@ -139,6 +141,8 @@ def fresh_heads(model: nn.Module, trained: Iterable[str]) -> list[str]:
     for name, module in walk(model):
         if id(module) in body or id(module) in embeddings or type(module) is not nn.Linear or module.weight.is_meta:
             continue
+        if quantised_host(module) is not None:
+            continue
         if not body and id(module) not in _heads(model):
             continue
         bare = module.bias is not None and not module.bias.any()
@@ -170,6 +174,7 @@ def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
     found: dict[str, Any] = {**model._parameters, **places(model)}
     owned = {name: _owned(found[name]) for name in left_out}
     total = sum(p.numel() for p in model.parameters())
+    total += sum(each.weights() - each.counted() for each in quantised_layers(model))
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, why in left_out.items():
         kind = f"{found[name].key} of a {type(found[name].owner).__name__}" if isinstance(found[name], Slot) else owned[name]
@@ -179,6 +184,7 @@ def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
         parts = [owned[n] for n in names]
         tensors = [p for part in parts for p in (part._parameters.values() if isinstance(part, nn.Module) else [part])]
         count = sum(p.numel() for p in tensors if p is not None)
+        count += sum(q.weights() - q.counted() for p in parts if isinstance(p, nn.Module) and (q := quantised_host(p)))
         lines.append(f"{len(names)} {kind} ({count / total:.1%} of the weights; {why}), such as {names[0]!r}")
     return 'targets="all-linear" left out: ' + "; ".join(lines)
 

@@ -324,7 +324,7 @@ class TwoSided(Update):
         if self.right is None:
             y = host.layer(x)
         elif host.linear:
-            y = host.layer(self.right.apply(x))
+            y = host.layer(self.right.apply(x).to(x.dtype))  # autocast may have made it narrower
         else:
             return host.run(x, self.merge(host.weight()))
         return y if self.left is None else host.mixed(y, self.left.apply)

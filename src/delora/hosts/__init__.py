@@ -9,6 +9,7 @@
 ``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``embedding``         ``nn.Embedding``
 ``packed``            matrices that a module keeps as parameters of its own: ``nn.MultiheadAttention``
+``quantised``         linear layers of bitsandbytes, torchao, quanto, HQQ, GPTQ and AWQ
 ====================  ==================================================================================
 """
 
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from delora.hosts.base import BY_NAME, Host, MatrixHost, Norm, any_host, host, host_type
+from delora.hosts.base import BY_NAME, Host, MatrixHost, Norm, any_host, codes_of, host, host_class, host_type
 from delora.hosts.convolution import Conv1d, Conv2d, Conv3d, Convolution
 from delora.hosts.embedding import Embedding
 from delora.hosts.linear import Conv1D, Linear
 from delora.hosts.packed import Layout, Parameters, Slice, Slot, parameters, slots
+from delora.hosts.quantised import Quantised, quantised_host, quantised_layers
 
 __all__ = [
     "Conv1D",
@@ -35,12 +37,17 @@ __all__ = [
     "MatrixHost",
     "Norm",
     "Parameters",
+    "Quantised",
     "Slice",
     "Slot",
     "any_host",
+    "codes_of",
     "host",
+    "host_class",
     "host_type",
     "parameters",
+    "quantised_host",
+    "quantised_layers",
     "slots",
 ]
 

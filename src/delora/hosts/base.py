@@ -12,7 +12,21 @@ from torch import Tensor, nn
 from delora.torch_private import is_view
 from delora.updates import PerRow, Update, wide
 
-__all__ = ["BY_NAME", "ELSEWHERE", "Host", "Hosts", "MatrixHost", "Norm", "any_host", "host", "host_type", "is_bare"]
+__all__ = [
+    "BY_NAME",
+    "BY_WEIGHT",
+    "ELSEWHERE",
+    "Host",
+    "Hosts",
+    "MatrixHost",
+    "Norm",
+    "any_host",
+    "codes_of",
+    "host",
+    "host_class",
+    "host_type",
+    "is_bare",
+]
 
 
 ELSEWHERE = "is kept elsewhere by a hook (offloading), or was never loaded: keep the adapter beside it"
@@ -252,8 +266,8 @@ class MatrixHost(Host):
         super().check()
         kind: Any = type(self.layer)
         known: Any = next(base for base in kind.__mro__ if base in host.registry)
-        if not self.dtype.is_floating_point:
-            raise TypeError(f"cannot adapt a {kind.__name__} whose weight is {self.dtype}: it seems to be quantised")
+        if not self.dtype.is_floating_point or self.dtype.itemsize == 1:
+            raise TypeError(f"cannot adapt a {kind.__name__}: its weight is {self.dtype}, {_seems_quantised(kind)}")
         # A subclass that computes something else would be adapted wrongly, without an error.
         if kind.forward is not known.forward and not self.is_product():
             raise TypeError(
@@ -296,6 +310,17 @@ class MatrixHost(Host):
 
 # Hosts by full class name, for libraries that may not be loaded; each is registered when its first layer is looked up.
 BY_NAME: dict[str, type[MatrixHost]] = {}
+# Hosts of layers that keep their type and have a weight of another kind, by the full name of a class of that weight.
+BY_WEIGHT: dict[str, type[MatrixHost]] = {}
+
+
+def _seems_quantised(kind: type) -> str:
+    """What to say of a layer that seems to be quantised in a way that no host knows."""
+    return (
+        "so it seems to be quantised in a way that is not known here; a host of your own needs two functions, "
+        "rows(start, stop) and requantised(W, b): derive it from delora.hosts.Quantised and register it with "
+        f"delora.host.register({kind.__name__}, YourHost), as examples/own_quantised.py does"
+    )
 
 
 class Hosts:
@@ -325,8 +350,10 @@ class Hosts:
         self.registry[kind] = make
 
     def __call__(self, layer: nn.Module) -> MatrixHost:
-        make = host_type(type(layer))
+        make = host_class(layer)
         if make is None:
+            if (codes := codes_of(layer)) is not None:
+                raise TypeError(f"cannot adapt a {type(layer).__name__}: it keeps {codes}, {_seems_quantised(type(layer))}")
             names = {kind.__name__ for kind in self.registry} | {n.rpartition(".")[2] for n in BY_NAME}
             raise TypeError(f"cannot adapt a {type(layer).__name__}: known layers are {', '.join(sorted(names))}")
         made = make(layer)
@@ -346,12 +373,43 @@ def any_host(layer: nn.Module) -> Host:
     >>> type(any_host(nn.Linear(2, 3))).__name__, type(any_host(nn.Sequential(nn.Linear(2, 3)))).__name__
     ('Linear', 'Host')
     """
-    if host_type(type(layer)) is not None:
+    if host_class(layer) is not None:
         return host(layer)
     if not any(p.is_floating_point() for p in layer.parameters()):
         raise TypeError(f"cannot adapt a {type(layer).__name__}: it has no parameter that tells its number of output channels")
     is_norm = type(layer) is nn.LayerNorm and layer.elementwise_affine and len(layer.normalized_shape) == 1
     return Norm(layer) if is_norm else Host(layer)
+
+
+def host_class(layer: nn.Module) -> type[MatrixHost] | None:
+    """The host's class for a layer, by the kind of its weight or else by its own type, or None if both are unknown.
+
+    >>> host_class(nn.Linear(2, 2)).__name__, host_class(nn.ReLU())
+    ('Linear', None)
+    """
+    weight = layer._parameters.get("weight")
+    if type(weight) not in (nn.Parameter, type(None)):
+        for base in type(weight).__mro__:
+            if (known := BY_WEIGHT.get(f"{base.__module__}.{base.__qualname__}")) is not None:
+                return known
+    return host_type(type(layer))
+
+
+def codes_of(layer: nn.Module) -> str | None:
+    """The first matrix of codes (numbers that no layer computes with) that a layer keeps itself, in words, or None.
+
+    >>> layer = nn.Module()
+    >>> layer.register_buffer("qweight", torch.zeros(2, 2, dtype=torch.uint8))
+    >>> codes_of(layer)
+    'qweight in torch.uint8'
+    """
+    kept = layer._parameters | {k: t for k, t in layer._buffers.items() if k not in layer._non_persistent_buffers_set}
+    for name, t in kept.items():
+        if t is None or t.ndim < 2:
+            continue
+        if not (t.is_floating_point() and t.element_size() > 1) and t.dtype not in (torch.bool, torch.int64):
+            return f"{name} in {t.dtype}"
+    return None
 
 
 def host_type(kind: type) -> type[MatrixHost] | None:
