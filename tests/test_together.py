@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import delora
 from delora import DeLoRA, LoRA
 from delora.models import adapters
-from delora.together import _build, _current, built, unwatch
+from delora.together import _build, _current, built, unwatch, watched
 from delora.updates import LowRank
 from tests.cases import NORMS, STARTS, shake
 from tests.processes import in_two_processes
@@ -166,6 +166,48 @@ def test_checkpointing_changes_nothing(start, reentrant, x):
         torch.testing.assert_close(again, y)
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], msg=name)
+
+
+@dataclass(frozen=True)
+class Counted(DeLoRA):
+    """Counts how often updates are built, of how many layers at once."""
+
+    built: ClassVar[list[int]] = []
+
+    def update(self, W, p):
+        self.built.append(len(p["A"]) if p["A"].ndim == 3 else 1)
+        return super().update(W, p)
+
+
+def test_in_both_runs_of_a_checkpoint_all_updates_are_built_together(x):
+    model = chain(Counted(r=2))
+    x.requires_grad_()
+    model.rerun = False  # every layer is checkpointed, without reentrance
+    Counted.built.clear()
+    y, again = gradients(model, model, x)
+    depth = len(model.layers)
+    assert [n for n in Counted.built if n > 1] == [depth] * 3  # forward, second run, gradients through the first
+    assert Counted.built.count(1) == 1  # the last layer has a shape of its own
+    model.rerun = None
+    plain, expected = gradients(model, model, x)
+    assert torch.equal(y, plain)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    assert watched(model).again(model.layers[0].adapters["default"]) is not None  # what is left of the others is not copied
+    assert torch.equal(copy.deepcopy(model)(x), y)
+
+
+def test_a_checkpointed_layer_may_be_called_twice_or_outside_of_its_model(x):
+    model = chain(DeLoRA(r=2))
+    first, layer = model.layers[0], model.layers[0].__call__
+    inner = {"twice": lambda x: first(first(x)), "once": layer}
+    for run in inner.values():
+        found = [
+            gradients(model, lambda x, run=run, ck=ck: ck(run, x), x.clone().requires_grad_())
+            for ck in (lambda run, x: run(x), lambda run, x: checkpoint(run, x, use_reentrant=False))
+        ]
+        torch.testing.assert_close(found[0][0], found[1][0])
+        for name in found[0][1]:
+            torch.testing.assert_close(found[0][1][name], found[1][1][name])
 
 
 def test_a_layer_that_took_no_part_has_no_gradient(x):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import delora
 from delora import DeLoRA, torch_private
@@ -32,6 +33,11 @@ def hide_transforms(monkeypatch):
 
 def hide_saved_tensors_hooks(monkeypatch):
     private = Without(torch._C, "", _autograd=Without(torch._C._autograd, "_top_saved_tensors_default_hooks"))
+    monkeypatch.setattr(torch_private, "torch", Without(torch, "", _C=private))
+
+
+def hide_dispatch_stack(monkeypatch):
+    private = Without(torch._C, "_len_torch_dispatch_stack")
     monkeypatch.setattr(torch_private, "torch", Without(torch, "", _C=private))
 
 
@@ -73,6 +79,7 @@ def hide_wrapper_subclass(monkeypatch):
 
 # By the function that uses the name.
 HIDERS = {
+    "checkpoint_part": hide_dispatch_stack,
     "transforms_active": hide_transforms,
     "saved_tensors_hooks": hide_saved_tensors_hooks,
     "conv": hide_conv_forward,
@@ -101,6 +108,10 @@ def everything() -> list[torch.Tensor]:
     y.sum().backward()
     results += [y, *(p.grad for p in net.parameters() if p.grad is not None)]
     delora.eject(net)
+    parts = shake(delora.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), DeLoRA(r=2), ["0", "1"]))
+    parts.register_forward_pre_hook(lambda part, args: (checkpoint(part[0], *args, use_reentrant=False),))
+    parts(torch.ones(2, 4, requires_grad=True)).sum().backward()
+    results += [p.grad for p in parts.parameters() if p.grad is not None]
     return [*results, net(ids())]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -17,7 +17,7 @@ from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
 from delora.methods.full import Full
 from delora.reading import ReadWeight, reading
-from delora.together import built
+from delora.together import built, unsaved
 from delora.updates import LowRank, Update, wide
 
 __all__ = ["Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "look", "on_meta"]
@@ -131,7 +131,9 @@ class Adapter(Kept):
         p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
         # Not converted to float32: an update computes a few products with W, which need no copy of it.
         W = host.read() if reads_weight(self.method) else None
-        with without_autocast(next(iter(p.values()))):
+        # The update of a method that stacks may come from one of two places in each run of a checkpoint.
+        free = getattr(self.method, "stacks", False) and not traced()
+        with without_autocast(next(iter(p.values()))), unsaved() if free else nullcontext():
             return self.method.update(W, p)
 
     def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:

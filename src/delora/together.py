@@ -1,15 +1,20 @@
 """Builds all updates of one shape once per forward of a model, so that many small operations become few.
 
 Such an update serves the first call of its layer within that forward, if the layer's tensors have not changed since. In all
-other cases (a second call, a layer called outside the model, recomputation in a checkpoint, sharded or compiled tensors) the
-layer builds its update itself. Nothing is kept from one forward to the next, so an optimizer step, a load or a change by
-hand in between always takes effect.
+other cases (a second call, a layer called outside the model, sharded or compiled tensors) the layer builds its update itself.
+Nothing is kept from one forward to the next, so an optimizer step, a load or a change by hand in between always takes effect.
+
+A part of the model that is checkpointed runs twice, and has to save the same number of tensors in both runs: there, building an
+update saves none that count (`unsaved`). In the second run, which is part of the backward, the updates of all layers are again
+built together; gradients go through those of the first run.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +24,12 @@ from torch import Tensor, nn
 
 from delora.lowrank import traced, without_autocast
 from delora.reading import Reading, readers
-from delora.torch_private import is_compiled, saved_tensors_hooks, unhook, versions
+from delora.torch_private import checkpoint_part, is_compiled, saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
-__all__ = ["Together", "built", "stacked", "unwatch", "watch", "watched"]
+__all__ = ["Together", "built", "stacked", "unsaved", "unwatch", "watch", "watched"]
+
+_Updates = dict[Any, tuple[list[int], LowRank]]  # by adapter, with the versions of its tensors
 
 
 @dataclass
@@ -31,14 +38,14 @@ class _Forward:
 
     model: Together
     outer: _Forward | None
-    updates: dict[Any, tuple[list[int], LowRank]] = field(default_factory=dict)  # by adapter, with the versions of its tensors
-    # A checkpointed part is computed twice, with the same saved tensors: since the second run builds its own updates, so does
-    # the first.
+    updates: _Updates = field(default_factory=dict)
     saving: object = field(default_factory=saved_tensors_hooks)
     grad: bool = field(default_factory=torch.is_grad_enabled)
 
 
 _current: ContextVar[_Forward | None] = ContextVar("delora_forward", default=None)  # one per thread
+# Of an adapter that ran in a checkpoint: the hooks of the model, which build the updates of the second run.
+_checkpointed: weakref.WeakKeyDictionary[Any, weakref.ref[Together]] = weakref.WeakKeyDictionary()
 
 
 class Together:
@@ -60,15 +67,18 @@ class Together:
     def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         self.model, self.layers = model, dict(layers)
         self.finished = False  # whether a whole forward has run since the adapter was made active
+        self.recomputed: _Updates = {}  # for what is left of a second run
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"recomputed": {}}  # which is part of a graph, and could not be copied
 
     def before(self, model: nn.Module, args: Any) -> None:
         if not traced():
             forward = _Forward(self, _current.get())
             _current.set(forward)
+            self.recomputed = {}
             # A replica of the model (nn.DataParallel) has layers of its own, which build their updates themselves.
-            layers = self.layers.values() if model is self.model else ()
-            active = (layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank)
-            forward.updates = _build(part for adapter in active for _, part, _ in adapter.each("", None))
+            forward.updates = self._updates() if model is self.model else {}
 
     def after(self, model: nn.Module, args: Any, output: Any) -> None:
         if not traced():
@@ -78,6 +88,16 @@ class Together:
             if model is self.model and output is not None and not self.finished:
                 self.finished = True
                 self._tell()
+
+    def _updates(self) -> _Updates:
+        layers = self.layers.values()
+        active = (layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank)
+        return _build(part for adapter in active for _, part, _ in adapter.each("", None))
+
+    def again(self, adapter: Any) -> tuple[list[int], LowRank] | None:
+        """The update for the second run of a checkpointed layer."""
+        self.recomputed = self.recomputed or self._updates()
+        return self.recomputed.pop(adapter, None)
 
     def _tell(self) -> None:
         layers = set(self.layers.values())
@@ -145,10 +165,15 @@ def built(adapter: Any) -> LowRank | None:
     >>> built(attach(LoRA(r=2), nn.Linear(4, 4))) is None  # no model is running
     True
     """
-    forward = _current.get()
-    if forward is None or (torch.is_grad_enabled() and not forward.grad) or saved_tensors_hooks() != forward.saving:
-        return None
-    entry = forward.updates.pop(adapter, None)
+    forward, part, entry = _current.get(), checkpoint_part(), None
+    if forward is not None:
+        if (torch.is_grad_enabled() and not forward.grad) or (part is None and saved_tensors_hooks() != forward.saving):
+            return None
+        entry = forward.updates.pop(adapter, None)
+        if part == "forward" and entry is not None:
+            _checkpointed[adapter] = weakref.ref(forward.model)
+    elif part == "recomputation" and (together := _checkpointed.get(adapter, lambda: None)()) is not None:
+        entry = together.again(adapter)
     return entry[1] if entry and entry[0] == versions(adapter.tensors().values()) else None
 
 
@@ -171,7 +196,26 @@ def stacked(adapters: Iterable[Any]) -> dict[Any, LowRank]:
     return ready | {adapter: update for adapter, (_, update) in _build(rest).items()}
 
 
-def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
+def unsaved() -> AbstractContextManager[Any]:
+    """A context in which nothing is counted as saved in a checkpoint: each of its two runs may compute there in its own way.
+
+    >>> from torch.utils.checkpoint import checkpoint
+    >>> x, runs = torch.ones(2, requires_grad=True), [1, 2]
+    >>> def run(x):
+    ...     with unsaved():
+    ...         for _ in range(runs.pop()):
+    ...             factor = x.square()
+    ...     return factor * x
+    >>> checkpoint(run, x, use_reentrant=False).sum().backward()
+    >>> x.grad
+    tensor([3., 3.])
+    """
+    if checkpoint_part() is None:
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
+def _build(adapters: Iterable[Any]) -> _Updates:
     groups: dict[tuple[Any, object], list[tuple[Any, dict[str, Tensor]]]] = {}
     for adapter in adapters:
         if adapter is None or not getattr(adapter.method, "stacks", False):
@@ -185,7 +229,8 @@ def _build(adapters: Iterable[Any]) -> dict[Any, tuple[list[int], LowRank]]:
     by_adapter = {}
     for (method, _), members in groups.items():
         if len(members) > 1:
-            updates = _updates(method, [tensors for _, tensors in members])
+            with unsaved():
+                updates = _updates(method, [tensors for _, tensors in members])
             for (adapter, tensors), update in zip(members, updates, strict=True):
                 by_adapter[adapter] = versions(tensors.values()), update
     return by_adapter

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "checkpoint_part",
     "conv",
     "is_compiled",
     "is_view",
@@ -46,6 +47,26 @@ def saved_tensors_hooks() -> object:
     """
     ask = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # since torch 2.8
     return object() if ask is None else ask(False)
+
+
+def checkpoint_part() -> str | None:
+    """Within non-reentrant activation checkpointing "forward" or "recomputation", by the names of torch's hooks; else None.
+
+    None also where a dispatch mode is active, as selective checkpointing sets one, and as fallback.
+
+    >>> from torch.utils.checkpoint import checkpoint
+    >>> x = torch.ones(2, requires_grad=True)
+    >>> y = checkpoint(lambda x: print(checkpoint_part()) or x.square(), x, use_reentrant=False)
+    forward
+    >>> y.sum().backward()
+    recomputation
+    """
+    hooks, modes = saved_tensors_hooks(), getattr(torch._C, "_len_torch_dispatch_stack", None)
+    pack = hooks[0] if isinstance(hooks, tuple) else None
+    if pack is None or modes is None or modes() or getattr(pack, "__module__", "") != "torch.utils.checkpoint":
+        return None
+    parts = {"_checkpoint_hook": "forward", "_recomputation_hook": "recomputation"}
+    return parts.get(pack.__qualname__.partition(".")[0])
 
 
 def versions(tensors: Any) -> list[Any]:
