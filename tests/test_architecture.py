@@ -22,7 +22,7 @@ LEVELS = [
     {"reading", "together", "layer", "parts"},
     {"models", "ties", "targets", "injection", "optimizing", "quantisers"},
     {"merging", "routing", "diagnostics", "formats", "export"},
-    {"outside", "recipes", "data", "training", "evaluation"},
+    {"outside", "recipes", "data", "integrations", "training", "evaluation"},
     {"tasks"},
     {"sweep", "reports", "cli"},
 ]

@@ -24,13 +24,14 @@ from delora.data import sentences
 from delora.data.sentences import LABELS
 from delora.evaluation import text
 from delora.formats.files import AdapterError
+from delora.integrations.checkpoints import last_checkpoint
 from delora.tasks import classification, parse
 from delora.training import experiments
 from delora.training.config import ConfigError, Experiment
 from delora.training.experiments import Outcome
 from delora.training.models import ModelError, classifier
 from delora.training.runs import Result, RunError, best_rows, claim, discard, exclusive
-from delora.training.trainer import last_checkpoint, metrics
+from delora.training.trainer import metrics
 from tests import test_cli, tiny
 
 QUIET = Console(quiet=True)

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 import delora
 from delora.diagnostics import Recorder, report
 from delora.models import adapters
-from delora.training.trainer import AdapterTrainer, Diverged
+from delora.training.trainer import Diverged, RunTrainer
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out"]
 MEASURED = "layers.2.to_out"  # the layer whose distance is drawn
@@ -120,6 +120,7 @@ def arguments(folder: Path, steps: int, lr: float, batch: int, seed: int, decay:
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
+        optim="adamw_torch",
         learning_rate=lr,
         weight_decay=decay,
         lr_scheduler_type="constant",
@@ -220,7 +221,7 @@ def finetune(base: DigitsViT, job: Job, folder: Path) -> dict[str, Any]:
     validation = turned(data.validation[0]), data.validation[1]
     watch = Watch(model, job.watched, lambda: accuracy(model, *validation))
     x, y = data.train
-    trainer = AdapterTrainer(
+    trainer = RunTrainer(
         model,
         arguments(folder, job.steps, job.lr, 16, job.seed, job.decay, job.clip),
         train_dataset=as_rows(turned(x), y),

@@ -49,8 +49,8 @@ from delora.evaluation.images import Words
 from delora.evaluation.pictures import grid, write
 from delora.evaluation.segmentation import Overlap, Segmenter
 from delora.formats.files import write_atomically
+from delora.integrations.checkpoints import last_checkpoint
 from delora.tasks.subject import Denoiser
-from delora.training.trainer import last_checkpoint
 from paper.standins import fashion
 from paper.standins.fashion import CLASSES, PATTERNS, SIZE, WORDS, Clothes, Looks
 

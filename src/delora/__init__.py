@@ -10,6 +10,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``optimizing`` ``quantisers``                           what trains, at which rate; what a model says of its quantised layers
 ``merging`` ``routing``                                 into the weights; a different adapter for each row of a batch
 ``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
+``integrations``                                        in trainers of transformers, TRL and Lightning
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
 ``reports`` ``sweep`` ``cli``                           what came of it; many runs; the command line
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from delora import diagnostics as diagnostics
 from delora import export as export
 from delora import hosts as hosts
+from delora import integrations as integrations
 from delora import methods as methods
 from delora import updates as updates
 from delora.diagnostics import distances as distances
@@ -63,6 +65,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "host",
         "hosts",
         "inject",
+        "integrations",
         "load",
         "merge",
         "merged",

@@ -214,6 +214,11 @@ class Recorder:
         both = [(p["A"].detach().clone(), p["B"].detach().T.clone()) for p in tensors if "A" in p and "B" in p]
         return {"turn_A": [A for A, _ in both], "turn_B": [B for _, B in both]}
 
+    def distance(self) -> float | None:
+        """The ``distance`` of `record` alone, without beginning to measure angles anew."""
+        changed = [_changed(adapter) for adapter in self.adapters]
+        return _mean([_share(c[0], c[1]) for c in changed if c is not None])
+
     def record(self) -> dict[str, float]:
         """The metrics now; metrics that do not exist are left out."""
         rows: list[dict[str, Any]] = []

@@ -10,6 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import delora
 from delora import DeLoRA
+from delora.formats.files import AdapterError
+from delora.integrations import LightningAdapter
 from tests.cases import Net, ids, shake
 
 pytestmark = [pytest.mark.filterwarnings("ignore:::pytorch_lightning"), pytest.mark.filterwarnings("ignore:.*LeafSpec")]
@@ -129,3 +131,54 @@ def test_a_model_that_is_injected_within_lightnings_precision():
     assert {p.dtype for p in module.parameters() if p.requires_grad} == {torch.float32}
     assert module.net.q.base.weight.dtype == torch.bfloat16
     assert module.net.q.adapter.lam.item() != 8.0
+
+
+# ---------------------------------------------------------------- checkpoints of the adapter alone
+
+
+def adapter_fit(module: L.LightningModule, precision: str, epochs: int, checkpoint=None) -> L.Trainer:
+    trainer = L.Trainer(max_epochs=epochs, precision=precision, callbacks=[LightningAdapter()], **QUIET)
+    trainer.fit(module, loader(), ckpt_path=checkpoint, weights_only=False)
+    return trainer
+
+
+class Normed(Module):
+    """With another model beside the adapted one, and statistics that change in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = nn.Linear(2, 2).requires_grad_(False)
+        self.net.norm = nn.BatchNorm1d(3)
+
+    def training_step(self, batch, number):
+        return loss_of(lambda x: self.net.norm(self.net(x)), batch)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", [Module, Normed])
+def test_checkpoints_of_the_adapter_alone_are_resumed(precision, kind, tmp_path):
+    first, whole, again = kind(), kind(), kind()
+    trainer = adapter_fit(first, precision, 2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    state = torch.load(tmp_path / "two.ckpt", weights_only=False)["state_dict"]
+    frozen = {name for name, p in first.net.named_parameters() if not p.requires_grad}
+    assert {name for name in first.state_dict() if name not in state} == {f"net.{name}" for name in frozen}
+    shake(again)
+    adapter_fit(again, precision, 4, tmp_path / "two.ckpt")
+    fit(whole, precision, 4)
+    expected = whole.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in again.state_dict().items())
+
+
+def test_a_checkpoint_on_another_base_is_refused_also_where_it_is_only_tested(tmp_path):
+    adapter_fit(Module(), "32-true", 1).save_checkpoint(tmp_path / "one.ckpt")
+    other = Module()
+    with torch.no_grad():
+        other.net.q.base.weight.mul_(1.1)
+    with pytest.raises(AdapterError, match=r"the weights of net\.q are not those that the checkpoint was written with"):
+        adapter_fit(other, "32-true", 2, tmp_path / "one.ckpt")
+    tester = L.Trainer(callbacks=[LightningAdapter()], **QUIET)
+    with pytest.raises(AdapterError, match=r"the weights of net\.q are not those"):
+        tester.validate(other, loader(), ckpt_path=tmp_path / "one.ckpt", weights_only=False, verbose=False)
+    with pytest.raises(RuntimeError, match=r"Missing key.*net\.emb\.weight"):  # without the callback nothing fits by chance
+        fit(Module(), "32-true", 2, tmp_path / "one.ckpt")

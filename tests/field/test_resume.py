@@ -19,11 +19,12 @@ from transformers import TrainingArguments
 import delora
 from delora import DeLoRA, LoRA
 from delora.formats.files import AdapterError
+from delora.integrations import AdapterTrainer
+from delora.integrations.checkpoints import damage, last_checkpoint
 from delora.tasks import classification, parse
 from delora.training import experiments, runs
 from delora.training.config import ConfigError
 from delora.training.runs import RunError, claim, discard, exclusive
-from delora.training.trainer import AdapterTrainer, damage, last_checkpoint
 from tests import tiny
 from tests.cases import Net
 from tests.field.campaign import in_a_process

@@ -34,10 +34,11 @@ def texts(n: int = 8) -> Dataset:
     return Dataset.from_dict({"text": [f"word{i} good fine word{i + 1} great lovely" for i in range(n)]})
 
 
-def trainer(model, folder: Path, source: str, **changes) -> SFTTrainer:
+def trainer(model, folder: Path, source: str, kind=SFTTrainer, lam_lr=None, **changes) -> SFTTrainer:
+    rates = {} if lam_lr is None else {"lam_lr": lam_lr}
     values = {"max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2, **QUIET} | changes
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return SFTTrainer(model, SFTConfig(str(folder), **values), train_dataset=texts(), processing_class=tokenizer)
+    return kind(model, SFTConfig(str(folder), **values), train_dataset=texts(), processing_class=tokenizer, **rates)
 
 
 def words() -> dict[str, torch.Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-__all__ = ["fingerprint"]
+__all__ = ["fingerprint", "same_base"]
 
 
 def fingerprint(W: Tensor) -> tuple[float, float]:
@@ -20,3 +23,18 @@ def fingerprint(W: Tensor) -> tuple[float, float]:
     i, j = (torch.arange(1, n + 1, dtype=torch.float64) for n in W.shape)
     p, q = torch.cos(i).to(W.device, W.dtype), torch.sin(j).to(W.device, W.dtype)
     return torch.linalg.vector_norm(W).item(), (p @ (W @ q)).item()
+
+
+def same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
+    """Whether W agrees with a saved fingerprint to within rounding.
+
+    Rounding to a coarser dtype changes |W| by at most eps |W|, and p' W q by about eps |W|. The second may differ by eight
+    times that, since rounding errors are not independent.
+
+    >>> norm, probe = fingerprint(torch.eye(2))
+    >>> same_base({"dtype": "float32", "norm": norm, "probe": probe}, torch.eye(2), "float32")
+    True
+    """
+    eps = max(torch.finfo(getattr(torch, name)).eps for name in (saved["dtype"], dtype)) if saved["dtype"] != dtype else 1e-5
+    norm, probe = fingerprint(W)
+    return abs(norm - saved["norm"]) <= eps * norm and abs(probe - saved["probe"]) <= 8 * eps * norm

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from delora.ambient import apart
 from delora.diagnostics import report
-from delora.formats.bases import fingerprint
+from delora.formats.bases import fingerprint, same_base
 from delora.formats.files import (
     AdapterError,
     Saved,
@@ -72,20 +72,6 @@ KEYS = ("format", "schema", "method", "fields", "layers", "also_train", "base_mo
 LAYER_KEYS = ("shape", "method", "fields", "dropout", "strength", "base", "report")
 REPORTED = ("lam", "distance", "relative", "bound", "bound_used", "spectral", "effective_rank")
 WEIGHTS = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype) and d.is_floating_point}
-
-
-# ---------------------------------------------------------------- the base's fingerprint
-
-
-def _same_base(saved: Mapping[str, Any], W: Tensor, dtype: str) -> bool:
-    """Whether W agrees with a saved fingerprint to within rounding.
-
-    Rounding to a coarser dtype changes |W| by at most eps |W|, and p' W q by about eps |W|. The second may differ by eight
-    times that, since rounding errors are not independent.
-    """
-    eps = max(torch.finfo(getattr(torch, name)).eps for name in (saved["dtype"], dtype)) if saved["dtype"] != dtype else 1e-5
-    norm, probe = fingerprint(W)
-    return abs(norm - saved["norm"]) <= eps * norm and abs(probe - saved["probe"]) <= 8 * eps * norm
 
 
 # ---------------------------------------------------------------- saving
@@ -617,7 +603,7 @@ def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, all
         norms, c = saved.file.read(entry.base["columns"]).to(W.device), adapter.tensors()["c"]
         same = norms.shape == c.shape and bool((norms.to(c.dtype) - c).norm() <= torch.finfo(torch.bfloat16).eps * c.norm())
     else:
-        same = _same_base(entry.base, W.to(wide(W.dtype)), str(W.dtype).removeprefix("torch."))
+        same = same_base(entry.base, W.to(wide(W.dtype)), str(W.dtype).removeprefix("torch."))
     if not same:
         made_for = f" ({saved.base_model})" if saved.base_model else ""
         raise AdapterError(

@@ -23,6 +23,7 @@ import delora
 from delora.diagnostics import Recorder
 from delora.errors import UserError
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
+from delora.integrations.checkpoints import last_checkpoint
 from delora.methods.base import fields_of
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import Bar
@@ -40,7 +41,7 @@ from delora.training.runs import (
     write_json,
 )
 from delora.training.task import Task
-from delora.training.trainer import AdapterTrainer, Diverged, Metrics, last_checkpoint
+from delora.training.trainer import Diverged, Metrics, RunTrainer
 
 __all__ = [
     "Outcome",
@@ -143,14 +144,14 @@ def fit(
     metric: str | None,
     watch: Sequence[TrainerCallback] = (),
     **data: Any,
-) -> AdapterTrainer:
+) -> RunTrainer:
     """Train in the run's folder, from its last checkpoint if there is one.
 
     With a ``metric``, every epoch is validated and the best one is kept; without, the last one. The Trainer's ``diverged`` is
     the step at which the loss was no longer finite, or None.
     """
     train, folder, bar = experiment.train, context.folder, Bar(experiment.name, context.console)
-    trainer = AdapterTrainer(
+    trainer = RunTrainer(
         model,
         arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data),
         callbacks=[Metrics(folder / METRICS), bar, *watch],
@@ -191,6 +192,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         per_device_train_batch_size=train.batch_size,
         per_device_eval_batch_size=64 if metric else train.batch_size,
         gradient_accumulation_steps=train.accumulation,
+        optim="adamw_torch",
         learning_rate=train.lr,
         weight_decay=train.weight_decay,
         adam_beta2=train.beta2,
@@ -245,7 +247,7 @@ def conclude(
     experiment: Experiment,
     context: RunContext,
     model: nn.Module,
-    trainer: AdapterTrainer,
+    trainer: RunTrainer,
     metric: str,
     reported: str,
     score: Callable[[], dict[str, Any]],
@@ -261,7 +263,7 @@ def conclude(
     return finish(experiment, context, metric, reported, **cost(model, trainer), **figures)
 
 
-def cost(model: nn.Module, trainer: AdapterTrainer) -> dict[str, Any]:
+def cost(model: nn.Module, trainer: RunTrainer) -> dict[str, Any]:
     """The fields of a `Result` for the number of trainable parameters and the seconds of training."""
     return {"trainable": delora.summary(model).trainable, "seconds": trainer.state.log_history[-1]["seconds"]}
 

@@ -1,0 +1,275 @@
+"""transformers' Trainer, and any class derived from it, for adapters: checkpoints without the base model, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from delora.formats.files import AdapterError, read_json, write_atomically
+from delora.formats.native import load, save
+from delora.integrations.checkpoints import damage, last_checkpoint, require_same, write_manifest
+from delora.integrations.monitor import first
+from delora.models import active_adapter, adapted_layers, adapters
+from delora.optimizing import param_groups
+
+__all__ = ["AdapterCheckpoints", "AdapterTrainer"]
+
+REST = "outside.safetensors"
+# Not among them: how many steps are trained in all, which a resume may change.
+SETTINGS = (
+    "learning_rate",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "bf16",
+    "fp16",
+)
+
+if TYPE_CHECKING:
+    Base = Trainer
+else:
+    Base = object
+
+
+class AdapterCheckpoints(Base):
+    """What a Trainer lacks for a model with an adapter, to be named before it: ``class Mine(AdapterCheckpoints, SFTTrainer)``.
+
+    - A checkpoint holds the adapter (`delora.load` reads it), what else trains, and the states of optimizer, schedule and
+      random generators, never the base model. A resumed training goes on to the same numbers, or is refused.
+    - The optimizer is the one of ``args.optim``, whichever that is, over the groups of `delora.param_groups`:
+      ``args.learning_rate`` for the adapter, ``lam_lr`` for the strengths, ``head_lr`` for the modules trained whole.
+    - The best model is that of the best checkpoint (``load_best_model_at_end``).
+
+    Raises:
+        TypeError: the class is derived in the other order. ValueError: the model has no active adapter, or an argument would
+        have no effect.
+
+    >>> class Mine(AdapterCheckpoints, Trainer):
+    ...     pass
+    >>> class Wrong(Trainer, AdapterCheckpoints):
+    ...     pass
+    Traceback (most recent call last):
+    TypeError: Wrong: AdapterCheckpoints must stand before Trainer: class Wrong(AdapterCheckpoints, Trainer)
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        ours = cls.__mro__.index(AdapterCheckpoints)
+        before = [base for base in cls.__mro__[1:ours] if not issubclass(base, AdapterCheckpoints)]
+        late = next((base for base in before if issubclass(base, Trainer)), None)
+        if late is not None:
+            name = cls.__name__
+            raise TypeError(
+                f"{name}: AdapterCheckpoints must stand before {late.__name__}: "
+                f"class {name}(AdapterCheckpoints, {late.__name__})"
+            )
+
+    def __init__(
+        self,
+        *args: Any,
+        lam_lr: float | None = None,
+        head_lr: float | None = None,
+        lam_weight_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        self.lam_lr, self.head_lr, self.lam_weight_decay = lam_lr, head_lr, lam_weight_decay
+        super().__init__(*args, **kwargs)
+        if self.model is not None:
+            active_adapter(self._injected)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "checkpoints of the adapter alone are not yet to be had under FSDP and DeepSpeed: take the Trainer without "
+                "AdapterCheckpoints there"
+            )
+        if self.optimizer is not None and (lam_lr is not None or head_lr is not None or lam_weight_decay):
+            raise ValueError(
+                "lam_lr, head_lr and lam_weight_decay are for the optimizer of args.optim, not for one that is given: use "
+                "delora.param_groups for that one"
+            )
+        first(self.callback_handler)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self._regroup(super().create_optimizer(model), model or self._injected)
+        return cast(torch.optim.Optimizer, self.optimizer)
+
+    def _regroup(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Give the Trainer's optimizer the groups of `param_groups`; each keeps what was set for its parameters beside."""
+        args = self.args
+        wanted = param_groups(
+            model,
+            args.learning_rate,
+            lam_lr=self.lam_lr,
+            head_lr=self.head_lr,
+            weight_decay=args.weight_decay,
+            lam_weight_decay=self.lam_weight_decay,
+        )
+        old = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        apart = hasattr(optimizer, "fused_backward") or any(id(p) not in old for group in wanted for p in group["params"])
+        if apart:  # LOMO's kin step within backward, layer-wise optimizers in hooks of their own
+            raise ValueError(
+                f"optim={str(args.optim)!r} has no parameter groups, so that no rate of lam or of a head could be set: choose "
+                "another, or a plain Trainer"
+            )
+        if any(group["params"] and not any(p.requires_grad for p in group["params"]) for group in optimizer.param_groups):
+            raise ValueError(
+                f"optim={str(args.optim)!r} is set for modules ({args.optim_target_modules}) of which nothing trains: it works "
+                "on whole weights, and these are frozen; choose another"
+            )
+        optimizer.param_groups = []
+        for group in wanted:
+            parts: dict[int, list[nn.Parameter]] = {}  # what the Trainer keeps apart stays apart
+            for p in group["params"]:
+                parts.setdefault(id(old[id(p)]), []).append(p)
+            for parameters in parts.values():
+                optimizer.add_param_group(old[id(parameters[0])] | group | {"params": parameters})
+
+    @property
+    def _injected(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(cast(str, self.args.output_dir))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, from a checkpoint if one is given; ``True``: from the newest one that is whole.
+
+        Raises:
+            AdapterError: the checkpoint is not whole, or was written with other settings.
+        """
+        if resume_from_checkpoint is True:
+
+            def tell(line: str) -> None:
+                warnings.warn(line, stacklevel=4)
+
+            resume_from_checkpoint = last_checkpoint(self._folder, tell, bool(self.args.load_best_model_at_end))
+            if resume_from_checkpoint is None:
+                raise AdapterError(f"{self._folder} holds no whole checkpoint: train without resume_from_checkpoint")
+        if resume_from_checkpoint and 0 < self.args.max_steps <= _step(Path(resume_from_checkpoint)):
+            self.finished(resume_from_checkpoint)
+            if self.args.load_best_model_at_end:
+                self._load_best_model()
+            return TrainOutput(self.state.global_step, math.nan, {})
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            (checkpoint / "manifest.json").unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process has written its own random state
+        if self.args.should_save and checkpoint.is_dir():  # a limit of checkpoints may have removed it
+            write_manifest(checkpoint, self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """What the numbers of a step depend on, beside the model and the data: a resume with other values is refused."""
+        placed = [a for a in adapters(self._injected).values() if not a.whole]
+        rates = {key: getattr(self, key) for key in ("lam_lr", "head_lr", "lam_weight_decay")}
+        methods = {"method": sorted({str(a.method) for a in placed}), "dropout": sorted({a.dropout for a in placed})}
+        common = {field.name for field in dataclasses.fields(TrainingArguments)}
+        own = sorted({field.name for field in dataclasses.fields(self.args)} - common)  # such as beta, of TRL's DPOConfig
+        values = methods | {key: getattr(self.args, key) for key in (*SETTINGS, *own)} | rates
+        return cast(dict[str, Any], json.loads(json.dumps(values, default=str)))  # as the manifest will have them
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self._folder)
+            save(self._injected, folder)
+            if rest := _rest(self._injected):
+                write_atomically(folder / REST, to_bytes({k: t.detach().cpu().contiguous() for k, t in rest.items()}))
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint = Path(resume_from_checkpoint)
+        if (broken := damage(checkpoint)) is not None:
+            raise AdapterError(f"{checkpoint} is not whole: {broken}")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+            if not any(checkpoint.glob(name)):
+                raise AdapterError(
+                    f"{checkpoint} holds no {name} (save_only_model?): training cannot go on from it; delora.load its adapter "
+                    "and train anew"
+                )
+        require_same(checkpoint, self.settings())
+        _take(self._injected, checkpoint)
+
+    def _load_best_model(self) -> None:
+        # Not the path that the state remembers: the run's folder may have been moved since.
+        _take(self._injected, self._folder / f"checkpoint-{self.state.best_global_step}")
+
+    def finished(self, checkpoint: str) -> None:
+        """Load a checkpoint of a finished training. The Trainer itself would do one more step."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    """`AdapterCheckpoints` over transformers' own Trainer, whose arguments it takes, and ``lam_lr``, ``head_lr``,
+    ``lam_weight_decay``.
+
+    >>> import delora, tempfile
+    >>> from transformers import BertConfig, BertForSequenceClassification
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 9}
+    >>> model = BertForSequenceClassification(BertConfig(**sizes))
+    >>> model = delora.inject(model, delora.DeLoRA(r=2), ["query"], also_train=["classifier"])
+    >>> rows = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor(0)}] * 4
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     arguments = TrainingArguments(folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_steps=1)
+    ...     trainer = AdapterTrainer(model, arguments, train_dataset=rows, lam_lr=1e-2)
+    ...     trainer.callback_handler.remove_callback(type(trainer.callback_handler.callbacks[-1]))  # which prints
+    ...     trainer.train().global_step, (Path(folder) / "checkpoint-1" / "adapter.json").is_file()
+    (2, True)
+    """
+
+
+def _step(checkpoint: Path) -> int:
+    file = checkpoint / "trainer_state.json"
+    step = read_json(file).get("global_step") if file.is_file() else None
+    return step if isinstance(step, int) else 0
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """What changes in training outside the adapters: parameters that were set to train by hand, and running statistics."""
+    layers = adapted_layers(model).values()
+    inside = {id(t) for layer in layers for t in (*layer.adapters.parameters(), *layer.adapters.buffers())}
+    found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            found |= {f"{name}.{key}": t for key, t in module._buffers.items() if t is not None}
+    return {name: t for name, t in found.items() if id(t) not in inside}
+
+
+def _take(model: nn.Module, checkpoint: Path) -> None:
+    rest, saved = _rest(model), load_file(checkpoint / REST) if (checkpoint / REST).is_file() else {}
+    other = [name for name in {*rest, *saved} if name not in rest or name not in saved or rest[name].shape != saved[name].shape]
+    if other:
+        raise AdapterError(
+            f"{checkpoint}: other parameters train outside of the adapters there than here: {', '.join(sorted(other)[:5])}"
+        )
+    load(model, checkpoint, active_adapter(model))
+    with torch.no_grad():
+        for name, t in saved.items():
+            rest[name].copy_(t)
