@@ -19,7 +19,7 @@ from delora.hosts.base import BY_NAME, BY_WEIGHT, host_class
 from delora.hosts.linear import Linear
 from delora.updates import Update
 
-__all__ = ["Bits4", "Gptq", "Hqq", "Int8", "Quantised", "Quanto", "TorchAo", "quantised_host", "quantised_layers"]
+__all__ = ["Bits4", "Fp8", "Gptq", "Hqq", "Int8", "Quantised", "Quanto", "TorchAo", "quantised_host", "quantised_layers"]
 
 
 class Quantised(Linear):
@@ -509,6 +509,39 @@ class Hqq(Quantised):
         yield from (t for t in (*self.layer.meta.values(), self.layer.bias) if isinstance(t, Tensor))
 
 
+class Fp8(Quantised):
+    """transformers' ``FP8Linear``: W = codes times one scale for each block of W, or for all of it. Its kernel needs a GPU."""
+
+    kind = "transformers float8"
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        codes, scale = self.layer.weight.detach(), self.layer.weight_scale_inv.detach().float()
+        if codes.element_size() > 1:  # dequantised when it was loaded
+            return codes[start:stop].float()
+        return codes[start:stop].float() * self._each(scale)[start:stop]
+
+    def _each(self, scale: Tensor) -> Tensor:
+        """The scales of the blocks, for every entry of W."""
+        if self.layer.block_size is None:
+            return scale.expand(self.shape)
+        high, wide = self.layer.block_size
+        return scale.repeat_interleave(high, 0).repeat_interleave(wide, 1)[: self.shape[0], : self.shape[1]]
+
+    def requantised(self, W: Tensor, b: Tensor | None) -> nn.Module:
+        old, (out, inp) = self.layer.weight_scale_inv, self.shape
+        if old.dtype != torch.float32:
+            return super().requantised(W, b)
+        high, wide = self.layer.block_size or (out, inp)
+        padded = F.pad(W.abs(), (0, -inp % wide, 0, -out % high))
+        largest = padded.unflatten(0, (-1, high)).unflatten(2, (-1, wide)).amax((1, 3))  # [blocks down, blocks across]
+        limit = torch.finfo(self.layer.weight.dtype).max
+        scale = torch.where(largest > 0, largest / limit, 1.0).reshape(old.shape)
+        new = self.twin()
+        new._parameters["weight_scale_inv"] = _frozen(scale)
+        new._parameters["weight"] = _frozen((W / self._each(scale)).clamp(-limit, limit).to(self.layer.weight.dtype))
+        return _with_bias(new, b, self.layer.bias)
+
+
 class Gptq(Quantised):
     """A layer of GPTQModel (GPTQ, AWQ) that has a ``dequantize_weight()``: W^T [in, out]. It cannot be quantised anew, which
     needs the data it was calibrated with."""
@@ -541,5 +574,6 @@ BY_NAME["bitsandbytes.nn.modules.Linear4bit"] = Bits4
 BY_NAME["bitsandbytes.nn.modules.Linear8bitLt"] = Int8
 BY_NAME["optimum.quanto.nn.qlinear.QLinear"] = Quanto
 BY_NAME["hqq.core.quantize.HQQLinear"] = Hqq
+BY_NAME["transformers.integrations.finegrained_fp8.FP8Linear"] = Fp8
 BY_NAME["gptqmodel.nn_modules.qlinear.BaseQuantLinear"] = Gptq
 BY_WEIGHT["torchao.utils.TorchAOBaseTensor"] = TorchAo
