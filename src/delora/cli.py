@@ -1,4 +1,4 @@
-"""The command line: ``delora recipes | train | sweep | report | evaluate | inspect | generate | merge | export``.
+"""The command line: ``delora recipes | train | sweep | report | evaluate | inspect | generate | merge | export | convert``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -300,6 +300,30 @@ def export(
     with _refusals():
         peft(loaded, folder, kind=kind, rank=rank, dtype=None if dtype is None else getattr(torch, dtype))
     out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}", markup=False)
+
+
+@app.command()
+def convert(
+    adapter: AdapterFolder,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The base model, if not the one that the adapter's files name.", show_default=False),
+    ] = None,
+    method: OwnMethod = None,
+) -> None:
+    """Turn a PEFT folder into delora's own, or delora's into PEFT's: exactly, or not at all.
+
+    A method that PEFT has as well stays what it is; any other low-rank change becomes an exact LoRA.
+    """
+    _empty(folder)
+    _quiet()
+    from delora.training.models import adapted, converted, named_base
+
+    loaded = adapted(adapter, model or named_base(adapter), _own(method))
+    with _refusals():
+        what = converted(loaded, adapter, folder)
+    out.print(f"Written to {folder}: {what}", markup=False)
 
 
 # ---------------------------------------------------------------- shared

@@ -596,6 +596,112 @@ def test_what_peft_cannot_be_told_is_refused_before_anything_is_written(trained,
     assert not (tmp_path / "new").exists()
 
 
+# ---------------------------------------------------------------- export: as PEFT's own method
+
+
+def tensors_of(folder):
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+OWN = {
+    **{name: case[:2] for name, case in METHODS.items()},
+    "LoRA": ("linear", LoraConfig(r=3, lora_alpha=5, lora_dropout=0.1, target_modules=["layer"])),
+    **{f"LoRA on {name}": (name, LoraConfig(r=2, use_rslora=True, target_modules=["layer"])) for name in LAYERS},
+    "DeLoRA": ("linear", DeloraConfig(r=2, delora_lambda=3, module_dropout=0.1, target_modules=["layer"])),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_from_pefts_file_to_ours_and_back_every_tensor_is_the_same(name, tmp_path):
+    layer, config = OWN[name]
+    make, inputs = LAYERS[layer]
+    torch.manual_seed(0)
+    base, x = Holder(make()).eval(), inputs()
+    theirs = theirs_saved(base, copy.deepcopy(config), tmp_path / "theirs", save_embedding_layers=False)
+    ours = delora.load(copy.deepcopy(base), tmp_path / "theirs")
+    again = delora.load(copy.deepcopy(base), delora.save(ours, tmp_path / "ours"))
+    delora.export.peft(again, tmp_path / "back", kind="own")
+    before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = theirs_loaded(base, tmp_path / "back")
+    assert torch.equal(read(x), theirs(x))
+    was, now = config_of(tmp_path / "theirs"), config_of(tmp_path / "back")
+    same = {"r", "lora_alpha", "use_rslora", "use_dora", "delora_lambda", "coft", "lora_dropout", "module_dropout", "peft_type"}
+    sized = {"r"} if was.get("oft_block_size") else set()  # OFT by the size of blocks is written by their number
+    assert {k: was[k] for k in same & now.keys() - sized} == {k: now[k] for k in same & now.keys() - sized}
+
+
+@pytest.mark.parametrize("method", [LoRA(2, 3), LoRA(2, 3, rslora=True), DoRA(2, 3)], ids=str)
+def test_each_layers_rank_and_alpha_survive_as_themselves(method, tmp_path):
+    base, x = Nested().eval(), torch.randn(3, 8)
+    overrides = {r"^enc\.q$": {"r": 4}, "^a_q$": {"alpha": 7}, "^v$": {"r": 3, "alpha": 1}}
+    model = ours_on(base, method, ["q", "v", "a_q"], overrides=overrides, also_train=["norm"])
+    delora.export.peft(model, tmp_path, kind="own")
+    close(theirs_loaded(base, tmp_path)(x), model(x))
+    again = delora.load(copy.deepcopy(base), tmp_path)
+    methods = {name: a.method for name, a in delora.models.adapters(model).items() if not a.whole}
+    assert {name: a.method for name, a in delora.models.adapters(again).items() if not a.whole} == methods
+
+
+@pytest.mark.parametrize("sides", [{"v": "input"}, {"^v$": "input"}, {r"enc\.v": "input"}, {"q": "input"}], ids=str)
+def test_which_side_ia3_scales_survives_whatever_the_layers_are_called(sides, tmp_path):
+    base, x = Nested().eval(), torch.randn(3, 8)
+    overrides = {name: {"side": side} for name, side in sides.items()}
+    model = ours_on(base, IA3(), ["q", "v", "a_q"], overrides=overrides)
+    delora.export.peft(model, tmp_path, kind="own")
+    close(theirs_loaded(base, tmp_path)(x), model(x))
+    close(delora.load(copy.deepcopy(base), tmp_path)(x), model(x))
+
+
+def test_a_strength_goes_into_alpha_and_lam_or_is_refused(tmp_path):
+    base, x = Net().eval(), ids()
+    for method in (LoRA(2, 3), DeLoRA(2, 3.0, start="zero")):
+        model = ours_on(base, method, ["q", "v"])
+        delora.strength(model, 1.5)
+        delora.export.peft(model, tmp_path / type(method).__name__, kind="own")
+        close(theirs_loaded(base, tmp_path / type(method).__name__)(x), model(x))
+    for method in (DoRA(2), IA3(), OFT(2)):
+        model = ours_on(base, method, ["q", "v"])
+        delora.strength(model, 0.5)
+        with pytest.raises(ValueError, match=f"PEFT has no {type(method).__name__} of strength 0.5"):
+            delora.export.peft(model, tmp_path / "new", kind="own")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "words"),
+    [
+        (delora.ETHER(), {}, "PEFT has no adapter that is ETHER: LoRA, DoRA, DeLoRA, IA3, OFT are written as themselves"),
+        (DeLoRA(2), {}, r"PEFT's DELORA is DeLoRA\(start='zero'"),
+        (DoRA(2, fixed_magnitude=True), {}, "PEFT's DoRA always trains the magnitude"),
+        (LoRA(2), {"v": {"rslora": True}}, "PEFT has one use_rslora for all layers: False at q and True at v"),
+        (OFT(2), {"v": {"blocks": 4}}, "PEFT has one r for all layers: 2 at q and 4 at v"),
+        (OFT(2), {"v": {"radius": 0.1}}, "PEFT has one eps for all layers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_peft_has_no_method_for_is_refused(method, overrides, words, tmp_path):
+    model = ours_on(Net(), method, ["q", "v"], overrides=overrides)
+    with pytest.raises(ValueError, match=words):
+        delora.export.peft(model, tmp_path / "new", kind="own")
+    assert not (tmp_path / "new").exists()
+
+
+def test_patterns_hold_in_the_order_in_which_the_file_has_them(tmp_path):
+    """JSON with sorted keys: "q" comes before "z.q", whose name it fits as well."""
+    base = nn.ModuleDict({"z": nn.ModuleDict({"q": nn.Linear(8, 8)}), "q": nn.Linear(8, 8), "a": nn.Linear(8, 8)})
+    model = ours_on(base, LoRA(2), ["q", "a"], overrides={r"z\.q": {"r": 4}, "^q": {"r": 3}})
+    delora.export.peft(model, tmp_path)
+    theirs = theirs_loaded(base, tmp_path).base_model.model
+    ranks = [theirs.get_submodule(name).r["default"] for name in ("z.q", "q", "a")]
+    assert ranks == [4, 3, 2]
+
+
 # ---------------------------------------------------------------- export: task types
 
 

@@ -9,6 +9,7 @@
 ``bases``        by which two numbers a file knows its base's weights
 ``peft_config``  what a configuration of PEFT says: the method and the layers; `delora.from_peft`
 ``peft_fields``  what each field of PEFT's configurations means here
+``peft_own``     adapters as PEFT's own methods
 ``peft_names``   what PEFT does with the names in a file
 ``patterns``     PEFT's patterns of names, matched in bounded time
 ===============  =====================================================================================

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +26,10 @@ from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
 from delora.formats.peft_config import method_of, parameters_of, texts
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
 from delora.formats.peft_names import experts, read_by_parent, renamed
-from delora.hosts import Conv1D, Convolution, Embedding, Slot
+from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, lora_factors
+from delora.hosts import Conv1D, Slot
 from delora.layer import Placed
-from delora.methods import DeLoRA, Full
+from delora.methods import Full
 from delora.methods.base import Method
 from delora.models import active_adapter, adapters, unwrapped, walk
 from delora.updates import wide
@@ -49,7 +49,7 @@ def write(
     model: nn.Module,
     folder: str | os.PathLike[str],
     name: str | None = None,
-    kind: Literal["lora", "delora"] = "lora",
+    kind: Literal["lora", "own", "delora"] = "lora",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
@@ -62,8 +62,9 @@ def write(
         folder: where to write; it is created if it does not exist.
         name: the adapter's name; the active one if None.
         kind: "lora" writes the exact factors of any low-rank change as a LoRA, each layer with its own rank, and modules
-            trained whole as ``modules_to_save``. "delora" writes a ``DeLoRA(start="zero", norm="columns")`` on linear
-            layers as PEFT's DELORA, whose training can be continued with PEFT.
+            trained whole as ``modules_to_save``. "own" writes LoRA, DoRA, IA3, OFT, and a ``DeLoRA(start="zero",
+            norm="columns")`` on linear layers, as PEFT's own adapter of that method, whose training PEFT can continue. "delora"
+            is "own" for a DeLoRA alone.
         rank: the highest rank to write, with kind="lora": a change of a higher one is written as the nearest of this rank,
             which is told. None writes each exactly. A DeLoRA that starts by "subtract" or "copy" has rank 2r.
         dtype: the dtype of all numbers in the file, with kind="lora": float32, float16 or bfloat16; None for the adapter's own.
@@ -80,10 +81,10 @@ def write(
     ...     sorted(file.name for file in delora.export.peft(model, folder).iterdir())
     ['adapter_config.json', 'adapter_model.safetensors']
     """
-    if kind not in ("lora", "delora"):
-        raise ValueError(f"kind = {kind!r}: must be 'lora' or 'delora'")
-    if kind == "delora" and (rank, dtype) != (None, None):
-        raise ValueError("kind='delora' writes the trained tensors as they are: rank and dtype are for kind='lora'")
+    if kind not in ("lora", "own", "delora"):
+        raise ValueError(f"kind = {kind!r}: must be 'lora', 'own' or 'delora'")
+    if kind != "lora" and (rank, dtype) != (None, None):
+        raise ValueError(f"kind={kind!r} writes the trained tensors as they are: rank and dtype are for kind='lora'")
     form = Approximation(rank, dtype)
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
@@ -92,18 +93,23 @@ def write(
     if not weights:
         raise ValueError("this adapter trains whole modules only: there is no low-rank change to export; use delora.merge")
     root = unwrapped(model)
+    moved = renamed(root, weights)
+    taken = [layer for layer in weights if layer.rpartition(".")[2] in experts(root)]
+    parameters = taken if kind == "lora" else []
     if kind == "lora":
-        if moved := renamed(root, weights):
-            layer = next(iter(moved))
-            raise ValueError(
-                f"PEFT renames the tensors of a {type(root).__name__} and would look for {layer} at {moved[layer]} (so for "
-                f"{len(moved)} of {len(weights)} layers), where nothing is: leave these layers out, or use delora.merge"
-            )
-        parameters = [layer for layer in weights if layer.rpartition(".")[2] in experts(root)]
         config, tensors = as_lora(weights, parameters, form)
     else:
-        parameters = []
-        config, tensors = _as_delora(weights)
+        config, tensors = as_delora(weights) if kind == "delora" else as_itself(weights)
+    if moved and config["peft_type"] == "LORA":  # PEFT renames nothing of other types
+        layer = next(iter(moved))
+        raise ValueError(
+            f"PEFT renames the tensors of a {type(root).__name__} and would look for {layer} at {moved[layer]} (so for "
+            f"{len(moved)} of {len(weights)} layers), where nothing is: leave these layers out, or use delora.merge"
+        )
+    if taken and not parameters and config["peft_type"] == "LORA":
+        raise ValueError(
+            f"PEFT would take {taken[0]} for an expert (so {len(taken)} of {len(weights)} layers): use kind='lora'"
+        )
     if read := read_by_parent(root, weights):
         layer = next(iter(read))
         warnings.warn(
@@ -131,9 +137,13 @@ def write(
         "target_modules": _target_names(root, [layer for layer in weights if layer not in parameters], bool(experts(root))),
         "modules_to_save": list(whole) or None,
         "task_type": _task_type(root, whole),
-        "bias": "none",
         "inference_mode": True,
     }
+    if config["peft_type"] == "IA3":
+        inputs = config["feedforward_modules"]
+        config["feedforward_modules"] = feedforward(config["target_modules"], inputs, [n for n in weights if n not in inputs])
+    else:
+        config["bias"] = "none"
     if parameters:
         config["target_parameters"] = [f"{layer}.weight" for layer in parameters]
     form.tell(stacklevel=4)
@@ -173,15 +183,8 @@ def as_lora(
             raise ValueError(f"{layer}: {adapter.method} is not a low-rank change{way_out}")
         factors = factors if form is None else form.of(layer, factors)
         ranks[f"{layer}.weight" if layer in parameters else layer] = len(factors.down)
-        host, up, down = adapter.host, factors.up, factors.down
-        if isinstance(host, Embedding):
-            tensors |= {f"{layer}.lora_embedding_A": down, f"{layer}.lora_embedding_B": up}
-            continue
-        if isinstance(host, Convolution):
-            down = down.reshape(-1, *host.layer.weight.shape[1:])
-            up = up.reshape(*up.shape, *(1,) * host.dims)
-        tensors |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
-    common, others = _by_pattern(ranks)
+        tensors |= lora_factors(layer, adapter, factors.up, factors.down)
+    common, others = by_pattern(ranks)
     config = {
         "peft_type": "LORA",
         "r": common,
@@ -190,49 +193,6 @@ def as_lora(
         "alpha_pattern": others,
         "lora_dropout": next(iter(layers.values())).dropout,
         "fan_in_fan_out": any(isinstance(a.host, Conv1D) for a in layers.values()),
-    }
-    return config, tensors
-
-
-def _by_pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and the others by pattern: by the layers' names, unless PEFT takes one of these for another's."""
-    common = Counter(values.values()).most_common(1)[0][0]
-    others = {layer: value for layer, value in values.items() if value != common}
-    read = Patterns(others, "rank_pattern")
-    if any(read.get(layer, common) != value for layer, value in values.items()):
-        others = {f"^{re.escape(layer)}": value for layer, value in others.items()}
-    return common, others
-
-
-def _as_delora(layers: dict[str, Placed]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    lams: dict[str, float] = {}
-    for layer, adapter in layers.items():
-        m = adapter.method
-        if not (isinstance(m, DeLoRA) and m.start == "zero" and m.norm == "columns" and type(adapter.base) is nn.Linear):
-            raise ValueError(
-                f"{layer}: PEFT's DELORA is DeLoRA(start='zero', norm='columns') on nn.Linear, this is {m} on a "
-                f"{type(adapter.base).__name__}; kind='lora' writes it as an exact LoRA"
-            )
-        p = adapter.tensors()
-        ranks[layer], lams[layer] = m.r, float(m.lam)
-        tensors |= {
-            f"{layer}.delora_A": p["A"],
-            f"{layer}.delora_B": p["B"],
-            f"{layer}.delora_lambda": p["lam"] * adapter.strength,
-            f"{layer}.delora_w_norm": p["c"],
-        }
-    r, rank_pattern = _by_pattern(ranks)
-    lam, lambda_pattern = _by_pattern(lams)
-    config = {
-        "peft_type": "DELORA",
-        "r": r,
-        "delora_lambda": lam,
-        "rank_pattern": rank_pattern,
-        "lambda_pattern": lambda_pattern,
-        "module_dropout": next(iter(layers.values())).dropout,
-        "init_weights": True,
     }
     return config, tensors
 

@@ -23,19 +23,23 @@ from transformers import (
 from delora.data.packages import PACKAGES, Package, fetch
 from delora.errors import UserError
 from delora.formats.files import read_json, whole_folder
-from delora.formats.native import load, require_adapter
+from delora.formats.native import JSON, description, load, require_adapter, save
 from delora.formats.peft import CONFIG as PEFT_CONFIG
+from delora.formats.peft import write as write_peft
 from delora.merging import merge
+from delora.models import adapters
 
 __all__ = [
     "ModelError",
     "adapted",
     "classifier",
+    "converted",
     "drawn",
     "language_model",
     "language_skeleton",
     "language_tokenizer",
     "loading",
+    "named_base",
     "path_of",
     "refused",
     "save_merged",
@@ -204,6 +208,47 @@ def adapted(folder: Path, base: str, methods: Iterable[type] = ()) -> PreTrained
         model = loading(TASKS.get(str(task)) or getattr(transformers, architecture, transformers.AutoModel), base)
     load(model, folder, methods=methods)
     return model
+
+
+def named_base(folder: Path) -> str:
+    """The base model that an adapter's files name.
+
+    Raises:
+        ModelError: they name none.
+    """
+    require_adapter(folder)
+    ours = (folder / JSON).is_file()
+    data = description(folder / JSON) if ours else read_json(folder / PEFT_CONFIG)
+    name = data.get("base_model" if ours else "base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ModelError(f"{folder} does not name its base model: give it with --model")
+    return name
+
+
+def converted(model: PreTrainedModel, source: Path, folder: Path) -> str:
+    """Write a model's adapter, which was read from ``source``, in the other of the two formats; say as what.
+
+    Raises:
+        ValueError: PEFT cannot express it; nothing is written then.
+    """
+    if not (source / JSON).is_file():
+        with whole_folder(folder, replace=True) as new:
+            model.config.architectures = [type(model).__name__]  # which model the adapter is for, beyond the base's name
+            model.config.save_pretrained(new)
+            save(model, new)
+        return "an adapter of delora"
+    methods = {type(a.method).__name__ for a in adapters(model).values() if not a.whole}
+    try:
+        with whole_folder(folder, replace=True) as new:
+            write_peft(model, new, kind="own")
+        return f"PEFT's {' and '.join(sorted(methods))}"
+    except ValueError as error:
+        try:
+            with whole_folder(folder, replace=True) as new:
+                write_peft(model, new)
+        except ValueError as other:
+            raise ValueError(f"{error}; nor as a LoRA: {other}") from other
+        return f"an exact LoRA in PEFT's format, for PEFT has no such {' and '.join(sorted(methods))}"
 
 
 def save_merged(model: PreTrainedModel, folder: Path) -> None:
