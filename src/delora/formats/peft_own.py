@@ -41,8 +41,12 @@ def as_itself(layers: dict[str, Placed]) -> Parts:
             f"PEFT has no adapter that is {names}: {', '.join(kind.__name__ for kind in _WRITERS)} are written as themselves; "
             "kind='lora' writes any low-rank change as an exact LoRA"
         )
-    if slot := next((layer for layer, a in layers.items() if isinstance(a.base, Slot)), None):
-        raise ValueError(f"{slot} is a parameter of a module, which PEFT takes for another kind of adapter; use delora.merge")
+    for layer, adapter in layers.items():
+        if isinstance(adapter.base, Slot):
+            raise ValueError(
+                f"{layer} is a matrix in a parameter of a {type(adapter.base.owner).__name__}, which is not written in this "
+                "format; delora.merge writes it into the weights"
+            )
     return _WRITERS[kinds.pop()](layers)
 
 
