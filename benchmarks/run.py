@@ -10,6 +10,7 @@ the ratio to PEFT's LoRA in the same round. Machines drift; ratios within a roun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import csv
 import datetime
@@ -282,23 +283,26 @@ def saved(shape: Shape, names: list[str], r: int = 8, dtype: torch.dtype = torch
     ]
 
 
-def one_token(seconds: float) -> list[Row]:
-    names = [REFERENCE, "frozen", "LoRA", "DeLoRA soft", "PEFT DeLoRA"]
-    models = built(LLAMA, names, 8, torch.float32, 0.0)
-    models["DeLoRA merged"] = delora.merge(copy.deepcopy(models["DeLoRA soft"]))
-    x = hidden(1, 1, 768)(torch.float32)
+def one_token(seconds: float, dtype: torch.dtype = torch.float32) -> list[Row]:
+    names = [REFERENCE, "frozen", "LoRA", "DeLoRA subtract", "DeLoRA soft", "PEFT DeLoRA"]
+    models = {name: model.eval() for name, model in built(LLAMA, names, 8, dtype, 0.0).items()}
+    x = hidden(1, 1, 768)(dtype)
+    served = {f"{name} in delora.serving": copy.deepcopy(models[name]) for name in ("DeLoRA subtract", "DeLoRA soft")}
+    merged = delora.merge(copy.deepcopy(models["DeLoRA soft"]))
 
     def run(model: nn.Module) -> Callable[[], None]:
         def forward() -> None:
             with torch.no_grad():
-                output(model.eval(), x)
+                output(model, x)
 
         return forward
 
-    rows = interleaved(
-        "one token, no gradient", "Llama shape (d 768), all linears, r 8", {n: run(m) for n, m in models.items()}, seconds
-    )
-    return rows
+    with contextlib.ExitStack() as stack:
+        for model in served.values():
+            stack.enter_context(delora.serving(model))
+        forwards = {name: run(model) for name, model in (models | served | {"DeLoRA merged": merged}).items()}
+        place = f"Llama shape (d 768), all linears, r 8, {str(dtype).removeprefix('torch.')}"
+        return interleaved("one token, no gradient", place, forwards, seconds)
 
 
 def handling(seconds: float) -> list[Row]:
@@ -390,7 +394,7 @@ def measure(full: bool, seconds: float) -> list[Row]:
     rows += saved(LLAMA, rest)
     rows += saved(LLAMA, [n for n in main if n != "frozen"], dtype=torch.bfloat16)
     rows += saved(LLAMA, [n for n in main if n != "frozen"], dropout=0.1)
-    rows += one_token(seconds)
+    rows += one_token(seconds) + one_token(seconds, torch.bfloat16)
     return rows + handling(seconds)
 
 

@@ -47,6 +47,7 @@ from delora.methods import *  # noqa: F403 (METHODS, RUNGS and every method)
 from delora.optimizing import param_groups as param_groups
 from delora.optimizing import summary as summary
 from delora.routing import routed as routed
+from delora.routing import serving as serving
 from delora.version import __version__ as __version__
 
 if not TYPE_CHECKING:  # type checkers read the names from the lines above
@@ -72,6 +73,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "methods",
         "param_groups",
         "routed",
+        "serving",
         "save",
         "strength",
         "summary",

@@ -301,7 +301,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     ...     bool((model(x) == model[0].base(x)).all())
     True
     """
-    refuse_inside(model, "disabled", "merged", "routed")
+    refuse_inside(model, "disabled", "merged", "routed", "serving")
     if open_context(model) is None:
         active_adapter(model)
     layers = adapted_layers(model).values()

@@ -408,7 +408,7 @@ class Adapted(nn.Module):
     (True, 'default', 4)
     """
 
-    route: Any = None  # within `delora.routed`, what runs the layer with an adapter of its own for each row
+    route: Any = None  # within `delora.routed` and `delora.serving`, what runs the layer in place of an active adapter
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -461,7 +461,7 @@ class Adapted(nn.Module):
         if active is None:
             value = getattr(self.base, name)
             routed = self.__dict__.get("route") is not None and name in ("weight", "bias") and isinstance(value, Tensor)
-            return ReadWeight.of(value, lambda: self.route.read(value)) if routed and reading() else value
+            return ReadWeight.of(value, lambda: self.route.read(name, value)) if routed and reading() else value
         adapter = self.adapters[active]
         if isinstance(adapter, Copy):
             if reading() and name in ("weight", "bias"):

@@ -14,10 +14,10 @@ from delora.ambient import apart, put_aside
 from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.lowrank import traced
 from delora.methods.base import edits_output, is_number
-from delora.models import adapted_layers, adapter_names, refuse_inside, states, unwrapped
+from delora.models import active_adapter, adapted_layers, adapter_names, refuse_inside, states, unwrapped
 from delora.updates import Affine, Edited, LowRank, PerRow
 
-__all__ = ["Rows", "routed"]
+__all__ = ["Rows", "routed", "serving"]
 
 Key = tuple[str, float | None] | None  # an adapter's name and strength (None: the adapter's own), or None: no adapter
 
@@ -132,7 +132,7 @@ class _Route:
                 new = PerRow(self.up, self.down, index, scale, *(t.contiguous() for t in new.gathered(self.up.dtype)))
             self.changes.append(new)
 
-    def read(self, weight: Tensor) -> Tensor:
+    def read(self, name: str, weight: Tensor) -> Tensor:
         """What a module gets that reads the weight of this layer: none is right for all rows, if their changes differ."""
         if not self.groups and not any(bool(change.index.any()) for change in self.changes):
             return weight
@@ -227,6 +227,42 @@ class _Route:
             return torch.cat(parts)[torch.cat(at).argsort()]
 
         return host, edit
+
+
+class _Ready:
+    """How one layer runs while `serving` is open: with the change that its adapter had then. What is trained whole, or is no
+    change of one matrix, runs as ever."""
+
+    def __init__(self, layer: Adapted, adapter: Any) -> None:
+        self.layer, self.adapter, self.update, self.is_plain = layer, adapter, None, False
+        if isinstance(adapter, Adapter) and adapter.strength != 0:
+            host = adapter.kind(layer.base)
+            update: Any = adapter.update(host)
+            if isinstance(update, LowRank):
+                change = update.evened() if host.dtype == torch.float16 else update
+                update = LowRank(change.up.to(host.dtype).contiguous(), change.down.to(host.dtype).contiguous())
+                self.is_plain = type(layer.base) is nn.Linear
+            self.update = update
+
+    def __call__(self, layer: Adapted, *args: Any, **kwargs: Any) -> Any:
+        if layer.training:
+            raise ValueError("delora.serving is for inference, in which adapters get no gradient: call model.eval() first")
+        if self.update is None:
+            return self.adapter(self.adapter.kind(layer.base), *args, **kwargs)
+        if not args and len(kwargs) == 1:  # layer(input=x)
+            args, kwargs = tuple(kwargs.values()), {}
+        if self.is_plain and args[0].dtype == self.update.down.dtype:
+            y: Tensor = layer.base(*args)
+            return y + nn.functional.linear(nn.functional.linear(args[0], self.update.down), self.update.up)
+        return self.update.forward(self.adapter.kind(layer.base), 0.0, *args, **kwargs)
+
+    def read(self, name: str, value: Tensor) -> Tensor:
+        """The weight or bias with the change in it, for a module that reads it."""
+        if isinstance(self.adapter, Copy):
+            changed: Tensor = self.adapter.at_strength(self.layer.base).get(name, value)
+            return changed
+        compute = self.adapter.read(self.layer.base, name)
+        return value if compute is None else cast(Tensor, compute())
 
 
 class _Caught:
@@ -350,5 +386,51 @@ def routed(
     finally:
         for layer, active in zip(layers.values(), before, strict=True):
             layer.active, layer.route = active, None
+        for state in opened:
+            state.contexts.pop()
+
+
+@contextmanager
+def serving(model: nn.Module) -> Iterator[None]:
+    """A context for inference in which the changes of the active adapter are computed once, when it is entered.
+
+    A low-rank change is kept as its two small factors in the layer's dtype, so that a call adds two narrow products and nothing
+    else; other changes (DoRA, OFT ...) are kept as the update that they are. Weights stay as they are, unlike in `merged`.
+    What is written to an adapter's tensors inside has no effect until the context is entered again; `strength`, `load` and
+    all that changes the structure are refused inside.
+
+    Args:
+        model: in eval mode; the adapters get no gradient.
+
+    Raises:
+        ValueError: another context is open, or no adapter is active.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2, start="zero"), ["0"]).eval()
+    >>> _ = nn.init.normal_(model[0].adapter.B)
+    >>> x = torch.ones(1, 4)
+    >>> y = model(x)
+    >>> with delora.serving(model), torch.no_grad():
+    ...     torch.allclose(model(x), y, atol=1e-5)
+    True
+    """
+    refuse_inside(model, "serving")
+    active_adapter(model)
+    layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
+    with put_aside(), torch.no_grad():
+        for layer in layers:
+            if layer._blank:
+                layer.refresh()
+        routes = [(layer, layer.active, _Ready(layer, layer.adapters[cast(str, layer.active)])) for layer in layers]
+    opened = states(model)
+    try:
+        for state in opened:
+            state.contexts.append("serving")
+        for layer, _, route in routes:
+            layer.active, layer.route = None, route
+        yield
+    finally:
+        for layer, name, _ in routes:
+            layer.active, layer.route = name, None
         for state in opened:
             state.contexts.pop()

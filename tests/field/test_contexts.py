@@ -21,9 +21,15 @@ CALLS = {
     "merge": lambda model, folder: delora.merge(model),
     "merged": lambda model, folder: delora.merged(model).__enter__(),
     "routed": lambda model, folder: delora.routed(model, ["default"] * 4).__enter__(),
+    "serving": lambda model, folder: delora.serving(model).__enter__(),
     "strength": lambda model, folder: delora.strength(model, 0.5),
 }
-CONTEXTS = {"disabled": delora.disabled, "merged": delora.merged, "routed": lambda model: delora.routed(model, NAMES)}
+CONTEXTS = {
+    "disabled": delora.disabled,
+    "merged": delora.merged,
+    "routed": lambda model: delora.routed(model, NAMES),
+    "serving": delora.serving,
+}
 NAMES = ["default", None, "default", "default"]
 X = torch.arange(24).reshape(4, 6) % 20
 OTHERS = {
@@ -41,7 +47,7 @@ TABLE = [
 ]
 
 
-@pytest.mark.parametrize(("call", "column"), [(call, column) for call in {**CALLS, **OTHERS} for column in (1, 2, 3)])
+@pytest.mark.parametrize(("call", "column"), [(call, column) for call in {**CALLS, **OTHERS} for column in (1, 2, 3, 4)])
 def test_the_guides_table_of_contexts_is_carried_out(call, column, tmp_path):
     (row,) = [row for row in TABLE if f"`{call}`" in row[0].split(", ")]
     model = shake(delora.inject(Net(), DeLoRA(r=2), ["q", "v"])).eval()
