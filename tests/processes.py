@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.multiprocessing
@@ -22,6 +24,23 @@ def _work(rank: int, port: int, work: Callable[..., None], arguments: tuple[obje
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _each(rank: int, laws: dict[str, tuple[Callable[..., None], tuple[object, ...]]], folder: str) -> None:
+    for name, (law, arguments) in laws.items():
+        try:
+            law(rank, *arguments)
+        except BaseException:
+            with open(f"{folder}/failed-{rank}.txt", "a") as file:
+                file.write(f"--- {name}, process {rank}:\n{traceback.format_exc()}\n")
+        torch.distributed.barrier()
+
+
+def all_hold(laws: dict[str, tuple[Callable[..., None], tuple[object, ...]]], folder: Path) -> None:
+    """Every law, ``name: (work, arguments)``, holds in two processes: one launch for all. What fails is told together."""
+    in_two_processes(_each, laws, str(folder))
+    failed = [file.read_text() for file in sorted(folder.glob("failed-*.txt"))]
+    assert not failed, "\n".join(failed)
 
 
 def in_two_processes(work: Callable[..., None], *arguments: object) -> None:

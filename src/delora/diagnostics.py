@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from delora.layer import Placed
+from delora.meeting import collective, meet
 from delora.methods.base import bound, reachable
 from delora.models import adapters
+from delora.sharded import whole
 from delora.updates import LowRank
 
 __all__ = ["LayerReport", "Recorder", "column_norms", "distances", "inspect", "report", "singular_values"]
@@ -54,7 +56,7 @@ def _changed(adapter: Placed) -> tuple[float, float, Tensor | None] | None:
     """
     if adapter.whole:
         base, new = dict(adapter.base.named_parameters()) | dict(adapter.base.named_buffers()), adapter.at_strength()
-        pairs = [(base[k].double(), t.double()) for k, t in new.items() if t.is_floating_point()]
+        pairs = [(whole(base[k]).double(), t.double()) for k, t in new.items() if t.is_floating_point()]
         return _norm(new - old for old, new in pairs), _norm(old for old, _ in pairs), None
     W, factors = adapter.host.weight(), adapter.low_rank()
     if factors is not None:
@@ -78,6 +80,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(torch.linalg.vector_norm(t).item() for t in tensors))
 
 
+@collective
 def distances(model: nn.Module, name: str | None = None) -> dict[str, float]:
     """|W' - W|_F / |W|_F of every layer of an adapter (the active one, if ``name`` is None) at its current strength.
 
@@ -137,9 +140,9 @@ def report(adapter: Placed) -> LayerReport:
     """
     change, base, spectrum = _changed(adapter) or (None, 0.0, None)
     lam = getattr(adapter, "lam", None)
-    unscaled = bound(adapter.method, adapter.tensors()) if not adapter.whole else None
+    unscaled = bound(adapter.method, adapter.numbers()) if not adapter.whole else None
     limit = None if unscaled is None else unscaled.item() * adapter.strength
-    expected = reachable(adapter.method, adapter.tensors()) if not adapter.whole else None
+    expected = reachable(adapter.method, adapter.numbers()) if not adapter.whole else None
     effective = None
     if spectrum is not None:
         share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
@@ -149,7 +152,7 @@ def report(adapter: Placed) -> LayerReport:
         shape=adapter.host.shape if not adapter.whole else None,
         parameters=sum(p.numel() for p in adapter.parameters()),
         r=getattr(adapter.method, "r", None),
-        lam=None if lam is None else lam.item(),
+        lam=None if lam is None else whole(lam.detach()).item(),
         distance=change,
         relative=None if change is None else _share(change, base),
         bound=limit,
@@ -160,6 +163,7 @@ def report(adapter: Placed) -> LayerReport:
     )
 
 
+@collective
 def inspect(model: nn.Module, name: str | None = None) -> dict[str, LayerReport]:
     """A `LayerReport` of every layer of an adapter (the active one, if ``name`` is None).
 
@@ -204,13 +208,15 @@ class Recorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.adapters = [a for a in adapters(model).values() if not a.whole]
-        self.base = [_norm([a.host.weight()]) for a in self.adapters]
-        self.directions = self._directions()
+        self.model = model
+        with meet(model, "delora.diagnostics.Recorder"):
+            self.adapters = [a for a in adapters(model).values() if not a.whole]
+            self.base = [_norm([a.host.weight()]) for a in self.adapters]
+            self.directions = self._directions()
 
     @torch.no_grad()
     def _directions(self) -> dict[str, list[Tensor]]:
-        tensors = [a.tensors() for a in self.adapters]
+        tensors = [a.numbers() for a in self.adapters]
         both = [(p["A"].detach().clone(), p["B"].detach().T.clone()) for p in tensors if "A" in p and "B" in p]
         return {"turn_A": [A for A, _ in both], "turn_B": [B for _, B in both]}
 
@@ -221,6 +227,10 @@ class Recorder:
 
     def record(self) -> dict[str, float]:
         """The metrics now; metrics that do not exist are left out."""
+        with meet(self.model, "Recorder.record"):
+            return self._record()
+
+    def _record(self) -> dict[str, float]:
         rows: list[dict[str, Any]] = []
         for adapter, base in zip(self.adapters, self.base, strict=True):
             r = report(adapter)

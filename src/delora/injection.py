@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from torch import nn
 
-from delora.ambient import apart
 from delora.hosts import Slot, quantised_layers, slots
 from delora.layer import Adapted, Adapter, Copy, attach
+from delora.meeting import collective
 from delora.methods import Full, Method
 from delora.methods.base import has_dropout, is_number
 from delora.models import (
@@ -30,6 +30,7 @@ from delora.models import (
     walk,
 )
 from delora.parts import Parts
+from delora.sharded import drawn, spread
 from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
@@ -74,7 +75,7 @@ def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) 
     return built
 
 
-@apart
+@collective
 def inject(
     model: nn.Module,
     method: Method | Full,
@@ -122,7 +123,9 @@ def inject(
     check_name(root, name)
     plan = with_ties(root, plan)
     words = told(root, left_out) if left_out else ""
-    install(root, _build(root, plan, float(dropout)), name, words)
+    built = _build(root, plan, float(dropout))
+    install(root, built, name, words)
+    root.__dict__["_delora"].drawn += drawn(built.values())
     if words:
         warnings.warn(words, stacklevel=3)
     if dropout and (without := [name for name, placed in adapters(root, name).items() if isinstance(placed.base, Slot)]):
@@ -173,6 +176,8 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
     swap(model, {modules[layer]: Adapted(modules[layer]) for layer in whole if not isinstance(modules[layer], Adapted)})
     for layer, module in adapted_layers(model).items():
         if layer in whole:
+            if (base := next(module.base.parameters(), None)) is not None:
+                spread(whole[layer], base)
             module.adapters[name] = whole[layer].train(module.training)
     model.requires_grad_(False)
     rename_declared(model)

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from delora.hosts import Host, Quantised, Slice, Slot, any_host, host, quantised_host
-from delora.hosts.base import ELSEWHERE
+from delora.hosts.base import ELSEWHERE, brought
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
 from delora.methods.full import Full
 from delora.reading import ReadWeight, reading
+from delora.sharded import agreed, fill, gathered, is_sharded, like, whole
 from delora.together import built, unsaved
 from delora.updates import LowRank, Update, wide
 
@@ -76,6 +77,7 @@ class Adapter(Kept):
         for name, tensor in measured.items():
             self.register_buffer(name, tensor, persistent=False)
         self.names = (*start, *measured)
+        self.itemsize = min((p.itemsize for p in self.parameters()), default=0)  # bytes of a number of what trains
 
     def _start(self, host: Host, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         W = host.weight()
@@ -103,6 +105,10 @@ class Adapter(Kept):
         # A replica of nn.DataParallel has its tensors as plain attributes.
         return {name: t for name in self.names if (t := known.get(name, self.__dict__.get(name))) is not None}
 
+    def numbers(self) -> dict[str, Tensor]:
+        """All tensors by name, each whole, also where several processes hold parts of them."""
+        return {name: whole(t) for name, t in self.tensors().items()}
+
     def saved(self) -> dict[str, Tensor]:
         """The tensors that belong in a file: all but those measured from W."""
         with _here(self):
@@ -113,9 +119,11 @@ class Adapter(Kept):
         host = self.kind(layer)
         start, measured = self._start(host) if redraw else ({}, measure(self.method, host.weight()))
         current = self.tensors()
-        for name, tensor in (start | measured).items():
+        base = next(iter(host.module.parameters()), None)
+        for name, drawn in (start | measured).items():
+            tensor = agreed(drawn, base)
             if current[name].device == tensor.device:
-                current[name].data.copy_(tensor)  # in place, so that an optimizer keeps its parameter
+                fill(current[name], tensor)  # in place, so that an optimizer keeps its parameter
             else:
                 self._put(name, tensor)
 
@@ -128,13 +136,23 @@ class Adapter(Kept):
         return update if self.strength == 1 else update.scaled(self.strength)
 
     def _own_update(self, host: Host) -> Update:
-        p = {k: t.to(wide(t.dtype)) for k, t in self.tensors().items()}
+        p = self.numbers()
+        if (narrow := self.rounding()) is not None:
+            p = {k: t.to(narrow) if t.is_floating_point() else t for k, t in p.items()}
+        p = {k: t.to(wide(t.dtype)) for k, t in p.items()}
         # Not converted to float32: an update computes a few products with W, which need no copy of it.
         W = host.read() if reads_weight(self.method) else None
         # The update of a method that stacks may come from one of two places in each run of a checkpoint.
         free = getattr(self.method, "stacks", False) and not traced()
         with without_autocast(next(iter(p.values()))), unsaved() if free else nullcontext():
             return self.method.update(W, p)
+
+    def rounding(self) -> torch.dtype | None:
+        """The narrower dtype in which FSDP2 (MixedPrecisionPolicy) gives the parameters now; None if it is their own.
+
+        The tensors that it does not give are then rounded alike: the frozen half of a start must cancel the one that trains.
+        """
+        return next((p.dtype for p in self._parameters.values() if p is not None and p.itemsize < self.itemsize), None)
 
     def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         """The output of the layer that ``host`` looks at, with the change.
@@ -193,20 +211,22 @@ class Copy(Kept):
 
     def put(self, name: str, value: Tensor, device: torch.device | None = None) -> None:
         """Set a tensor to a value from elsewhere."""
-        self.saved()[name].data.copy_(value)
+        fill(self.saved()[name], value)
 
     def refresh(self, layer: nn.Module, redraw: bool) -> None:
         """Take the layer's tensors again if ``redraw``."""
         if redraw and on_meta(self.module):
             self.module = _trainable(layer)
         elif redraw:
-            self.module.load_state_dict(layer.state_dict())
+            for name, tensor in layer.state_dict(keep_vars=True).items():
+                fill(self.saved()[name], whole(tensor.detach()))
 
     def at_strength(self, layer: nn.Module) -> dict[str, Tensor]:
         """W + strength (W' - W) for every floating-point tensor of the layer, in the layer's dtype."""
         base, new = _tensors(layer), _tensors(self.module)
         for name, tensor in new.items():
-            old = base[name]
+            old, tensor = whole(base[name]), whole(tensor)
+            new[name] = tensor
             if tensor.is_floating_point() and (self.strength != 1 or tensor.dtype != old.dtype):
                 new[name] = torch.lerp(old.to(tensor.dtype), tensor, self.strength).to(old.dtype)
         return new
@@ -215,7 +235,8 @@ class Copy(Kept):
         layer = host.layer
         if self.strength == 0:
             return layer(*args, **kwargs)
-        if self.strength == 1 and _dtype(self.module) == _dtype(layer):
+        parts = any(is_sharded(t) for t in self.module.parameters())
+        if self.strength == 1 and not parts and _dtype(self.module) == _dtype(layer):
             return self.module(*args, **kwargs)
         if on_meta(self.module):
             raise ValueError(
@@ -233,7 +254,7 @@ def _here(module: nn.Module) -> Iterator[None]:
     """A context in which the tensors of a module and of all in it are here, also where hooks keep them elsewhere."""
     with ExitStack() as stack:
         for part in module.modules():
-            stack.enter_context(Host(part).held())
+            stack.enter_context(brought(part))
         yield
 
 
@@ -242,7 +263,10 @@ def _moved(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _trainable(layer: nn.Module) -> nn.Module:
-    module = copy.deepcopy(layer).requires_grad_(True)
+    with ExitStack() as stack:
+        for part in layer.modules():
+            stack.enter_context(gathered(part))
+        module = copy.deepcopy(layer).requires_grad_(True)
     for t in (*module.parameters(), *module.buffers()):
         if t.dtype in (torch.float16, torch.bfloat16):
             t.data = t.data.float()
@@ -342,7 +366,7 @@ class Placed:
         if on_meta(self.base):
             raise ValueError(f"a weight of it {ELSEWHERE}")
         return {
-            name: nn.Parameter(t.detach().clone(), base[name].requires_grad)
+            name: nn.Parameter(like(t.detach().clone(), base[name]), base[name].requires_grad)
             if isinstance(base[name], nn.Parameter)
             else t.clone()
             for name, t in self.at_strength().items()

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delora.ambient import apart, put_aside
+from delora.ambient import put_aside
 from delora.hosts import Quantised
 from delora.injection import check_name, install, put_back, refuse_parallel, swap
 from delora.layer import Adapted, Adapter, Copy, Placed
+from delora.meeting import collective, meet
 from delora.methods import LoRA
 from delora.methods.base import is_number
 from delora.models import active_adapter, adapted_layers, adapters, refuse_inside, states, unwrapped
 from delora.quantisers import account
+from delora.sharded import fill, is_sharded, settle, whole
 from delora.ties import owners, untie
 from delora.together import watched
 from delora.updates import wide
@@ -73,20 +75,32 @@ def _plain(
 
 
 def _keep_ties(model: nn.Module, changes: dict[str, tuple[Adapted, dict[str, Tensor]]]) -> None:
-    """Let layers that share a parameter, and all get the same new one, share that."""
+    """Let layers that share a parameter, and all get the same new one, share that.
+
+    Raises:
+        ValueError: one of them keeps the old one, and processes hold parts of it: it cannot be two.
+    """
     place = {f"{name}.{key}": (new, key) for name, (_, new) in changes.items() for key in new}
     for group in owners(model).values():
         if all(name in place for name in group):
             first, key = place[group[0]]
-            if all(torch.equal(first[key], new[other]) for new, other in (place[name] for name in group[1:])):
+            if all(torch.equal(whole(first[key]), whole(new[other])) for new, other in (place[name] for name in group[1:])):
                 for name in group[1:]:
                     new, other = place[name]
                     new[other] = first[key]
+                continue
+        changed = [name for name in group if name in place]
+        if changed and is_sharded(place[changed[0]][0][place[changed[0]][1]]):
+            some = ", ".join(repr(name.rpartition(".")[0]) for name in group if name != changed[0])
+            raise ValueError(
+                f"cannot merge {changed[0].rpartition('.')[0]!r}: several processes hold parts of its weight, which it shares "
+                f"with {some}: save the adapter, and load and merge it in one process"
+            )
 
 
 def _finite(t: Tensor) -> bool:
     """Whether all entries are finite. A finite sum has finite terms, and computing it needs no mask as large as t."""
-    return bool(t.sum().isfinite() or t.isfinite().all())
+    return bool(whole(t.sum()).isfinite() or whole(t.isfinite().all()))
 
 
 def _put(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
@@ -96,8 +110,12 @@ def _put(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Te
         path, _, key = name.rpartition(".")
         owner = layer.get_submodule(path)
         registry: Any = owner._buffers if key in owner._buffers else owner._parameters
-        old[name] = registry.get(key)
-        registry[key] = tensor
+        there = old[name] = registry.get(key)
+        if is_sharded(there) and tensor is not None:  # what divided it keeps this very parameter
+            old[name] = there.detach().clone()
+            fill(there, tensor)
+        else:
+            registry[key] = tensor
     return old
 
 
@@ -113,7 +131,7 @@ def _untied(configs: list[tuple[Any, bool]], again: bool) -> Iterator[None]:
             config.tie_word_embeddings = tied
 
 
-@apart
+@collective
 def merge(model: nn.Module, *, unused: bool = False, requantise: bool = False) -> nn.Module:
     """Replace W by W', computed in float32 or wider, in plain layers of the original types. Returns the changed model.
 
@@ -167,7 +185,7 @@ def merged(model: nn.Module, *, unused: bool = False, requantise: bool = False) 
     """
     refuse_inside(model, "merged")
     root = unwrapped(model)
-    with put_aside():
+    with put_aside(), meet(model, "delora.merged"):
         changes = _changes(model, unused, requantise)
         configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
         plain = _plain(changes, requantise)
@@ -183,6 +201,7 @@ def merged(model: nn.Module, *, unused: bool = False, requantise: bool = False) 
             restore = account(root)
             yield model
         finally:
+            settle(root)
             swap(root, {module: layer for layer, module, _ in plain.values()})
             if restore is not None:
                 restore()
@@ -192,7 +211,7 @@ def merged(model: nn.Module, *, unused: bool = False, requantise: bool = False) 
                 state.contexts.pop()
 
 
-@apart
+@collective
 def blend(model: nn.Module, weights: Mapping[str, float], name: str) -> None:
     """Add an active adapter whose change is exactly the weighted sum of other adapters' changes.
 
@@ -231,13 +250,14 @@ def _blended(layer: str, terms: list[tuple[float, Placed]]) -> Adapter | Copy:
     if first.whole:
         new = Copy(first.base)
         base = dict(first.base.named_parameters()) | dict(first.base.named_buffers())
+        base = {key: whole(t.detach()) for key, t in base.items()}
         total = {key: t.detach().to(wide(t.dtype)).clone() if t.is_floating_point() else t for key, t in base.items()}
         for w, placed in terms:
             for key, t in placed.at_strength().items():
                 if t.is_floating_point() and key in total:
                     total[key] += w * (t.to(total[key].dtype) - base[key].to(total[key].dtype))
         for key, t in (*new.module.named_parameters(), *new.module.named_buffers()):
-            t.data.copy_(total[key])
+            fill(t, total[key])
         return new
     ups: list[Tensor] = []
     downs: list[Tensor] = []

@@ -33,13 +33,15 @@ class State:
     """What is known of the adapters of a model: one object, on the module that `inject` was called on.
 
     ``trained``: the parameters that trained before the first `inject`; ``contexts``: the open `merged` and `disabled`,
-    outermost first; ``left_out``: the words for what ``targets="all-linear"`` could not adapt, and why.
+    outermost first; ``left_out``: the words for what ``targets="all-linear"`` could not adapt, and why; ``drawn``: a sum over
+    the bytes that `inject` drew, to compare with other processes'.
     """
 
     trained: list[str]
     contexts: list[str] = field(default_factory=list)
     left_out: str = ""
     ties: dict[str, dict[str, str]] = field(default_factory=dict)  # what a transformers model says of tied weights
+    drawn: str = ""
 
 
 def states(model: nn.Module) -> list[State]:

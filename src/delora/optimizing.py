@@ -11,6 +11,7 @@ from delora.hosts import quantised_layers
 from delora.layer import Adapter, Copy
 from delora.methods.base import is_number
 from delora.models import adapted_layers, adapters, states
+from delora.sharded import settle
 
 __all__ = ["Summary", "param_groups", "summary"]
 
@@ -45,6 +46,7 @@ def param_groups(
     for key, value in rates.items():
         if value is not None and (not is_number(value) or value < 0):
             raise ValueError(f"{key} = {value!r}: must be a finite number, at least 0")
+    settle(model)
     lam = {id(m.lam) for m in model.modules() if isinstance(m, Adapter) and hasattr(m, "lam")}
     head = {id(p) for m in model.modules() if isinstance(m, Copy) for p in m.parameters()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}

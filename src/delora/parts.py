@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from delora.hosts import Host, Layout, Slice, Slot, parameters
 from delora.layer import Adapter, Kept
 from delora.lowrank import traced, without_autocast
+from delora.sharded import gathered, like
 from delora.together import stacked
 from delora.updates import LowRank, Update, wide
 
@@ -95,13 +96,15 @@ class Parts(Kept):
             ValueError: a parameter is computed from others, or kept elsewhere.
         """
         new = {}
-        for key, value in self.tensors(layer).items():
+        with gathered(layer):
+            values = self.tensors(layer)
+        for key, value in values.items():
             old = layer._parameters.get(key)
             if old is None:
                 raise ValueError(f"its {key} is computed from other parameters: make it a plain one first")
             if old.is_meta:
                 raise ValueError(f"its {key} is kept elsewhere by a hook (offloading), or was never loaded")
-            new[key] = nn.Parameter(value.contiguous(), requires_grad=old.requires_grad)
+            new[key] = nn.Parameter(like(value.contiguous(), old), requires_grad=old.requires_grad)
         return new
 
     def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:

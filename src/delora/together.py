@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from delora.lowrank import traced, without_autocast
+from delora.meeting import differs
 from delora.reading import Reading, readers
+from delora.sharded import processes
 from delora.torch_private import checkpoint_part, is_compiled, saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
@@ -67,6 +69,7 @@ class Together:
     def __init__(self, model: nn.Module, layers: Mapping[str, Any]) -> None:
         self.model, self.layers = model, dict(layers)
         self.finished = False  # whether a whole forward has run since the adapter was made active
+        self.parts = False  # whether processes hold parts of the adapters between forwards
         self.recomputed: _Updates = {}  # for what is left of a second run
 
     def __getstate__(self) -> dict[str, Any]:
@@ -91,13 +94,33 @@ class Together:
 
     def _updates(self) -> _Updates:
         layers = self.layers.values()
-        active = (layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank)
-        return _build(part for adapter in active for _, part, _ in adapter.each("", None))
+        adapters = [layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank]
+        active = [part for adapter in adapters for _, part, _ in adapter.each("", None)]
+        self.parts = self.parts or self._divided(active)
+        # What is gathered for a layer alone must be used by it alone: its gradient is sent away when that layer is through.
+        return {} if self.parts else _build(active)
 
     def again(self, adapter: Any) -> tuple[list[int], LowRank] | None:
         """The update for the second run of a checkpointed layer."""
         self.recomputed = self.recomputed or self._updates()
         return self.recomputed.pop(adapter, None)
+
+    def _divided(self, active: list[Any]) -> bool:
+        """Whether processes hold parts of the adapters. All must then have drawn the same: each gave its part of its own."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        ranks = processes(p for adapter in active for p in adapter.parameters())
+        if not ranks:
+            return False
+        state = self.model.__dict__.get("_delora")
+        other = differs(ranks, "the first forward", "" if state is None else state.drawn)
+        if other is not None:
+            raise ValueError(
+                f"process {other} drew other adapters than process {torch.distributed.get_rank()}, and each holds a part of "
+                "its own: call torch.manual_seed with one number on all of them before delora.inject, or inject after "
+                "fully_shard"
+            )
+        return True
 
     def _tell(self) -> None:
         layers = set(self.layers.values())
@@ -218,7 +241,7 @@ def unsaved() -> AbstractContextManager[Any]:
 def _build(adapters: Iterable[Any]) -> _Updates:
     groups: dict[tuple[Any, object], list[tuple[Any, dict[str, Tensor]]]] = {}
     for adapter in adapters:
-        if adapter is None or not getattr(adapter.method, "stacks", False):
+        if adapter is None or not getattr(adapter.method, "stacks", False) or adapter.rounding() is not None:
             continue
         tensors = adapter.tensors()
         if all(

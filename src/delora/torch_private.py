@@ -6,6 +6,7 @@ A fallback is always correct but may be slower. The dictionaries of an ``nn.Modu
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "conv",
     "is_compiled",
     "is_view",
+    "process_store",
     "saved_tensors_hooks",
     "transforms_active",
     "unhook",
@@ -89,6 +91,23 @@ def is_view(t: Tensor) -> bool:
     (False, True)
     """
     return getattr(t, "_base", t) is not None
+
+
+def process_store() -> Any:
+    """The store by which the processes of torch's process group found each other. Fallback: a new client of it, by the address
+    in the environment, which torchrun and all its like set.
+
+    >>> from torch.distributed import HashStore, destroy_process_group, init_process_group
+    >>> init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    >>> process_store().set("said", "yes")
+    >>> process_store().get("said"), destroy_process_group()
+    (b'yes', None)
+    """
+    dist: Any = torch.distributed
+    ask = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if ask is not None:
+        return ask()
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 def is_compiled(module: nn.Module) -> bool:

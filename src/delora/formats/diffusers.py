@@ -23,10 +23,10 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from delora.ambient import apart
 from delora.formats.files import write_atomically
 from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
+from delora.meeting import collective, writes
 from delora.models import adapted_layers, adapter_names, adapters, unwrapped, walk
 
 __all__ = ["write"]
@@ -36,7 +36,7 @@ FILE = "pytorch_lora_weights.safetensors"
 Factors = tuple[Tensor, Tensor]  # down [r, in], up [out, r]; of a convolution with its kernel's dimensions
 
 
-@apart
+@collective
 @torch.no_grad()
 def write(
     model: Any,
@@ -89,6 +89,8 @@ def write(
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
     form.tell(stacklevel=4)
     folder = Path(folder)
+    if not writes():
+        return folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
     data = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
     write_atomically(folder / FILE, to_bytes(data, {"format": "pt", **form.header()}))

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from delora.ambient import apart
 from delora.diagnostics import report
 from delora.formats.bases import fingerprint, same_base
 from delora.formats.files import (
@@ -46,9 +45,11 @@ from delora.formats.peft import read as read_peft
 from delora.hosts import Convolution, Embedding, Slot
 from delora.injection import check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
+from delora.meeting import collective, writes
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
 from delora.models import active_adapter, adapter_names, adapters, clean_name, places, refuse_inside, unwrapped
+from delora.sharded import fill, whole
 from delora.ties import share_copies
 from delora.updates import wide
 from delora.version import __version__
@@ -77,7 +78,7 @@ WEIGHTS = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isi
 # ---------------------------------------------------------------- saving
 
 
-@apart
+@collective
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write an adapter (the active one, if ``name`` is None) and the modules trained with it to a folder.
 
@@ -101,7 +102,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
             kept = {_inside(layer, key): t for key, t in a.saved().items()}
         else:
             kept = {f"{layer}.{key}": t for key, t in a.saved().items()}
-        tensors |= {key: t.detach().cpu().contiguous() for key, t in kept.items()}
+        tensors |= {key: whole(t.detach()).cpu().contiguous() for key, t in kept.items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
@@ -129,6 +130,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
             f"{len(chosen):,} layers are more than a folder can hold: {JSON} would have {much}; nothing was written"
         )
     folder = Path(folder)
+    if not writes():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     with _replacing(folder, folder / f"adapter-{digest[:16]}.safetensors") as file:
         write_atomically(file, data)
@@ -234,7 +237,7 @@ def _reported(adapter: Placed) -> dict[str, float]:
 # ---------------------------------------------------------------- loading
 
 
-@apart
+@collective
 def load(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -632,4 +635,4 @@ def _overwrite(current: Mapping[str, Placed], new: Mapping[str, Adapter | Copy],
         for layer, placed in current.items():
             placed.adapter.strength = new[layer].strength
             for key, tensor in new[layer].saved().items():
-                placed.saved()[key].copy_(tensor)
+                fill(placed.saved()[key], tensor)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from delora.ambient import apart
+from delora import sharded
 from delora.formats.bases import fingerprint
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, shown, write_atomically
 from delora.formats.nearest import Approximation
@@ -29,6 +29,7 @@ from delora.formats.peft_names import experts, read_by_parent, renamed
 from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, lora_factors
 from delora.hosts import Conv1D, Slot
 from delora.layer import Placed
+from delora.meeting import collective, writes
 from delora.methods import Full
 from delora.methods.base import Method
 from delora.models import active_adapter, adapters, unwrapped, walk
@@ -43,7 +44,7 @@ __all__ = ["CONFIG", "as_lora", "read", "write"]
 # ---------------------------------------------------------------- writing
 
 
-@apart
+@collective
 @torch.no_grad()
 def write(
     model: nn.Module,
@@ -121,7 +122,7 @@ def write(
         tensors |= {f"{layer}.{key}": t for key, t in copy.at_strength().items()}
     for layer, module in _also_taken(root, weights, whole).items():
         tensors |= {f"{layer}.{key}": t for key, t in module.state_dict().items()}
-    tensors = {key: form.cast(t) for key, t in tensors.items()}
+    tensors = {key: form.cast(sharded.whole(t.detach())) for key, t in tensors.items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
@@ -150,6 +151,8 @@ def write(
     header = {"format": "pt", **form.header()}
     data = to_bytes({PREFIX + key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, header)
     folder = Path(folder)
+    if not writes():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / TENSORS, data)
     write_atomically(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())

@@ -100,7 +100,7 @@ def feedforward(targets: list[str] | str, inputs: list[str], outputs: list[str])
 def _lora(layers: dict[str, Placed]) -> Parts:
     tensors: dict[str, Tensor] = {}
     for layer, adapter in layers.items():
-        p = adapter.tensors()
+        p = adapter.numbers()
         tensors |= lora_factors(layer, adapter, p["B"], p["A"])
     alphas = {layer: _times(a.method.alpha, a.strength) for layer, a in layers.items()}
     return _lora_config(layers, alphas), tensors
@@ -112,7 +112,7 @@ def _dora(layers: dict[str, Placed]) -> Parts:
         if adapter.method.fixed_magnitude:
             raise ValueError(f"{layer}: PEFT's DoRA always trains the magnitude, this is {adapter.method}")
         _require_full_strength(layer, adapter)
-        p, host = adapter.tensors(), adapter.host
+        p, host = adapter.numbers(), adapter.host
         tensors |= lora_factors(layer, adapter, p["B"], p["A"])
         m = p["m"].reshape(1, -1, *(1,) * host.dims) if isinstance(host, Convolution) else p["m"]
         tensors[f"{layer}.lora_magnitude_vector"] = m
@@ -150,7 +150,7 @@ def as_delora(layers: dict[str, Placed]) -> Parts:
                 f"{layer}: PEFT's DELORA is DeLoRA(start='zero', norm='columns') on nn.Linear, this is {m} on a "
                 f"{type(adapter.base).__name__}; kind='lora' writes it as an exact LoRA"
             )
-        p = adapter.tensors()
+        p = adapter.numbers()
         tensors |= {
             f"{layer}.delora_A": p["A"],
             f"{layer}.delora_B": p["B"],
@@ -175,7 +175,7 @@ def _ia3(layers: dict[str, Placed]) -> Parts:
     tensors: dict[str, Tensor] = {}
     for layer, adapter in layers.items():
         _require_full_strength(layer, adapter)
-        scale, side = adapter.tensors()["l"], adapter.method.side
+        scale, side = adapter.numbers()["l"], adapter.method.side
         base: Any = adapter.base
         if type(base) is nn.Linear or isinstance(adapter.host, Conv1D):
             shape: tuple[int, ...] = (-1, 1) if side == "output" else (1, -1)
@@ -198,7 +198,7 @@ def _oft(layers: dict[str, Placed]) -> Parts:
         _require_full_strength(layer, adapter)
         if type(adapter.base) is not nn.Linear:
             raise ValueError(f"{layer}: OFT is written for nn.Linear, this is a {type(adapter.base).__name__}")
-        tensors[f"{layer}.oft_R.weight"] = adapter.tensors()["Q"]
+        tensors[f"{layer}.oft_R.weight"] = adapter.numbers()["Q"]
     blocks = _one(layers, "r", lambda a: a.method.blocks)
     radius = _one(layers, "eps", lambda a: a.method.radius)
     return {

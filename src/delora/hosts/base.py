@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from delora.sharded import gathered, is_sharded, like, whole
 from delora.torch_private import is_view
 from delora.updates import PerRow, Update, wide
 
@@ -21,6 +22,7 @@ __all__ = [
     "MatrixHost",
     "Norm",
     "any_host",
+    "brought",
     "codes_of",
     "host",
     "host_class",
@@ -101,9 +103,9 @@ class Host:
             return self.matrix().detach()[start:stop]
 
     def read(self) -> Tensor:
-        """The matrix [out, in], detached: its numbers, also where a hook keeps the layer's weights elsewhere (offloading)."""
+        """The matrix [out, in], detached: its numbers, also of a weight that is offloaded or sharded."""
         with self.held():
-            return self.matrix().detach()
+            return whole(self.matrix().detach())
 
     def weight(self) -> Tensor:
         """The matrix [out, in] to compute with: detached, in float32 or wider."""
@@ -200,7 +202,18 @@ def _is_offloaded(layer: nn.Module) -> bool:
 
 
 def _held(layer: nn.Module) -> AbstractContextManager[Any]:
-    """A context in which the weights of a layer that accelerate offloads are where it computes."""
+    """A context in which the weights of a layer that is offloaded, or divided among processes, are where it computes."""
+    if any(is_sharded(p) for p in layer._parameters.values()):
+        return gathered(layer)
+    return brought(layer)
+
+
+def brought(layer: nn.Module) -> AbstractContextManager[Any]:
+    """A context in which the weights of a layer that accelerate offloads are where it computes.
+
+    >>> with brought(nn.Linear(2, 2)):
+    ...     pass
+    """
     if not _is_offloaded(layer):
         return nullcontext()
     from accelerate.utils import align_module_device  # the hook is accelerate's
@@ -209,14 +222,16 @@ def _held(layer: nn.Module) -> AbstractContextManager[Any]:
     return context
 
 
-def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
-    """A parameter with ``value`` in the dtype of ``like`` and, if the shapes agree, in its memory layout."""
-    if not like.is_floating_point():
-        raise ValueError(f"its weight is {like.dtype}, which cannot hold the new values")
+def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
+    """A parameter with ``value`` in the dtype of ``old`` and, if the shapes agree, in its memory layout and its parts."""
+    if not old.is_floating_point():
+        raise ValueError(f"its weight is {old.dtype}, which cannot hold the new values")
+    if is_sharded(old):
+        return nn.Parameter(like(value.to(old.dtype), old), requires_grad=old.requires_grad)
     fresh = not value.requires_grad and not is_view(value)  # shares its memory with no other tensor
-    if not (fresh and value.dtype == like.dtype and value.shape == like.shape and value.stride() == like.stride()):
-        value = (torch.empty_like(like) if like.shape == value.shape else like.new_empty(value.shape)).copy_(value)
-    return nn.Parameter(value, requires_grad=like.requires_grad)
+    if not (fresh and value.dtype == old.dtype and value.shape == old.shape and value.stride() == old.stride()):
+        value = (torch.empty_like(old) if old.shape == value.shape else old.new_empty(value.shape)).copy_(value)
+    return nn.Parameter(value, requires_grad=old.requires_grad)
 
 
 def is_bare(layer: nn.Module) -> bool:
