@@ -19,7 +19,7 @@ from torch import nn
 
 from delora.ambient import put_aside
 from delora.errors import UserError
-from delora.sharded import processes, settle
+from delora.sharded import processes, refuse_flat, settle
 from delora.torch_private import process_store
 
 __all__ = ["ProcessError", "collective", "differs", "meet", "writes"]
@@ -66,6 +66,7 @@ def meet(model: Any, what: str) -> Iterator[None]:
         return
     modules = _modules(model)
     for module in modules:
+        refuse_flat(module, what)
         settle(module)
     ranks = processes(p for module in modules for p in module.parameters())
     if len(ranks) < 2:

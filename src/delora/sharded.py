@@ -13,7 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["agreed", "drawn", "fill", "gathered", "is_sharded", "like", "processes", "settle", "shape_of", "spread", "whole"]
+__all__ = [
+    "agreed",
+    "drawn",
+    "fill",
+    "gathered",
+    "is_sharded",
+    "like",
+    "processes",
+    "refuse_flat",
+    "settle",
+    "shape_of",
+    "spread",
+    "whole",
+]
 
 
 def _is_dtensor(t: Any) -> bool:
@@ -188,6 +201,20 @@ def processes(tensors: Iterable[Any]) -> tuple[int, ...]:
         elif hasattr(t, "ds_tensor"):
             return tuple(range(torch.distributed.get_world_size()))
     return tuple(sorted(ranks))
+
+
+def refuse_flat(model: nn.Module, what: str) -> None:
+    """Raise a ValueError if FSDP1 keeps a model's parameters in one flat tensor, where no layer's weight can be told.
+
+    >>> refuse_flat(nn.Linear(2, 2), "delora.save")
+    """
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel" and module.training_state.name != "SUMMON_FULL_PARAMS":  # type: ignore[union-attr]
+            raise ValueError(
+                f"{what} of a FullyShardedDataParallel (FSDP1), which keeps its parameters in one flat tensor: shard with "
+                "torch.distributed.fsdp.fully_shard (FSDP2) instead, or call it inside "
+                "FullyShardedDataParallel.summon_full_params(model, writeback=True)"
+            )
 
 
 def settle(model: nn.Module) -> None:

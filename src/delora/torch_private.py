@@ -107,7 +107,8 @@ def process_store() -> Any:
     ask = getattr(dist.distributed_c10d, "_get_default_store", None)
     if ask is not None:
         return ask()
-    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    return dist.PrefixStore(f"delora-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def is_compiled(module: nn.Module) -> bool:

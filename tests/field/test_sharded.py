@@ -21,12 +21,9 @@ from delora.diagnostics import Recorder, inspect
 from delora.meeting import ProcessError
 from delora.sharded import is_sharded, whole
 from delora.torch_private import process_store
-from tests.cases import shake
 from tests.processes import all_hold
 
-METHODS = {
-    str(m): m for m in (DeLoRA(r=2), DeLoRA(r=2, start="paired"), LoRA(r=3), DoRA(r=2), EtherPlus(blocks=2), OFT(blocks=2))
-}
+METHODS = {type(m).__name__: m for m in (DeLoRA(r=2), DoRA(r=2), EtherPlus(blocks=2), OFT(blocks=2))}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -70,6 +67,13 @@ def shard(model: nn.Module, **options: object) -> nn.Module:
     return fully_shard(model, **options)  # type: ignore[arg-type]
 
 
+@torch.no_grad()
+def shake(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
 def sharded(method: object, when: str) -> nn.Module:
     return shard(adapt(net(), method)) if when == "before" else adapt(shard(net()), method)
 
@@ -82,11 +86,14 @@ def own(rank: int, x: Tensor) -> Tensor:
     return x[2 * rank : 2 * rank + 2]
 
 
-def trained(model: nn.Module, x: Tensor, steps: int = 20) -> list[Tensor]:
+def trained(model: nn.Module, x: Tensor, steps: int = 20, evaluate: bool = False) -> list[Tensor]:
     """The losses. SGD: AdamW divides gradients by their size, and so makes rounding of a zero as large as a step."""
     optimizer = torch.optim.SGD(delora.param_groups(model, lr=0.03), momentum=0.9)
     losses = []
     for _ in range(steps):
+        if evaluate:
+            with torch.no_grad():
+                model(ids())
         optimizer.zero_grad()
         loss = (model(x) - 1).square().mean()
         loss.backward()
@@ -243,11 +250,8 @@ def trained_after_evaluation(rank: int, when: str) -> None:
         one = adapt(net(), DeLoRA(r=2))
         model = shard(adapt(net(), DeLoRA(r=2)), reshard_after_forward=reshard) if when == "before" else None
         model = model or adapt(shard(net(), reshard_after_forward=reshard), DeLoRA(r=2))
-        for _ in range(2):
-            with torch.no_grad():
-                one(ids()), model(ids())
-            a, b = trained(one, ids(), steps=2), mean(trained(model, own(rank, ids()), steps=2))
-            torch.testing.assert_close(b, torch.stack(a))
+        a, b = trained(one, ids(), 3, evaluate=True), mean(trained(model, own(rank, ids()), 3, evaluate=True))
+        torch.testing.assert_close(b, torch.stack(a))
         with torch.no_grad():
             y = model(ids())
         torch.testing.assert_close(delora.merge(model)(ids()), y)
@@ -326,6 +330,26 @@ def only_all_together(rank: int, folder: str) -> None:
     assert delora.distances(two).keys() == {"emb", "blocks.0.q", "blocks.0.v", "blocks.1.q", "blocks.1.v", "head"}  # as ever
 
 
+def fsdp1_is_refused(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    model = FSDP(adapt(net(), DeLoRA(r=2)), use_orig_params=True, device_id=torch.device("cpu"))
+    for call in (delora.distances, delora.merge, lambda m: delora.save(m, f"{folder}/fsdp1")):
+        with pytest.raises(ValueError, match="FSDP1.*fully_shard"):
+            call(model)
+    with FSDP.summon_full_params(model):
+        assert delora.distances(model) == delora.distances(adapt(net(), DeLoRA(r=2)))
+
+
+def without_torchs_private_store(rank: int) -> None:
+    hidden = dist.distributed_c10d._get_default_store
+    del dist.distributed_c10d._get_default_store
+    try:
+        assert delora.distances(sharded(LoRA(r=2), "before"))["blocks.0.q"] == 0
+    finally:
+        dist.distributed_c10d._get_default_store = hidden
+
+
 def ddp_trains_as_one(rank: int, folder: str, method: object) -> None:
     one, two = adapt(net(), method), adapt(net(), method)
     ddp = nn.parallel.DistributedDataParallel(two)
@@ -339,12 +363,13 @@ def ddp_trains_as_one(rank: int, folder: str, method: object) -> None:
 
 
 BEFORE_AND_AFTER = ("before", "after")
+CASES = [("DeLoRA", "before"), ("DeLoRA", "after"), ("DoRA", "before"), ("EtherPlus", "after"), ("OFT", "before")]
 
 
 @pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
-    laws = {f"trains {m} {w}": (trains_as_one, (METHODS[m], w)) for m in METHODS for w in BEFORE_AND_AFTER}
-    laws |= {f"does {m} {w}": (does_what_one_does, (str(tmp_path), METHODS[m], w)) for m in METHODS for w in BEFORE_AND_AFTER}
+    laws = {f"trains {m} {w}": (trains_as_one, (METHODS[m], w)) for m, w in CASES}
+    laws |= {f"does {m} {w}": (does_what_one_does, (str(tmp_path), METHODS[m], w)) for m, w in CASES}
     for law in (
         mixed_precision_starts_at_the_base,
         state_dicts,
@@ -353,7 +378,8 @@ def test_two_processes_do_what_one_does(tmp_path):
         two_adapters,
     ):
         laws |= {f"{law.__name__} {w}": (law, (w,)) for w in BEFORE_AND_AFTER}
-    laws |= {law.__name__: (law, ()) for law in (draws_that_differ_are_refused, shared_weights_are_not_torn)}
-    laws |= {law.__name__: (law, (str(tmp_path),)) for law in (distributed_checkpoints, only_all_together)}
-    laws |= {f"ddp {m}": (ddp_trains_as_one, (str(tmp_path), METHODS[m])) for m in METHODS}
+    for law in (draws_that_differ_are_refused, shared_weights_are_not_torn, without_torchs_private_store):
+        laws[law.__name__] = law, ()
+    laws |= {law.__name__: (law, (str(tmp_path),)) for law in (distributed_checkpoints, only_all_together, fsdp1_is_refused)}
+    laws["ddp"] = ddp_trains_as_one, (str(tmp_path), METHODS["DeLoRA"])
     all_hold(laws, tmp_path)
