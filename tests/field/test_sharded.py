@@ -341,6 +341,41 @@ def fsdp1_is_refused(rank: int, folder: str) -> None:
         assert delora.distances(model) == delora.distances(adapt(net(), DeLoRA(r=2)))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(x, x, x, need_weights=False)[0] + x  # type: ignore[no-any-return]
+
+
+def packed_matrices(rank: int, folder: str, when: str) -> None:
+    """Matrices in parameters of a module, which runs with changed ones in place."""
+
+    def with_attention() -> nn.Module:
+        model = net()
+        model.blocks[1] = Attention()
+        return model
+
+    def inject(model: nn.Module) -> nn.Module:
+        torch.manual_seed(1)
+        return delora.inject(model, DeLoRA(r=2), ["in_proj_weight", "out_proj"])
+
+    one = inject(with_attention())
+    two = shard(inject(with_attention())) if when == "before" else inject(shard(with_attention()))
+    torch.testing.assert_close(
+        mean(trained(two, own(rank, ids()), 5)), torch.stack(trained(one, ids(), 5)), rtol=1e-5, atol=1e-6
+    )
+    one = delora.load(with_attention(), delora.save(two, f"{folder}/packed-{when}"))
+    assert delora.distances(one) == delora.distances(two)
+    y = two(ids())
+    assert torch.equal(one(ids()), y)
+    with delora.merged(two):
+        torch.testing.assert_close(two(ids()), y)
+    same(tensors(delora.merge(one)), tensors(delora.merge(two)))
+
+
 def without_torchs_private_store(rank: int) -> None:
     hidden = dist.distributed_c10d._get_default_store
     del dist.distributed_c10d._get_default_store
@@ -381,5 +416,6 @@ def test_two_processes_do_what_one_does(tmp_path):
     for law in (draws_that_differ_are_refused, shared_weights_are_not_torn, without_torchs_private_store):
         laws[law.__name__] = law, ()
     laws |= {law.__name__: (law, (str(tmp_path),)) for law in (distributed_checkpoints, only_all_together, fsdp1_is_refused)}
+    laws |= {f"packed {w}": (packed_matrices, (str(tmp_path), w)) for w in BEFORE_AND_AFTER}
     laws["ddp"] = ddp_trains_as_one, (str(tmp_path), METHODS["DeLoRA"])
     all_hold(laws, tmp_path)
