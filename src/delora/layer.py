@@ -404,7 +404,10 @@ def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0,
             raise TypeError("a matrix in a parameter cannot be trained whole: name its module")
         for part in layer.modules():
             if (codes := quantised_host(part)) is not None:
-                raise ValueError(f"a {codes.kind} layer cannot be trained whole: codes take no gradient; give it an adapter")
+                raise ValueError(
+                    f"a {codes.kind} layer cannot be trained whole: codes take no gradient; give it an adapter, or load the "
+                    "model with this module unquantised (llm_int8_skip_modules, modules_to_not_convert)"
+                )
         return Copy(layer)
     made = Adapter(method, look(method, layer), dropout, blank)
     if isinstance(layer, Slot) and edits_output(method):
