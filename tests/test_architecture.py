@@ -159,7 +159,9 @@ def test_every_module_says_what_is_public(path):
 PUBLIC = [name for name in delora.__all__ if callable(getattr(delora, name)) and not inspect.ismodule(getattr(delora, name))]
 
 
-@pytest.mark.parametrize("name", [*PUBLIC, "export.peft", "export.diffusers", "diagnostics.inspect", "diagnostics.Recorder"])
+@pytest.mark.parametrize(
+    "name", [*PUBLIC, "export.peft", "export.diffusers", "export.gguf", "diagnostics.inspect", "diagnostics.Recorder"]
+)
 def test_every_public_name_has_a_docstring_with_an_example(name):
     value = attributes(f"delora.{name}")[-1]
     if name == "Method":  # a protocol: what a method of one's own looks like stands in the README

