@@ -278,9 +278,7 @@ def export(
     folder: OutFolder,
     kind: Annotated[
         Kind,
-        typer.Option(
-            "--kind", help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's and Ollama's."
-        ),
+        typer.Option("--kind", help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's."),
     ] = "lora",
     rank: Annotated[
         int | None,

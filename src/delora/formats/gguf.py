@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delora.ambient import apart
 from delora.formats.files import write_atomically
 from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
+from delora.meeting import collective, writes
 from delora.models import adapters, unwrapped
 
 __all__ = ["write"]
@@ -54,7 +54,7 @@ FAMILIES = {
 }
 
 
-@apart
+@collective
 @torch.no_grad()
 def write(
     model: nn.Module,
@@ -125,6 +125,8 @@ def write(
     data = _file(family, factors, form)
     form.tell(stacklevel=4)
     folder = Path(folder)
+    if not writes():
+        return folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, data)
     return folder / FILE
