@@ -187,10 +187,10 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
 def _by_module(named: Mapping[str, Any], built: Mapping[str, Adapter | Copy]) -> dict[str, Adapter | Copy | Parts]:
     """The adapters by the module that they go into; those of matrices in its parameters together."""
     whole: dict[str, Adapter | Copy | Parts] = {}
-    parts: dict[str, dict[str, Any]] = {}
+    parts: dict[str, dict[Slot, Any]] = {}
     for name, adapter in built.items():
         if isinstance(slot := named[name], Slot):
-            parts.setdefault(name.removesuffix(f".{slot.name}"), {})[slot.name] = adapter
+            parts.setdefault(name.removesuffix(f".{slot.name}"), {})[slot] = adapter
         else:
             whole[name] = adapter
     if both := sorted(whole.keys() & parts.keys()):

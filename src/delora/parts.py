@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from delora.hosts import Host, Layout, Slice, Slot, parameters
+from delora.hosts import Host, Slice, Slot
 from delora.layer import Adapter, Kept
 from delora.lowrank import traced, without_autocast
 from delora.sharded import gathered, like
@@ -27,35 +27,34 @@ __all__ = ["Parts"]
 
 
 class Parts(Kept):
-    """Adapters by the name of a matrix inside its module: of a parameter or, with a number after a dot, of one expert in it.
+    """Adapters of the matrices in a module's own parameters: of a parameter or, with a number after a dot, of one expert in it.
 
     >>> from delora import LoRA
     >>> from delora.hosts import slots
     >>> from delora.layer import attach
     >>> attention = nn.MultiheadAttention(4, 2)
-    >>> parts = Parts({name: attach(LoRA(r=2), slot) for name, slot in slots(attention).items()})
+    >>> parts = Parts({slot: attach(LoRA(r=2), slot) for slot in slots(attention).values()})
     >>> {name: p.shape for name, p in parts.named_parameters()}
     {'parts.in_proj_weight.A': torch.Size([2, 4]), 'parts.in_proj_weight.B': torch.Size([12, 2])}
     """
 
     kind: ClassVar[type[Host]] = Host
 
-    def __init__(self, parts: Mapping[str, Adapter]) -> None:
+    def __init__(self, parts: Mapping[Slot, Adapter]) -> None:
         super().__init__()
         self.parts = nn.ModuleDict()
-        for name, part in parts.items():
-            key, _, index = name.partition(".")
-            if not index:
-                self.parts[key] = part
+        self.layouts = {slot.key: slot.layout for slot in parts}
+        for slot, part in parts.items():
+            if slot.index is None:
+                self.parts[slot.key] = part
                 continue
-            if key not in self.parts:
-                self.parts[key] = nn.ModuleDict()
-            cast(nn.ModuleDict, self.parts[key])[index] = part
+            if slot.key not in self.parts:
+                self.parts[slot.key] = nn.ModuleDict()
+            cast(nn.ModuleDict, self.parts[slot.key])[str(slot.index)] = part
 
     def _slots(self, layer: nn.Module) -> Iterator[tuple[Slot, Adapter]]:
-        layouts = {} if layer is None else parameters(layer)
-        for key, part in self.parts.items():
-            layout = layouts.get(key, Layout())
+        for key, layout in self.layouts.items():
+            part = self.parts[key]
             if isinstance(part, Adapter):
                 yield Slot(layer, key, layout), part
             else:
@@ -125,10 +124,11 @@ def _weight(W: Tensor, updates: list[tuple[Slice, Update]]) -> Tensor:
     host, first = updates[0]
     if host.layer.index is None:
         return host.as_weight(first.merge(host.as_weight(W)))
+    shape, W = W.shape, host.layer.layout.apart(host.module, W)
     ranks: dict[int | None, list[tuple[int, Any]]] = {}
     for host, update in updates:
         k = update.up.shape[1] if isinstance(update, LowRank) else None
-        ranks.setdefault(k, []).append((host.layer.index, update))  # type: ignore[arg-type]
+        ranks.setdefault(k, []).append((cast(int, host.layer.index), update))
     for k, members in ranks.items():
         index = torch.tensor([i for i, _ in members], device=W.device)
         if k is None:
@@ -139,7 +139,7 @@ def _weight(W: Tensor, updates: list[tuple[Slice, Update]]) -> Tensor:
             pair = (down.mT, up.mT) if host.layer.layout.transposed else (up, down)
             everyone = [i for i, _ in members] == list(range(len(W)))
             W = torch.baddbmm(W, *pair) if everyone else W.index_add(0, index, torch.bmm(*pair))
-    return W
+    return W.reshape(shape)
 
 
 def _add_bias(

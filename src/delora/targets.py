@@ -61,12 +61,16 @@ def _all_linear(
     """Every linear layer but the output head that the method can adapt; and what is left out, with the reason."""
     heads = _heads(model)
     inside = {id(m) for _, m in walk(_body(model))}
+    routers = _routers(modules)
     chosen, left_out = set(), {}
     for name, module in modules.items():
         base = module.base if isinstance(module, Adapted) else module
         if id(module) not in inside or id(base) in heads or name in out or not out.isdisjoint(_outer(name)):
             continue
         kind = host_type(type(base))
+        if name in routers:
+            left_out[name] = f"it chooses among {routers[name]} experts"
+            continue
         own = [key for key, p in base._parameters.items() if p is not None and p.ndim > 1]
         if getattr(kind, "linear", False):
             try:
@@ -97,6 +101,26 @@ def _all_linear(
         if p is not None and p.ndim > 1:
             left_out[key] = "the model itself owns it, and no layer"
     return chosen, left_out
+
+
+def _routers(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """The layers that choose among experts, with their number: beside n experts, those with n outputs."""
+    routers: dict[str, int] = {}
+    for name, module in modules.items():
+        indices = [slot.index for slot in slots(module.base if isinstance(module, Adapted) else module).values()]
+        count = len({index for index in indices if index is not None})
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and "experts" in name.rpartition(".")[2]:
+            count = len(module)
+        if not count:
+            continue
+        for outer in _outer(name):  # the nearest module that has more than these experts
+            beside = [n for n in modules if n.startswith(f"{outer}.") and not f"{n}.".startswith(f"{name}.")]
+            if any(modules[n]._parameters for n in beside):
+                break
+        else:
+            continue
+        routers |= {n: count for n in beside if getattr(modules[n], "out_features", None) == count}
+    return routers
 
 
 def _body(model: nn.Module) -> nn.Module:

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from transformers import GptOssConfig, MixtralConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import delora
 from delora import BitFit, DeLoRA, DoRA, LoRA, LoReFT
@@ -59,6 +62,23 @@ def attention(**other: int) -> nn.Module:
     return layer
 
 
+def mixture(kind: type, config: object) -> nn.Module:
+    layer = kind(config)
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.3)
+    return layer
+
+
+def routed() -> tuple[Tensor, Tensor, Tensor]:
+    """Six tokens, each for two of three experts, with weights."""
+    return torch.randn(6, 8), torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0], [2, 1]]), torch.rand(6, 2)
+
+
+def numbered(*keys: str) -> tuple[str, ...]:
+    return tuple(f"{key}.{i}" for key in keys for i in range(3))
+
+
+SIZES = {"hidden_size": 8, "intermediate_size": 10, "num_local_experts": 3}
 CASES = {
     "packed projection": Case(attention, lambda: (torch.randn(2, 3, 8),) * 3, ("in_proj_weight",)),
     "three projections": Case(
@@ -66,20 +86,42 @@ CASES = {
         lambda: (torch.randn(2, 3, 8), torch.randn(2, 5, 12), torch.randn(2, 5, 10)),
         ("q_proj_weight", "k_proj_weight", "v_proj_weight"),
     ),
+    "experts": Case(
+        lambda: mixture(MixtralExperts, MixtralConfig(**SIZES)),
+        routed,
+        (*numbered("gate_up_proj"), "down_proj.0", "down_proj.2"),
+    ),
+    "experts, transposed, with biases": Case(
+        lambda: mixture(GptOssExperts, GptOssConfig(**SIZES)), routed, numbered("gate_up_proj", "down_proj")
+    ),
 }
 # One of each kind of update, and of each way in which it reads W.
 KINDS = ("LoRA", "DeLoRA subtract", "DeLoRA soft", "DeLoRA rows", "DoRA", "ETHER+", "OFT", "BitFit", "IA3", "RED", "own method")
 FITTING = {name: METHODS[name] for name in KINDS}
 
 
+WITHOUT_BIAS = ("experts",)
+PAIRS = [(c, m) for c in CASES for m in FITTING if not (c in WITHOUT_BIAS and m in ("BitFit", "RED"))]
+
+
+@pytest.fixture(params=PAIRS, ids=", ".join)
+def pair(request):
+    return request.param
+
+
+@pytest.fixture
+def case(pair):
+    return CASES[pair[0]]
+
+
+@pytest.fixture
+def method(pair):
+    return FITTING[pair[1]]
+
+
 @pytest.fixture(params=CASES, ids=str)
-def case(request):
+def each(request):
     return CASES[request.param]
-
-
-@pytest.fixture(params=FITTING, ids=str)
-def method(request):
-    return FITTING[request.param]
 
 
 @pytest.fixture(params=(torch.float32, torch.bfloat16), ids=str)
@@ -206,13 +248,16 @@ def test_copies_pickles_casts_and_base_checkpoints(case, method):
             placed.put(key, t)
     assert torch.equal(other(*x), model(*x))
     before = model(*x).double()
-    torch.testing.assert_close(model.double()(*(x.double() for x in x)), before, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        model.double()(*(x.double() if x.is_floating_point() else x for x in x)), before, atol=1e-4, rtol=1e-4
+    )
 
 
 def test_meta_models(case, method):
     with torch.device("meta"):
         model = delora.inject(case.model(), method, case.targets())
-    assert model(*(x.to("meta") for x in case.x())).is_meta
+    if isinstance(model.inner.base, nn.MultiheadAttention):  # which experts are used cannot be known there
+        assert model(*(x.to("meta") for x in case.x())).is_meta
     model.to_empty(device="cpu")
     real = case.model()
     model.load_state_dict(real.state_dict())
@@ -224,7 +269,8 @@ def test_meta_models(case, method):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_and_threads_change_nothing(case, method, reentrant):
-    model, x = shake(adapted(case, method, torch.float64)), tuple(x.requires_grad_() for x in case.x(torch.float64))
+    model = shake(adapted(case, method, torch.float64))
+    x = tuple(x.requires_grad_() if x.is_floating_point() else x for x in case.x(torch.float64))
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def gradients(run):
@@ -237,8 +283,8 @@ def test_checkpointing_and_threads_change_nothing(case, method, reentrant):
     torch.testing.assert_close(again, plain)
 
 
-def test_threads_do_not_take_changed_parameters_for_the_layers_own(case):
-    model, x = shake(adapted(case, DeLoRA(r=2))), case.x()
+def test_threads_do_not_take_changed_parameters_for_the_layers_own(each):
+    model, x = shake(adapted(each, DeLoRA(r=2))), each.x()
     expected, right = model(*x), []
 
     def run():
@@ -252,9 +298,10 @@ def test_threads_do_not_take_changed_parameters_for_the_layers_own(case):
     assert right == [True] * 3
 
 
-@pytest.mark.parametrize("name", ["DeLoRA subtract", "DeLoRA soft", "DoRA", "ETHER+", "OFT", "RED"])
-def test_compiles_to_one_graph(case, name):
-    model, x = shake(adapted(case, METHODS[name])), case.x()
+@pytest.mark.parametrize("kind", ["packed projection", "three projections"])
+@pytest.mark.parametrize("name", ["DeLoRA subtract", "RED"])
+def test_compiles_to_one_graph(name, kind):
+    model, x = shake(adapted(CASES[kind], METHODS[name])), CASES[kind].x()
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*x), model(*x))
@@ -270,8 +317,8 @@ def test_autocast_keeps_the_output_dtype(case, method):
 
 
 @pytest.mark.parametrize("name", ["LoRA", "DeLoRA subtract"])
-def test_reports_summary_and_groups(case, name):
-    model = shake(adapted(case, METHODS[name], torch.float64))
+def test_reports_summary_and_groups(each, name):
+    model = shake(adapted(each, METHODS[name], torch.float64))
     for layer, placed in adapters(model).items():
         W = placed.host.weight()
         dense = placed.update().merge(W) - W
@@ -279,7 +326,7 @@ def test_reports_summary_and_groups(case, name):
         assert report.shape == W.shape
         assert report.distance == pytest.approx(dense.norm().item(), rel=1e-9)
         assert delora.distances(model)[layer] == pytest.approx((dense.norm() / W.norm()).item(), rel=1e-9)
-    assert f"{len(case.names)} layers" in str(delora.summary(model))
+    assert f"{len(each.names)} layers" in str(delora.summary(model))
     grouped = [p for group in delora.param_groups(model, lr=1e-3, lam_lr=1e-2) for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -287,11 +334,11 @@ def test_reports_summary_and_groups(case, name):
 # ---------------------------------------------------------------- names and words
 
 
-def test_two_adapters_and_a_blend(case):
-    model, x = case.model(torch.float64), case.x(torch.float64)
+def test_two_adapters_and_a_blend(each):
+    model, x = each.model(torch.float64), each.x(torch.float64)
     base = model.requires_grad_(False)(*x)
-    shake(delora.inject(model, DeLoRA(r=2), case.targets(), name="a"))
-    shake(delora.inject(model, LoRA(r=2), case.targets()[:1], name="b"))
+    shake(delora.inject(model, DeLoRA(r=2), each.targets(), name="a"))
+    shake(delora.inject(model, LoRA(r=2), each.targets()[:1], name="b"))
     b = model(*x)
     delora.blend(model, {"a": 0.0, "b": 1.0}, name="ab")
     near(model(*x), b)
@@ -355,8 +402,8 @@ def test_a_module_of_ones_own_takes_one_line():
         delora.hosts.parameters.register(Own, {"w": "transposed"})
 
 
-def test_replicas_of_data_parallel_run_their_own(case, monkeypatch):
-    model, x = shake(adapted(case, DeLoRA(r=2))), case.x()
+def test_replicas_of_data_parallel_run_their_own(each, monkeypatch):
+    model, x = shake(adapted(each, DeLoRA(r=2))), each.x()
     expected = model(*x)
     first, second = replicas(model, monkeypatch)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Adapters as files.
 
-===============  =====================================================================================
+================ =====================================================================================
 ``files``        shared by all formats: atomic writes, and reads that never unpickle and explain errors
 ``native``       the library's own folders: `delora.save`, `delora.load`
 ``peft``         Hugging Face PEFT's format: `delora.export.peft`; `delora.load` reads it
@@ -9,9 +9,10 @@
 ``nearest``      the factors of an export: of a bounded rank, in a narrower dtype
 ``bases``        by which two numbers a file knows its base's weights
 ``peft_config``  what a configuration of PEFT says: the method and the layers; `delora.from_peft`
+``peft_experts`` experts as PEFT's ``target_parameters`` has them
 ``peft_fields``  what each field of PEFT's configurations means here
 ``peft_own``     adapters as PEFT's own methods
 ``peft_names``   what PEFT does with the names in a file
 ``patterns``     PEFT's patterns of names, matched in bounded time
-===============  =====================================================================================
+================ =====================================================================================
 """

@@ -24,6 +24,7 @@ from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, ge
 from delora.formats.nearest import Approximation
 from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
 from delora.formats.peft_config import method_of, parameters_of, texts
+from delora.formats.peft_experts import Stacked, by_wrapper
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
 from delora.formats.peft_names import experts, read_by_parent, renamed
 from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, lora_factors
@@ -94,11 +95,14 @@ def write(
     if not weights:
         raise ValueError("this adapter trains whole modules only: there is no low-rank change to export; use delora.merge")
     root = unwrapped(model)
-    moved = renamed(root, weights)
-    taken = [layer for layer in weights if layer.rpartition(".")[2] in experts(root)]
+    own = {layer: a for layer, a in weights.items() if isinstance(a.base, Slot)}
+    layers = {layer: a for layer, a in weights.items() if layer not in own}
+    stacked = by_wrapper(own, form) if kind == "lora" else {}
+    moved = renamed(root, [*layers, *stacked])
+    taken = [layer for layer in layers if layer.rpartition(".")[2] in experts(root)]
     parameters = taken if kind == "lora" else []
     if kind == "lora":
-        config, tensors = as_lora(weights, parameters, form)
+        config, tensors = as_lora(layers, parameters, form, stacked)
     else:
         config, tensors = as_delora(weights) if kind == "delora" else as_itself(weights)
     if moved and config["peft_type"] == "LORA":  # PEFT renames nothing of other types
@@ -111,7 +115,7 @@ def write(
         raise ValueError(
             f"PEFT would take {taken[0]} for an expert (so {len(taken)} of {len(weights)} layers): use kind='lora'"
         )
-    if read := read_by_parent(root, weights):
+    if read := read_by_parent(root, layers):
         layer = next(iter(read))
         warnings.warn(
             f"{read[layer]} can compute with the weight of {layer} itself (so for {len(read)} of {len(weights)} layers): where "
@@ -126,16 +130,17 @@ def write(
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
-    if parameters and config["lora_dropout"]:
+    by_parameter = [*(f"{layer}.weight" for layer in parameters), *(each.parameter for each in stacked.values())]
+    if by_parameter and config["lora_dropout"]:
         warnings.warn(
-            f"PEFT has no dropout on {parameters[0]}, which it would take for an expert and is named by its weight: "
+            f"PEFT has no dropout on {by_parameter[0]}, which it is told of by the name of a parameter: "
             f"lora_dropout is written as 0, not {config['lora_dropout']}",
             stacklevel=3,
         )
         config["lora_dropout"] = 0.0
     config |= {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
-        "target_modules": _target_names(root, [layer for layer in weights if layer not in parameters], bool(experts(root))),
+        "target_modules": _target_names(root, [layer for layer in layers if layer not in parameters], bool(experts(root))),
         "modules_to_save": list(whole) or None,
         "task_type": _task_type(root, whole),
         "inference_mode": True,
@@ -145,8 +150,8 @@ def write(
         config["feedforward_modules"] = feedforward(config["target_modules"], inputs, [n for n in weights if n not in inputs])
     else:
         config["bias"] = "none"
-    if parameters:
-        config["target_parameters"] = [f"{layer}.weight" for layer in parameters]
+    if by_parameter:
+        config["target_parameters"] = by_parameter
     form.tell(stacklevel=4)
     header = {"format": "pt", **form.header()}
     data = to_bytes({PREFIX + key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}, header)
@@ -160,11 +165,15 @@ def write(
 
 
 def as_lora(
-    layers: dict[str, Placed], parameters: Collection[str] = (), form: Approximation | None = None
+    layers: dict[str, Placed],
+    parameters: Collection[str] = (),
+    form: Approximation | None = None,
+    stacked: Mapping[str, Stacked] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """PEFT's configuration of type LORA and the tensors by name, for low-rank adapters by layer.
 
     ``parameters``: the layers that PEFT is told of by the name of their weight. ``form``: of which rank they are, if not exact.
+    ``stacked``: the factors of experts.
 
     >>> from delora.layer import attach
     >>> from delora.methods import LoRA
@@ -187,6 +196,9 @@ def as_lora(
         factors = factors if form is None else form.of(layer, factors)
         ranks[f"{layer}.weight" if layer in parameters else layer] = len(factors.down)
         tensors |= lora_factors(layer, adapter, factors.up, factors.down)
+    for wrapper, each in (stacked or {}).items():
+        ranks[each.parameter] = each.rank
+        tensors |= {f"{wrapper}.lora_A.weight": each.down, f"{wrapper}.lora_B.weight": each.up}
     common, others = by_pattern(ranks)
     config = {
         "peft_type": "LORA",
@@ -194,7 +206,7 @@ def as_lora(
         "lora_alpha": common,  # the scale is in the factors: alpha / r = 1
         "rank_pattern": others,
         "alpha_pattern": others,
-        "lora_dropout": next(iter(layers.values())).dropout,
+        "lora_dropout": next((a.dropout for a in layers.values()), 0.0),
         "fan_in_fan_out": any(isinstance(a.host, Conv1D) for a in layers.values()),
     }
     return config, tensors

@@ -9,6 +9,7 @@
 ``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``embedding``         ``nn.Embedding``
 ``packed``            matrices that a module keeps as parameters of its own: ``nn.MultiheadAttention``
+``experts``           those of transformers' mixtures of experts
 ``quantised``         linear layers of bitsandbytes, torchao, quanto, HQQ, GPTQ and AWQ
 ====================  ==================================================================================
 """
@@ -20,6 +21,7 @@ from torch import nn
 from delora.hosts.base import BY_NAME, Host, MatrixHost, Norm, any_host, codes_of, host, host_class, host_type
 from delora.hosts.convolution import Conv1d, Conv2d, Conv3d, Convolution
 from delora.hosts.embedding import Embedding
+from delora.hosts.experts import of_transformers
 from delora.hosts.linear import Conv1D, Linear
 from delora.hosts.packed import Layout, Parameters, Slice, Slot, parameters, slots
 from delora.hosts.quantised import Quantised, quantised_host, quantised_layers
@@ -45,6 +47,7 @@ __all__ = [
     "host",
     "host_class",
     "host_type",
+    "of_transformers",
     "parameters",
     "quantised_host",
     "quantised_layers",

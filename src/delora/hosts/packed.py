@@ -8,7 +8,7 @@ is known for ``nn.MultiheadAttention``; a module of your own takes one line:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,26 @@ __all__ = ["Layout", "Parameters", "Slice", "Slot", "parameters", "slots"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter holds a matrix: as [out, in], or ``transposed`` as [in, out]; of three dimensions, one for each expert.
+    """How a parameter holds a matrix: as [out, in], or ``transposed`` as [in, out].
+
+    With ``experts`` it holds one for each expert, in its first of three dimensions; where it has only two, ``experts`` is the
+    name of the module's attribute that counts them.
 
     ``bias`` names the parameter that is added to what the matrix gives, if there is one; ``part`` says which of how many equal
     parts of it.
 
     >>> Layout(transposed=True)
-    Layout(transposed=True, bias=None, part=(0, 1))
+    Layout(transposed=True, bias=None, part=(0, 1), experts=False)
     """
 
     transposed: bool = False
     bias: str | None = None
     part: tuple[int, int] = (0, 1)
+    experts: bool | str = False
+
+    def apart(self, module: nn.Module, W: Tensor) -> Tensor:
+        """The parameter with one matrix for each expert: [experts, ...]."""
+        return W.unflatten(0, (getattr(module, self.experts), -1)) if isinstance(self.experts, str) else W
 
 
 @dataclass(frozen=True)
@@ -59,20 +67,22 @@ class Slot:
     def part(self) -> Tensor:
         """What of the parameter is this matrix, in the parameter's own layout."""
         W: Tensor = getattr(self.owner, self.key)
-        return W if self.index is None else W[self.index]
+        return W if self.index is None else self.layout.apart(self.owner, W)[self.index]
 
 
 class Parameters:
     """The parameters of modules that are matrices, by the module's type; of your own: ``parameters.register(kind, layouts)``.
 
     >>> parameters(nn.MultiheadAttention(4, 2))
-    {'in_proj_weight': Layout(transposed=False, bias='in_proj_bias', part=(0, 1))}
+    {'in_proj_weight': Layout(transposed=False, bias='in_proj_bias', part=(0, 1), experts=False)}
     >>> parameters(nn.Linear(2, 2))
     {}
     """
 
     def __init__(self) -> None:
-        self.registry: dict[type, dict[str, Layout]] = {}
+        self.registry: dict[type, Mapping[str, Layout]] = {}
+        self.by_name: dict[str, Mapping[str, Layout]] = {}  # by full class name, for libraries that may not be loaded
+        self.finders: list[Callable[[nn.Module], Mapping[str, Layout]]] = []  # asked for modules of all other types
 
     def register(self, kind: type, layouts: Mapping[str, Layout]) -> None:
         """Let these parameters of modules of a type, and of types derived from it, be matrices that can be adapted.
@@ -90,13 +100,26 @@ class Parameters:
         self.registry[kind] = dict(layouts)
 
     def __call__(self, module: nn.Module) -> dict[str, Layout]:
-        known: Mapping[str, Layout] = next((self.registry[k] for k in type(module).__mro__ if k in self.registry), {})
         found = {}
-        for key, layout in known.items():
+        for key, layout in self._known(module).items():
             W = getattr(module, key, None)
-            if isinstance(W, Tensor) and W.is_floating_point() and W.ndim in (2, 3):
+            # Numbers of one byte mean nothing without their scale.
+            if not isinstance(W, Tensor) or not W.is_floating_point() or W.element_size() == 1:
+                continue
+            if W.ndim == (3 if layout.experts is True else 2):
                 found[key] = layout
         return found
+
+    def _known(self, module: nn.Module) -> Mapping[str, Layout]:
+        for kind in type(module).__mro__:
+            if kind in self.registry:
+                return self.registry[kind]
+            if (name := f"{kind.__module__}.{kind.__qualname__}") in self.by_name:
+                return self.by_name[name]
+        for find in self.finders:
+            if found := find(module):
+                return found
+        return {}
 
 
 parameters = Parameters()
@@ -117,9 +140,8 @@ def slots(module: nn.Module) -> dict[str, Slot]:
     """
     found = {}
     for key, layout in parameters(module).items():
-        W: Tensor = getattr(module, key)
-        for index in range(len(W)) if W.ndim == 3 else [None]:
-            slot = Slot(module, key, layout, index)
+        count = len(layout.apart(module, getattr(module, key))) if layout.experts else 0
+        for slot in [Slot(module, key, layout, i) for i in range(count)] or [Slot(module, key, layout)]:
             found[slot.name] = slot
     return found
 
