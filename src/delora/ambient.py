@@ -29,7 +29,8 @@ def put_aside() -> Iterator[None]:
         for kind in DEVICES:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        stack.enter_context(torch.device("cpu"))
+        if torch.get_default_device().type != "cpu":  # such a context makes every operation slower
+            stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
         stack.callback(torch.set_default_dtype, dtype)
         yield

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from delora.ambient import put_aside
+from delora.frozen import Frozen, given
+from delora.hosts.base import by_rows
 from delora.layer import Placed
 from delora.meeting import collective, meet
 from delora.methods.base import bound, reachable
@@ -37,11 +40,11 @@ def singular_values(update: LowRank) -> Tensor:
 
 
 def _here(measure: Callable[[Placed], T]) -> Callable[[Placed], T]:
-    """Let the tensors of a layer and its adapter be here while they are measured."""
+    """Let the tensors of a layer and its adapter be here while they are measured, whatever is set around the call."""
 
     @functools.wraps(measure)
     def measured(adapter: Placed) -> T:
-        with adapter.here():
+        with put_aside(), adapter.here():
             return measure(adapter)
 
     return measured
@@ -52,24 +55,26 @@ def _here(measure: Callable[[Placed], T]) -> Callable[[Placed], T]:
 def _changed(adapter: Placed) -> tuple[float, float, Tensor | None] | None:
     """|W' - W|_F, |W|_F, and the singular values of W' - W if it is low-rank (else None); None if no weight changes.
 
-    A change that is not low-rank is measured from the whole matrices, and that of the bias counts with it.
+    A change that is not low-rank is measured from the matrices, and that of the bias counts with it.
     """
     if adapter.whole:
         base, new = dict(adapter.base.named_parameters()) | dict(adapter.base.named_buffers()), adapter.at_strength()
         pairs = [(whole(base[k]).double(), t.double()) for k, t in new.items() if t.is_floating_point()]
         return _norm(new - old for old, new in pairs), _norm(old for old, _ in pairs), None
-    W, factors = adapter.host.weight(), adapter.low_rank()
-    if factors is not None:
-        spectrum = singular_values(factors)
-        return _norm([spectrum]), _norm([W]), spectrum
-    if not adapter.mergeable():
-        return None
-    update, b = adapter.update(), adapter.host.bias()
-    new_b = update.bias(b)
-    changes = [update.merge(W) - W]
-    if new_b is not None:
-        changes.append(new_b if b is None else new_b - b)
-    return _norm(changes), _norm([W] if b is None else [W, b]), None
+    host, W = adapter.host, adapter.frozen
+    with host.held():
+        update, b = adapter.update(), host.bias()
+        factors = given(update.low_rank, W)
+        if factors is not None:
+            spectrum = singular_values(factors)
+            return _norm([spectrum]), W.norm().item(), spectrum
+        if not adapter.mergeable(update):
+            return None
+        new_b = update.bias(b)
+        change = _norm(part.merge(block) - block for _, block, part in by_rows(update, W))
+        if new_b is not None:
+            change = math.hypot(change, _norm([new_b if b is None else new_b - b]))
+        return change, math.hypot(W.norm().item(), 0.0 if b is None else _norm([b])), None
 
 
 def _share(change: float, base: float) -> float:
@@ -188,7 +193,7 @@ def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     from delora.models import walk
 
     modules = dict(walk(model))
-    return {n: torch.linalg.vector_norm(host(getattr(modules[n], "base", modules[n])).weight(), dim=0) for n in names}
+    return {n: Frozen(host(getattr(modules[n], "base", modules[n]))).column_norms() for n in names}
 
 
 class Recorder:
@@ -211,7 +216,7 @@ class Recorder:
         self.model = model
         with meet(model, "delora.diagnostics.Recorder"):
             self.adapters = [a for a in adapters(model).values() if not a.whole]
-            self.base = [_norm([a.host.weight()]) for a in self.adapters]
+            self.base = [a.frozen.norm().item() for a in self.adapters]
             self.directions = self._directions()
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, Known, given
 from delora.hosts import Host, Quantised, Slice, Slot, any_host, host, quantised_host
 from delora.hosts.base import ELSEWHERE, brought
 from delora.lowrank import traced, without_autocast
@@ -68,6 +69,7 @@ class Adapter(Kept):
         self.kind = type(host)  # makes a look at the layer of each call
         self.dropout = dropout
         self.strength = 1.0
+        self.known = Known()
         start, measured = self._start(host, blank)
         for name, tensor in start.items():
             if isinstance(tensor, nn.Parameter):
@@ -80,9 +82,9 @@ class Adapter(Kept):
         self.itemsize = min((p.itemsize for p in self.parameters()), default=0)  # bytes of a number of what trains
 
     def _start(self, host: Host, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        W = host.weight()
+        W = Frozen(host, self.known)
         with torch.no_grad():
-            start = initial(self.method, W.to("meta") if blank else W, host.lookup)
+            start = initial(self.method, W.on_meta() if blank else W, host.lookup)
             # A method may make its tensors without looking where W is.
             device = torch.device("meta") if blank else W.device
             moved = {name: t if t.device == device else _moved(t, device) for name, t in start.items()}
@@ -117,7 +119,8 @@ class Adapter(Kept):
     def refresh(self, layer: Any, redraw: bool) -> None:
         """Measure W again and, if ``redraw``, initialise the other tensors again, too."""
         host = self.kind(layer)
-        start, measured = self._start(host) if redraw else ({}, measure(self.method, host.weight()))
+        self.known = Known()
+        start, measured = self._start(host) if redraw else ({}, measure(self.method, Frozen(host, self.known)))
         current = self.tensors()
         base = next(iter(host.module.parameters()), None)
         for name, drawn in (start | measured).items():
@@ -141,7 +144,8 @@ class Adapter(Kept):
             p = {k: t.to(narrow) if t.is_floating_point() else t for k, t in p.items()}
         p = {k: t.to(wide(t.dtype)) for k, t in p.items()}
         # Not converted to float32: an update computes a few products with W, which need no copy of it.
-        W = host.read() if reads_weight(self.method) else None
+        takes = getattr(self.method.update, "takes_frozen", False)
+        W: Any = None if not reads_weight(self.method) else Frozen(host) if takes else host.read()
         # The update of a method that stacks may come from one of two places in each run of a checkpoint.
         free = getattr(self.method, "stacks", False) and not traced()
         with without_autocast(next(iter(p.values()))), unsaved() if free else nullcontext():
@@ -326,6 +330,11 @@ class Placed:
         with _here(self.host.module), _here(self.adapter):
             yield
 
+    @property
+    def frozen(self) -> Frozen:
+        """What may be asked of the layer's weight; what is known of it is kept beside the adapter."""
+        return Frozen(self.host, self.adapter.known if isinstance(self.adapter, Adapter) else None)
+
     def update(self) -> Update:
         """The change of the layer at the current strength."""
         assert isinstance(self.adapter, Adapter)
@@ -335,11 +344,11 @@ class Placed:
     @torch.no_grad()
     def low_rank(self) -> LowRank | None:
         """W' - W at the current strength as exact low-rank factors, or None if it is not low-rank."""
-        return None if self.whole else self.update().low_rank(self.host.weight())
+        return None if self.whole else given(self.update().low_rank, self.frozen)
 
-    def mergeable(self) -> bool:
-        """Whether the layer's weights can express the change."""
-        return self.whole or (self.host.weight_name is not None and self.update().mergeable)
+    def mergeable(self, update: Update | None = None) -> bool:
+        """Whether the layer's weights can express the change, which may be given where it is computed already."""
+        return self.whole or (self.host.weight_name is not None and (update or self.update()).mergeable)
 
     def at_strength(self) -> dict[str, Tensor]:
         """Of a layer that is trained whole, its tensors at the current strength."""
@@ -347,6 +356,22 @@ class Placed:
         kept = self.adapter.saved()
         with self.here():
             return {name: t for name, t in self.adapter.at_strength(self.base).items() if name in kept}
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether `changed` is known to give finite numbers before it is computed, from |W| and the size of the change.
+
+        Raises:
+            ValueError: the layer's parameters cannot take a change.
+        """
+        host = self.host
+        if not isinstance(self.adapter, Adapter) or self.strength == 0 or isinstance(host, Quantised):
+            return False
+        host.check_change()
+        update = self.update()
+        b = update.bias(host.bias())
+        size = update.largest(self.frozen.norm().item()) + (0.0 if b is None else torch.linalg.vector_norm(b).item())
+        return update.mergeable and size < 0.99 * torch.finfo(host.dtype).max
 
     @torch.no_grad()
     def changed(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

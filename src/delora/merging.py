@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,10 +27,30 @@ from delora.updates import wide
 __all__ = ["blend", "merge", "merged"]
 
 
-def _changes(model: nn.Module, unused: bool, requantise: bool) -> dict[str, tuple[Adapted, dict[str, Tensor]]]:
-    """The new, finite tensors of every adapted layer; nothing in the model is changed."""
+@dataclass
+class _Change:
+    """What becomes of an adapted layer: ``module`` takes its place, with the tensors ``new``; None: those are computed then."""
+
+    layer: Adapted
+    module: nn.Module
+    new: dict[str, Tensor] | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The new tensors by name."""
+        if self.new is not None:
+            return self.new
+        return self.layer.adapter.changed() if self.layer.adapter is not None else {}
+
+
+def _changes(model: nn.Module, unused: bool, requantise: bool, ahead: bool) -> dict[str, _Change]:
+    """What becomes of every adapted layer: finite numbers. Nothing in the model is changed.
+
+    ``ahead``: compute all new tensors now. Else only those are that must be looked at first: of layers that share a weight, of
+    quantised ones, and where the sizes of W and its change leave open whether a number is infinite.
+    """
     active_adapter(model)
-    changes = {}
+    changes: dict[str, _Change] = {}
+    shared = {name for group in owners(unwrapped(model)).values() for name in group}
     layers = adapted_layers(model)
     hooks = watched(unwrapped(model))
     seen = hooks is not None and hooks.finished and any(layer.ran for layer in layers.values())
@@ -41,15 +62,19 @@ def _changes(model: nn.Module, unused: bool, requantise: bool) -> dict[str, tupl
             )
         if layer._blank:
             layer.refresh()
+        adapter, later = layer.adapter, not ahead and not any(f"{name}.{key}" in shared for key in layer.base._parameters)
         try:
+            if later and adapter is not None and adapter.is_finite():
+                changes[name] = _Change(layer, layer.base, None)
+                continue
             dtype = torch.float32 if requantise else layer.fed
-            new = {} if layer.adapter is None else layer.adapter.changed(dtype)
+            new = {} if adapter is None else adapter.changed(dtype)
         except ValueError as error:
             raise ValueError(f"cannot merge {name!r}: {error}") from error
         bad = [key for key, t in new.items() if t.is_floating_point() and not _finite(t)]
         if bad:
             raise ValueError(f"cannot merge {name!r}: its new {bad[0]} would hold NaN or infinity")
-        changes[name] = layer, new
+        changes[name] = _Change(layer, layer.base, new)
     _keep_ties(unwrapped(model), changes)
     return changes
 
@@ -60,27 +85,31 @@ def _replaced(layer: Adapted, new: dict[str, Any], requantise: bool) -> nn.Modul
     return look.replaced(new, requantise) if isinstance(look, Quantised) and "weight" in new else layer.base
 
 
-def _plain(
-    changes: Mapping[str, tuple[Adapted, dict[str, Tensor]]], requantise: bool
-) -> dict[str, tuple[Adapted, nn.Module, dict[str, Tensor]]]:
-    """Every adapted layer with the plain one that takes its place, and the tensors to be put into that."""
-    plain = {}
-    for name, (layer, new) in changes.items():
+def _replace(changes: Mapping[str, _Change], requantise: bool) -> None:
+    """Make the layers that take the place of quantised ones."""
+    for name, change in changes.items():
+        if not change.new:
+            continue
         try:
-            module = _replaced(layer, new, requantise)
+            change.module = _replaced(change.layer, change.new, requantise)
         except ValueError as error:
             raise ValueError(f"cannot merge {name!r}: {error}") from error
-        plain[name] = layer, module, new if module is layer.base else {}
-    return plain
+        if change.module is not change.layer.base:
+            change.new = {}
 
 
-def _keep_ties(model: nn.Module, changes: dict[str, tuple[Adapted, dict[str, Tensor]]]) -> None:
+def _by_name(changes: Mapping[str, _Change]) -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Where each new tensor that is computed already stands, by its name in the model."""
+    return {f"{name}.{key}": (change.new, key) for name, change in changes.items() if change.new for key in change.new}
+
+
+def _keep_ties(model: nn.Module, changes: Mapping[str, _Change]) -> None:
     """Let layers that share a parameter, and all get the same new one, share that.
 
     Raises:
         ValueError: one of them keeps the old one, and processes hold parts of it: it cannot be two.
     """
-    place = {f"{name}.{key}": (new, key) for name, (_, new) in changes.items() for key in new}
+    place = _by_name(changes)
     for group in owners(model).values():
         if all(name in place for name in group):
             first, key = place[group[0]]
@@ -159,14 +188,18 @@ def merge(model: nn.Module, *, unused: bool = False, requantise: bool = False) -
     """
     refuse_inside(model, "merge")
     root = unwrapped(model)
-    changes = _changes(model, unused, requantise)
-    configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
-    plain = _plain(changes, requantise)
+    changes = _changes(model, unused, requantise, ahead=False)
+    configs = untie(root, {name: new[key] for name, (new, key) in _by_name(changes).items()})
+    _replace(changes, requantise)
+    plain: dict[Adapted, nn.Module] = {}
     with _untied(configs, again=False):
-        for _, module, new in plain.values():
-            _put(module, new)
-        put_back(model, {layer: module for layer, module, _ in plain.values()})
-        account(root)
+        try:
+            for change in changes.values():  # one by one: the old tensors of a layer go before the new ones of the next come
+                _put(change.module, change.tensors())
+                plain[change.layer] = change.module
+        finally:  # also out of memory: each layer is then merged or adapted, and the model computes what it did
+            put_back(model, plain)
+            account(root)
     return model
 
 
@@ -186,9 +219,9 @@ def merged(model: nn.Module, *, unused: bool = False, requantise: bool = False) 
     refuse_inside(model, "merged")
     root = unwrapped(model)
     with put_aside(), meet(model, "delora.merged"):
-        changes = _changes(model, unused, requantise)
-        configs = untie(root, {f"{name}.{key}": t for name, (_, new) in changes.items() for key, t in new.items()})
-        plain = _plain(changes, requantise)
+        changes = _changes(model, unused, requantise, ahead=True)
+        configs = untie(root, {name: new[key] for name, (new, key) in _by_name(changes).items()})
+        _replace(changes, requantise)
     opened = states(model)
     restore: Callable[[], None] | None = None
     old: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
@@ -196,13 +229,13 @@ def merged(model: nn.Module, *, unused: bool = False, requantise: bool = False) 
         try:
             for state in opened:
                 state.contexts.append("merged")
-            old += [(module, _put(module, new)) for _, module, new in plain.values()]
-            swap(root, {layer: module for layer, module, _ in plain.values()})
+            old += [(change.module, _put(change.module, change.tensors())) for change in changes.values()]
+            swap(root, {change.layer: change.module for change in changes.values()})
             restore = account(root)
             yield model
         finally:
             settle(root)
-            swap(root, {module: layer for layer, module, _ in plain.values()})
+            swap(root, {change.module: change.layer for change in changes.values()})
             if restore is not None:
                 restore()
             for base, tensors in old:

@@ -6,12 +6,15 @@ gives the new output of the layer, without the matrix W' where that is cheaper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from delora.frozen import Frozen, given, takes_frozen, wide
 
 __all__ = [
     "Affine",
@@ -28,15 +31,6 @@ __all__ = [
     "Update",
     "wide",
 ]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which updates are built and merged: float32, or wider if the weight's is.
-
-    >>> wide(torch.bfloat16), wide(torch.float64)
-    (torch.float32, torch.float64)
-    """
-    return torch.promote_types(dtype, torch.float32)
 
 
 class Update:
@@ -76,9 +70,31 @@ class Update:
         """The update whose change of W, b and the layer's output is ``strength`` times this one's."""
         return Scaled(self, strength)
 
-    def low_rank(self, W: Tensor) -> LowRank | None:
+    def rows(self, start: int, stop: int) -> Update | None:
+        """The same change for the rows from ``start`` to before ``stop`` of W alone; None if a row of W' depends on others.
+
+        >>> part = LowRank(up=torch.ones(4, 1), down=torch.ones(1, 2)).rows(1, 3)
+        >>> part.merge(torch.zeros(2, 2)).tolist()
+        [[1.0, 1.0], [1.0, 1.0]]
+        """
+        return None
+
+    def largest(self, size: float) -> float:
+        """An upper bound of |W'|_F, for |W|_F = ``size``, and of all numbers on the way to W'; infinity if none is known.
+
+        >>> LowRank(up=torch.ones(4, 1), down=torch.ones(1, 4)).largest(10.0)
+        14.0
+        """
+        return math.inf
+
+    @takes_frozen
+    def low_rank(self, W: Frozen) -> LowRank | None:
         """W' - W as exact low-rank factors, or None if it is not low-rank."""
         return None
+
+
+def _size(t: Tensor) -> float:
+    return torch.linalg.vector_norm(t.detach()).item()
 
 
 @dataclass(frozen=True)
@@ -147,7 +163,14 @@ class LowRank(Update):
     def scaled(self, strength: float) -> LowRank:
         return LowRank(self.up, self.down * strength)
 
-    def low_rank(self, W: Tensor) -> LowRank:
+    def rows(self, start: int, stop: int) -> LowRank:
+        return LowRank(self.up[start:stop], self.down)
+
+    def largest(self, size: float) -> float:
+        return size + _size(self.up) * _size(self.down)
+
+    @takes_frozen
+    def low_rank(self, W: Frozen) -> LowRank:
         return self
 
 
@@ -230,6 +253,10 @@ class Side(Protocol):
         """S - I as exact low-rank factors, or None if it is not low-rank."""
         ...
 
+    def largest(self) -> float:
+        """An upper bound, at least 1, of |S x| / |x| and of all numbers on the way to S x; infinity if none is known."""
+        return math.inf
+
 
 @dataclass(frozen=True)
 class NearIdentity(Side):
@@ -256,6 +283,9 @@ class NearIdentity(Side):
     def excess(self) -> LowRank:
         return LowRank(torch.block_diag(*self.up), torch.block_diag(*self.down))
 
+    def largest(self) -> float:
+        return (1 + _size(self.up)) * (1 + _size(self.down))
+
 
 @dataclass(frozen=True)
 class BlockDiagonal(Side):
@@ -278,6 +308,9 @@ class BlockDiagonal(Side):
     def excess(self) -> None:
         return None
 
+    def largest(self) -> float:
+        return 1 + _size(self.blocks)
+
 
 @dataclass(frozen=True)
 class Diagonal(Side):
@@ -297,6 +330,9 @@ class Diagonal(Side):
 
     def excess(self) -> None:
         return None
+
+    def largest(self) -> float:
+        return 1 + _size(self.scale)
 
 
 @dataclass(frozen=True)
@@ -329,17 +365,26 @@ class TwoSided(Update):
             return host.run(x, self.merge(host.weight()))
         return y if self.left is None else host.mixed(y, self.left.apply)
 
-    def low_rank(self, W: Tensor) -> LowRank | None:
-        ups, downs = [], []
-        for side, is_left in ((self.right, False), (self.left, True)):
-            excess = None if side is None else side.excess()
-            if excess is not None:
-                ups.append(excess.up if is_left else W @ excess.up)
-                downs.append(excess.down @ W if is_left else excess.down)
-                W = torch.addmm(W, ups[-1], downs[-1])
-            elif side is not None:
-                return None
-        return LowRank(torch.cat(ups, dim=1), torch.cat(downs)) if ups else None
+    def rows(self, start: int, stop: int) -> TwoSided | None:
+        return self if self.left is None else None
+
+    def largest(self, size: float) -> float:
+        return size * math.prod(side.largest() for side in (self.left, self.right) if side is not None)
+
+    @takes_frozen
+    def low_rank(self, W: Frozen) -> LowRank | None:
+        """(I + a b) W (I + c d) - W = [W c, a] [d; b W + (b W c) d]."""
+        right, left = (None if side is None else side.excess() for side in (self.right, self.left))
+        if (right is None) != (self.right is None) or (left is None) != (self.left is None):
+            return None
+        if right is None and left is None:
+            return None
+        c = W.new_empty(W.shape[1], 0) if right is None else right.up
+        b = W.new_empty(0, len(W)) if left is None else left.down
+        Wc, bW = W.products(c, b)
+        if left is None or right is None:
+            return LowRank(Wc, right.down) if right else LowRank(left.up, bW) if left else None
+        return LowRank(torch.cat([Wc, left.up], dim=1), torch.cat([right.down, bW + (b @ Wc) @ right.down]))
 
 
 # ---------------------------------------------------------------- scales
@@ -359,6 +404,12 @@ class Rescaled(Update):
 
     def merge(self, W: Tensor) -> Tensor:
         return self.scale[:, None] * self.inner.merge(W)
+
+    def rows(self, start: int, stop: int) -> Rescaled:
+        return Rescaled(self.scale[start:stop], self.inner.rows(start, stop))
+
+    def largest(self, size: float) -> float:
+        return (1 + _size(self.scale)) * self.inner.largest(size)
 
     def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
         y = host.layer(x)
@@ -389,6 +440,12 @@ class Affine(Update):
 
     def merge(self, W: Tensor) -> Tensor:
         return W if self.scale is None else self.scale[:, None] * W
+
+    def rows(self, start: int, stop: int) -> Affine:
+        return Affine(*(None if part is None else part[start:stop] for part in (self.scale, self.shift)))
+
+    def largest(self, size: float) -> float:
+        return size if self.scale is None else (1 + _size(self.scale)) * size
 
     def bias(self, b: Tensor | None) -> Tensor | None:
         if b is not None and self.scale is not None:
@@ -447,6 +504,13 @@ class Scaled(Update):
     def merge(self, W: Tensor) -> Tensor:
         return torch.lerp(W, self.inner.merge(W), self.strength)
 
+    def rows(self, start: int, stop: int) -> Scaled | None:
+        part = self.inner.rows(start, stop)
+        return None if part is None else Scaled(part, self.strength)
+
+    def largest(self, size: float) -> float:
+        return (1 + abs(self.strength)) * (size + self.inner.largest(size))
+
     def bias(self, b: Tensor | None) -> Tensor | None:
         new = self.inner.bias(b)
         return b if new is None or new is b else torch.lerp(torch.zeros_like(new) if b is None else b, new, self.strength)
@@ -454,6 +518,7 @@ class Scaled(Update):
     def forward(self, host: Any, dropout: float, *args: Any, **kwargs: Any) -> Any:
         return torch.lerp(host.layer(*args, **kwargs), self.inner.forward(host, dropout, *args, **kwargs), self.strength)
 
-    def low_rank(self, W: Tensor) -> LowRank | None:
-        factors = self.inner.low_rank(W)
+    @takes_frozen
+    def low_rank(self, W: Frozen) -> LowRank | None:
+        factors = given(self.inner.low_rank, W)
         return None if factors is None else factors.scaled(self.strength)

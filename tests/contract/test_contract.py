@@ -7,8 +7,9 @@ import torch
 import torch.utils.checkpoint
 
 import delora
-from delora import DeLoRA
+from delora import DeLoRA, frozen
 from delora.diagnostics import inspect
+from delora.frozen import Frozen
 from delora.hosts import host
 from delora.methods.base import has_dropout, starts_at_base
 from delora.updates import wide
@@ -253,7 +254,7 @@ def test_a_materialised_model_that_is_filled_by_hand_measures_its_weights_when_i
     x = layer.x()
     torch.testing.assert_close(model(x), model.layer.base(x))
     expected = model.layer.adapter.host.weight().norm(dim=0)
-    assert torch.equal(model.layer.adapter.tensors()["c"], expected)
+    torch.testing.assert_close(model.layer.adapter.tensors()["c"], expected)
 
 
 def test_autocast_keeps_the_output_dtype_of_the_layer(layer, method):
@@ -307,3 +308,24 @@ def test_a_host_tells_shape_dtype_and_device_and_reads_any_rows(layer, dtype):
         rows = looked_at.rows(start, stop)
         assert torch.equal(rows, W[start:stop])
         assert not rows.requires_grad
+
+
+def test_what_a_weight_tells_in_blocks_is_what_the_dense_matrix_tells(layer, dtype, monkeypatch):
+    monkeypatch.setattr(frozen, "ON_CPU", 40)
+    looked_at = host(layer.model(dtype).layer)
+    W, dense = Frozen(looked_at), looked_at.matrix().detach().double()
+    out, inp = dense.shape
+    close = {"rtol": 4 * torch.finfo(wide(dtype)).eps, "atol": 0.0}
+    for told, known in ((W.column_norms(), dense.norm(dim=0)), (W.row_norms(), dense.norm(dim=1)), (W.norm(), dense.norm())):
+        assert told.dtype == wide(dtype)
+        torch.testing.assert_close(told.double(), known, **close)
+    norm, probe = W.fingerprint()
+    p, q = (f(torch.arange(1.0, n + 1, dtype=torch.float64)) for f, n in ((torch.cos, out), (torch.sin, inp)))
+    assert norm == pytest.approx(dense.norm().item(), rel=1e-6)
+    assert probe == pytest.approx((p @ dense @ q).item(), abs=1e-5 * norm)
+    x, y = torch.randn(inp, 2, dtype=wide(dtype)), torch.randn(3, out, dtype=wide(dtype))
+    torch.testing.assert_close(W.times(x), dense.to(x.dtype) @ x)
+    torch.testing.assert_close(W.products(x, y), (dense.to(x.dtype) @ x, y @ dense.to(y.dtype)))
+    assert torch.equal(torch.cat([block.clone() for _, block in W.blocks()]), looked_at.weight())
+    assert torch.equal(W.dense(), looked_at.weight())
+    assert W.on_meta().column_norms().shape == (inp,)

@@ -7,7 +7,7 @@
 ``diffusers``    the LoRA files of image programs: `delora.export.diffusers`
 ``gguf``         llama.cpp's LoRA adapters: `delora.export.gguf`
 ``nearest``      the factors of an export: of a bounded rank, in a narrower dtype
-``bases``        by which two numbers a file knows its base's weights
+``bases``        how a file knows its base's weights: by two numbers
 ``peft_config``  what a configuration of PEFT says: the method and the layers; `delora.from_peft`
 ``peft_experts`` experts as PEFT's ``target_parameters`` has them
 ``peft_fields``  what each field of PEFT's configurations means here

@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from delora.diagnostics import report
-from delora.formats.bases import fingerprint, same_base
+from delora.formats import bases
 from delora.formats.files import (
     AdapterError,
     Saved,
@@ -51,7 +51,6 @@ from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
 from delora.models import active_adapter, adapter_names, adapters, clean_name, places, refuse_inside, unwrapped
 from delora.sharded import fill, whole
 from delora.ties import share_copies
-from delora.updates import wide
 from delora.version import __version__
 
 __all__ = [
@@ -206,9 +205,10 @@ def _layer_entry(layer: str, adapter: Placed, first: Any) -> dict[str, Any]:
     common, fields = fields_of(first), fields_of(adapter.method)
     if (large := beyond_float32(fields)) is not None:
         raise ValueError(f"{layer}: {large} is beyond float32's numbers: nothing was written")
-    W = adapter.host.read()
-    norm, probe = fingerprint(W.to(wide(W.dtype)))
-    if not (math.isfinite(norm) and math.isfinite(probe)):
+    reported = _reported(adapter)  # first: where it reads W, that tells the fingerprint, too
+    W = adapter.frozen
+    base = bases.entry(W)
+    if not (math.isfinite(base["norm"]) and math.isfinite(base["probe"])):
         raise ValueError(f"{layer}: its frozen weight holds NaN or infinity: nothing was written")
     entry: dict[str, Any] = {"shape": list(W.shape)}
     if type(adapter.method) is not type(first):
@@ -220,8 +220,8 @@ def _layer_entry(layer: str, adapter: Placed, first: Any) -> dict[str, Any]:
         entry["dropout"] = adapter.dropout
     if adapter.strength != 1:
         entry["strength"] = adapter.strength
-    entry["base"] = {"dtype": str(W.dtype).removeprefix("torch."), "norm": norm, "probe": probe}
-    entry["report"] = _reported(adapter)
+    entry["base"] = base
+    entry["report"] = reported
     return entry
 
 
@@ -585,20 +585,20 @@ def _rebuilt(module: nn.Module | Slot, name: str, entry: SavedLayer, saved: Save
         cast = value.to(kind, copy=True)
         if not (torch.isfinite(cast).all() if value.is_floating_point() else (cast.to(value.dtype) == value).all()):
             raise AdapterError(f"{saved.file.path}: {name}.{key} holds numbers that {kind} cannot hold")
-        adapter.put(key, cast, Placed(adapter, layer).host.read().device)
+        adapter.put(key, cast, Placed(adapter, layer).host.device)
     adapter.strength = entry.strength
     return adapter
 
 
 def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> None:
-    W = adapter.host.read()
+    W = adapter.frozen
     if entry.shape is not None and entry.shape != tuple(W.shape):
         if isinstance(adapter.host, Embedding):
             _refuse_resized(name, W.shape[::-1], entry.shape[::-1], saved)
         raise AdapterError(
             f"{saved.source}: {name} is {list(W.shape)} in this model, the adapter was made for {list(entry.shape)}"
         )
-    if W.is_meta:
+    if W.device.type == "meta":
         raise AdapterError(f"{name} is on the meta device: load the base model's weights before the adapter")
     if allow_other_base or entry.base is None:
         return
@@ -606,7 +606,7 @@ def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, all
         norms, c = saved.file.read(entry.base["columns"]).to(W.device), adapter.tensors()["c"]
         same = norms.shape == c.shape and bool((norms.to(c.dtype) - c).norm() <= torch.finfo(torch.bfloat16).eps * c.norm())
     else:
-        same = same_base(entry.base, W.to(wide(W.dtype)), str(W.dtype).removeprefix("torch."))
+        same = bases.is_same(entry.base, W)
     if not same:
         made_for = f" ({saved.base_model})" if saved.base_model else ""
         raise AdapterError(

@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from delora import sharded
-from delora.formats.bases import fingerprint
+from delora.formats.bases import entry
 from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, get, read_json, shown, write_atomically
 from delora.formats.nearest import Approximation
 from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
@@ -28,13 +28,13 @@ from delora.formats.peft_experts import Stacked, by_wrapper
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
 from delora.formats.peft_names import experts, read_by_parent, renamed
 from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, lora_factors
+from delora.frozen import Frozen
 from delora.hosts import Conv1D, Slot
 from delora.layer import Placed
 from delora.meeting import collective, writes
 from delora.methods import Full
 from delora.methods.base import Method
 from delora.models import active_adapter, adapters, unwrapped, walk
-from delora.updates import wide
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -366,10 +366,7 @@ def _base(file: TensorFile, key: str | None, tensors: Tensors) -> dict[str, Any]
     W = file.read(key)
     if W.ndim != 2:
         raise AdapterError(f"{file.path}: {key!r} must be a matrix, not of shape {list(W.shape)}")
-    dtype = str(W.dtype).removeprefix("torch.")
-    W = W.T if tensors["A"][0].endswith("lora_embedding_A") else W
-    norm, probe = fingerprint(W.to(wide(W.dtype)))
-    return {"dtype": dtype, "norm": norm, "probe": probe}
+    return entry(Frozen(W.T if tensors["A"][0].endswith("lora_embedding_A") else W))
 
 
 def _whole(config: dict[str, Any], rest: Tensors, file: TensorFile, kind: str, where: Path) -> dict[str, Tensors]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, mark, memory
 from delora.sharded import gathered, is_sharded, like, whole
 from delora.torch_private import is_view
 from delora.updates import PerRow, Update, wide
@@ -23,6 +24,7 @@ __all__ = [
     "Norm",
     "any_host",
     "brought",
+    "by_rows",
     "codes_of",
     "host",
     "host_class",
@@ -107,6 +109,10 @@ class Host:
         with self.held():
             return whole(self.matrix().detach())
 
+    def mark(self) -> object:
+        """A value that changes with the weight, cheap to compute; None if there is none: then what was measured is not kept."""
+        return mark((*self.layer.parameters(), *self.layer.buffers()))
+
     def weight(self) -> Tensor:
         """The matrix [out, in] to compute with: detached, in float32 or wider."""
         W = self.read()
@@ -173,6 +179,19 @@ class Host:
         >>> list(linear.changed(LowRank(up=torch.ones(3, 1), down=torch.ones(1, 2))))
         ['weight']
         """
+        self.check_change()
+        assert self.weight_name is not None
+        old = self.layer.get_parameter(self.weight_name)
+        new = {}
+        W, b = self._changed(update)
+        if W is not None:
+            new[self.weight_name] = _parameter(self.as_weight(W), old, fresh=True)
+        if b is not None:
+            new["bias"] = _parameter(b, old if self.layer.bias is None else self.layer.bias)
+        return new
+
+    def check_change(self) -> None:
+        """Raise a ValueError, which says why, if the layer's parameters cannot take a change."""
         if self.weight_name is None:
             raise ValueError(f"a {type(self.layer).__name__} has no weight that could express the change: it cannot be merged")
         if self.weight_name not in self.layer._parameters:
@@ -182,15 +201,39 @@ class Host:
             )
         if self.layer.get_parameter(self.weight_name).is_meta:
             raise ValueError(f"its weight {ELSEWHERE}")
-        W, b = self.weight(), self.bias()
-        new_W, new_b = self.fold(update.merge(W), update.bias(b))
-        old = self.layer.get_parameter(self.weight_name)
-        new = {}
-        if new_W is not W:
-            new[self.weight_name] = _parameter(self.as_weight(new_W), old)
-        if new_b is not None and new_b is not b:
-            new["bias"] = _parameter(new_b, old if self.layer.bias is None else self.layer.bias)
-        return new
+
+    def _changed(self, update: Update) -> tuple[Tensor | None, Tensor | None]:
+        """The new matrix in the layer's dtype and the new bias; None for what stays. Computed in float32, in blocks of rows."""
+        old_b = self.bias()
+        b = update.bias(old_b)
+        W: Tensor | None = None
+        folded = b
+        with self.held():
+            for start, block, part in by_rows(update, Frozen(self), summed=False):
+                stop = start + block.shape[0]
+                rows, folded = self.fold(part.merge(block), None if b is None else b[start:stop])
+                if rows is block:  # the weight stays
+                    return None, None if b is old_b else b
+                W = memory(self.shape, block, self.dtype) if W is None else W
+                W[start:stop] = rows
+        return W, b if folded is not None and b is not old_b else None
+
+
+def by_rows(update: Update, W: Frozen, summed: bool = True) -> Iterator[tuple[int, Tensor, Update]]:
+    """W in blocks of rows (`Frozen.blocks`), each with the update of these rows; in one block if the update mixes rows.
+
+    >>> from delora.updates import Affine
+    >>> update = Affine(scale=torch.tensor([1.0, 2.0]))
+    >>> [(start, part.merge(block).tolist()) for start, block, part in by_rows(update, Frozen(torch.ones(2, 1)))]
+    [(0, [[1.0], [2.0]])]
+    """
+    if update.rows(0, 0) is None:
+        yield 0, W.dense(), update
+        return
+    for start, block in W.blocks(summed):
+        part = update.rows(start, start + block.shape[0])
+        assert part is not None
+        yield start, block, part
 
 
 def _is_offloaded(layer: nn.Module) -> bool:
@@ -222,13 +265,16 @@ def brought(layer: nn.Module) -> AbstractContextManager[Any]:
     return context
 
 
-def _parameter(value: Tensor, old: Tensor) -> nn.Parameter:
-    """A parameter with ``value`` in the dtype of ``old`` and, if the shapes agree, in its memory layout and its parts."""
+def _parameter(value: Tensor, old: Tensor, fresh: bool = False) -> nn.Parameter:
+    """A parameter with ``value`` in the dtype of ``old`` and, if the shapes agree, in its memory layout and its parts.
+
+    ``fresh``: nobody else has the value, which may be a view.
+    """
     if not old.is_floating_point():
         raise ValueError(f"its weight is {old.dtype}, which cannot hold the new values")
     if is_sharded(old):
         return nn.Parameter(like(value.to(old.dtype), old), requires_grad=old.requires_grad)
-    fresh = not value.requires_grad and not is_view(value)  # shares its memory with no other tensor
+    fresh = not value.requires_grad and (fresh or not is_view(value))  # shares its memory with no other tensor
     if not (fresh and value.dtype == old.dtype and value.shape == old.shape and value.stride() == old.stride()):
         value = (torch.empty_like(old) if old.shape == value.shape else old.new_empty(value.shape)).copy_(value)
     return nn.Parameter(value, requires_grad=old.requires_grad)

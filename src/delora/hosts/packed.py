@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from delora.frozen import mark
 from delora.hosts.base import Host
 from delora.updates import wide
 
@@ -185,6 +186,9 @@ class Slice(Host):
         with self.held():
             b: Tensor = getattr(self.module, at[0])[at[1]].detach()
             return b.to(wide(b.dtype))
+
+    def mark(self) -> object:
+        return mark([self.layer.part().detach()])
 
     def changed(self, update: Any) -> Any:
         raise NotImplementedError  # all matrices of a parameter change together

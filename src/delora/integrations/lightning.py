@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from delora.ambient import apart
-from delora.formats.bases import fingerprint, same_base
+from delora.formats.bases import entry, is_same
 from delora.formats.files import AdapterError
 from delora.layer import Adapted
 from delora.models import adapted_layers
-from delora.updates import wide
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,10 +74,7 @@ def _described(module: nn.Module) -> dict[str, dict[str, Any]]:
     for root, model in _roots(module):
         for name, layer in adapted_layers(model).items():
             if layer.adapter is not None and not layer.adapter.whole:
-                W = layer.adapter.host.read()
-                norm, probe = fingerprint(W.to(wide(W.dtype)))
-                dtype = str(W.dtype).removeprefix("torch.")
-                described[f"{root}.{name}"] = {"dtype": dtype, "norm": norm, "probe": probe}
+                described[f"{root}.{name}"] = entry(layer.adapter.frozen)
     return described
 
 
@@ -91,12 +87,10 @@ def _complete(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
     for root, model in _roots(module):
         for name, layer in adapted_layers(model).items():
             saved = described.get(f"{root}.{name}")
-            if saved is not None and layer.adapter is not None:
-                W = layer.adapter.host.read()
-                if not same_base(saved, W.to(wide(W.dtype)), str(W.dtype).removeprefix("torch.")):
-                    raise AdapterError(
-                        f"the weights of {root}.{name} are not those that the checkpoint was written with: load the right base "
-                        "model"
-                    )
+            if saved is not None and layer.adapter is not None and not is_same(saved, layer.adapter.frozen):
+                raise AdapterError(
+                    f"the weights of {root}.{name} are not those that the checkpoint was written with: load the right base "
+                    "model"
+                )
     with torch.no_grad():
         state |= {name: p.detach() for name, p in _frozen(module) if name not in state}

@@ -1,6 +1,8 @@
 """What a method is: a frozen dataclass of hyperparameters with two pure functions, ``init`` and ``update``.
 
-A method need not inherit from anything or be registered. It may also have these members:
+A method need not inherit from anything or be registered. Its W is a tensor; a function under ``@takes_frozen``
+(`delora.frozen`) gets a `Frozen` instead, of which it asks what it needs (shape, norms, products), so that W is read once, in
+blocks, or not at all. A method may also have these members:
 
 * ``measure(W) -> {name: Tensor}``: what ``update`` needs to know of the frozen W, such as its column norms. It is never
   saved, and it is measured again whenever W may have changed (a checkpoint is loaded, a meta model is materialised).
@@ -26,6 +28,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeGuard, get_args, get_or
 import torch
 from torch import Tensor
 
+from delora.frozen import Frozen, given
 from delora.updates import Update
 
 __all__ = [
@@ -124,25 +127,26 @@ def has_dropout(method: Method) -> bool:
     return getattr(method, "has_dropout", True)
 
 
-def initial(method: Method, W: Tensor, lookup: bool = False) -> dict[str, Tensor]:
+def initial(method: Method, W: Tensor | Frozen, lookup: bool = False) -> dict[str, Tensor]:
     """The tensors that training starts with; ``lookup``: for a layer that looks up columns of W.
 
     >>> import delora
     >>> initial(delora.LoRA(r=2), torch.ones(4, 9), lookup=True)["A"].any()
     tensor(False)
     """
-    start: dict[str, Tensor] = (getattr(method, "init_lookup", method.init) if lookup else method.init)(W)
-    return start
+    W = Frozen(W) if isinstance(W, Tensor) else W
+    return given(getattr(method, "init_lookup", method.init) if lookup else method.init, W)
 
 
-def measure(method: Method, W: Tensor) -> dict[str, Tensor]:
+def measure(method: Method, W: Tensor | Frozen) -> dict[str, Tensor]:
     """What the method measures of the frozen W; empty if nothing.
 
     >>> import delora
     >>> measure(delora.DeLoRA(), torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
     {'c': tensor([5., 1.])}
     """
-    return method.measure(W) if hasattr(method, "measure") else {}
+    W = Frozen(W) if isinstance(W, Tensor) else W
+    return given(method.measure, W) if hasattr(method, "measure") else {}
 
 
 def bound(method: Method, p: dict[str, Tensor]) -> Tensor | None:
@@ -209,7 +213,7 @@ def checked_replace(method: Any, changes: dict[str, Any], where: str) -> Any:
         raise ValueError(f"{where}: {error}") from error
 
 
-def kaiming(rows: int, columns: int, like: Tensor) -> Tensor:
+def kaiming(rows: int, columns: int, like: Tensor | Frozen) -> Tensor:
     """A matrix [rows, columns] drawn from U(-1/sqrt(columns), 1/sqrt(columns)), as nn.Linear and LoRA initialise.
 
     >>> A = kaiming(2, 100, like=torch.ones(1))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import require_count, require_flags, require_positive
 from delora.updates import Edited
 
@@ -56,7 +57,8 @@ class Bottleneck:
     def starts_at_base(self) -> bool:
         return self.start == "zero"
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         d = len(W)
         D, U = W.new_empty(self.size, d), W.new_zeros(d, self.size)
         for matrix in (D, U) if self.start == "near-zero" else (D,):

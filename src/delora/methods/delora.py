@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.lowrank import traced
 from delora.methods.base import TINY, kaiming, require_flags, require_positive, require_rank
 from delora.updates import LowRank
@@ -71,7 +72,8 @@ class DeLoRA:
         if self.start == "paired" and self.r % 2:
             raise ValueError(f"r = {self.r} with start='paired': the terms cancel in pairs, so r must be even")
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         out, inp = W.shape
         A, B = kaiming(self.r, inp, W), kaiming(out, self.r, W)
         if self.start == "paired":
@@ -87,14 +89,15 @@ class DeLoRA:
             p["lam0"] = lam.clone()
         return p
 
-    def measure(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def measure(self, W: Frozen) -> dict[str, Tensor]:
         match self.norm:
             case "columns":
-                return {"c": torch.linalg.vector_norm(W, dim=0)}  # [in]
+                return {"c": W.column_norms()}  # [in]
             case "rows":
-                return {"c": torch.linalg.vector_norm(W, dim=1)}  # [out]
+                return {"c": W.row_norms()}  # [out]
             case "matrix":
-                return {"c": torch.linalg.vector_norm(W).reshape(1)}
+                return {"c": W.norm().reshape(1)}
             case "none":
                 return {"c": W.new_ones(1)}
 

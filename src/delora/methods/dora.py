@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import TINY, require_flags
 from delora.methods.lora import LoRA
 from delora.updates import LowRank, Rescaled
@@ -51,19 +52,23 @@ class DoRA:
     def lora(self) -> LoRA:
         return LoRA(self.r, self.alpha, self.rslora)
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         return self.lora.init(W) | self._magnitudes(W)
 
-    def init_lookup(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init_lookup(self, W: Frozen) -> dict[str, Tensor]:
         return self.lora.init_lookup(W) | self._magnitudes(W)
 
-    def _magnitudes(self, W: Tensor) -> dict[str, Tensor]:
+    def _magnitudes(self, W: Frozen) -> dict[str, Tensor]:
         return {} if self.fixed_magnitude else {"m": nn.Parameter(self.measure(W)["squares"].sqrt())}
 
-    def measure(self, W: Tensor) -> dict[str, Tensor]:
-        return {"squares": W.square().sum(dim=1)}  # [out]
+    @takes_frozen
+    def measure(self, W: Frozen) -> dict[str, Tensor]:
+        return {"squares": W.row_norms().square()}  # [out]
 
-    def update(self, W: Tensor | None, p: dict[str, Tensor]) -> Rescaled:
+    @takes_frozen
+    def update(self, W: Frozen | None, p: dict[str, Tensor]) -> Rescaled:
         assert W is not None
         change = self.lora.update(None, p)
         m = p["squares"].sqrt() if self.fixed_magnitude else p["m"]
@@ -71,10 +76,10 @@ class DoRA:
             norms = self._row_norms(W, p["squares"], change)
         return Rescaled(m / norms, change)
 
-    def _row_norms(self, W: Tensor, squares: Tensor, change: LowRank) -> Tensor:
+    def _row_norms(self, W: Frozen, squares: Tensor, change: LowRank) -> Tensor:
         """The norm of each row of W + B A, [out]: sqrt of the row sums of W^2 (``squares``) + 2 (W A^T) * B + (B A A^T) * B."""
         if W.dtype == torch.float16:
             change = change.evened()
         A, B = change.down, change.up
-        cross = (W @ A.T.to(W.dtype)).to(B.dtype)  # [out, r]
+        cross = W.times(A.T.to(W.dtype)).to(B.dtype)  # [out, r]
         return (squares + ((2 * cross + B @ (A @ A.T)) * B).sum(dim=1)).clamp_min(TINY**2).sqrt()

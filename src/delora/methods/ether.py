@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import block_size, kaiming, require_count, require_flags, unit
 from delora.updates import NearIdentity, TwoSided
 
@@ -42,11 +43,13 @@ class ETHER:
         require_count("blocks", self.blocks)
         require_flags(self)
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         return {"u": nn.Parameter(vectors(W, self.blocks, self.side))}
 
-    def measure(self, W: Tensor) -> dict[str, Tensor]:
-        return {"size": torch.linalg.vector_norm(W).reshape(1)}
+    @takes_frozen
+    def measure(self, W: Frozen) -> dict[str, Tensor]:
+        return {"size": W.norm().reshape(1)}
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> TwoSided:
         u = unit(p["u"])
@@ -89,7 +92,8 @@ class EtherPlus:
         require_count("blocks", self.blocks)
         require_flags(self)
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         u = vectors(W, self.blocks, "input" if self.two_sided else self.side)
         start = {"u": u, "v": -u}
         if self.two_sided:
@@ -97,8 +101,9 @@ class EtherPlus:
             start |= {"u_out": u, "v_out": -u}
         return {key: nn.Parameter(tensor) for key, tensor in start.items()}
 
-    def measure(self, W: Tensor) -> dict[str, Tensor]:
-        return {"size": torch.linalg.vector_norm(W).reshape(1)}
+    @takes_frozen
+    def measure(self, W: Frozen) -> dict[str, Tensor]:
+        return {"size": W.norm().reshape(1)}
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> TwoSided:
         first = swapped(p["u"], p["v"])
@@ -111,7 +116,7 @@ class EtherPlus:
         return 3 * p["size"] if self.two_sided else p["size"]
 
 
-def vectors(W: Tensor, blocks: int, side: str) -> Tensor:
+def vectors(W: Tensor | Frozen, blocks: int, side: str) -> Tensor:
     """A random vector for each block of a side of W [out, in].
 
     >>> vectors(torch.ones(4, 6), blocks=2, side="input").shape

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import require_flags
 from delora.updates import Affine, Diagonal, TwoSided, Update
 
@@ -43,7 +44,8 @@ class IA3:
     def edits_output(self) -> bool:
         return self.side == "output"
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         return {"l": nn.Parameter(W.new_ones(W.shape[0 if self.side == "output" else 1]))}
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> Update:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import kaiming, require_flags, require_positive, require_rank
 from delora.updates import LowRank
 
@@ -46,11 +47,13 @@ class LoRA:
         """alpha / r, or alpha / sqrt(r) with ``rslora``."""
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         out, inp = W.shape
         return {"A": nn.Parameter(kaiming(self.r, inp, W)), "B": nn.Parameter(W.new_zeros(out, self.r))}
 
-    def init_lookup(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init_lookup(self, W: Frozen) -> dict[str, Tensor]:
         """The start on a layer that looks up columns of W, an embedding: A is zero and B is drawn from N(0, 1), as in PEFT.
 
         A step moves the columns of A that were looked up, along vectors of B of size one; from a small A and B = 0 the same

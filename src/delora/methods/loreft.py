@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import kaiming, require_count, require_rank
 from delora.updates import Edited
 
@@ -49,7 +50,8 @@ class LoReFT:
             if getattr(self, name) != 0 or type(getattr(self, name)) is not int:
                 require_count(name, getattr(self, name), "the number of positions, if not 0,")
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         d = len(W)
         R = nn.init.orthogonal_(W.new_empty(self.r, d))
         return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import TINY, block_size, require_count, require_positive
 from delora.updates import BlockDiagonal, TwoSided
 
@@ -41,7 +42,8 @@ class OFT:
         if self.radius is not None:
             require_positive("radius", self.radius)
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         s = block_size(W.shape[1], self.blocks, "input")
         if s == 1:
             raise ValueError(f"blocks = {self.blocks}: blocks of size 1 cannot turn; the input has size {W.shape[1]}")

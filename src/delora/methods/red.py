@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.updates import Affine
 
 __all__ = ["RED"]
@@ -28,7 +29,8 @@ class RED:
     edits_output = True
     has_dropout = False
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         return {"l": nn.Parameter(W.new_ones(len(W))), "d": nn.Parameter(W.new_zeros(len(W)))}
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> Affine:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from delora.frozen import Frozen, takes_frozen
 from delora.methods.base import kaiming, require_flags, require_positive, require_rank, unit
 from delora.updates import NearIdentity, TwoSided
 
@@ -50,15 +51,17 @@ class Reflections:
         if self.r % 2:
             raise ValueError(f"r = {self.r}: the terms cancel in pairs, so r must be even")
 
-    def init(self, W: Tensor) -> dict[str, Tensor]:
+    @takes_frozen
+    def init(self, W: Frozen) -> dict[str, Tensor]:
         inp, half = W.shape[1], self.r // 2
         lam = W.new_full((1,), float(self.lam))
         A, B = kaiming(half, inp, W), kaiming(inp, half, W)
         start = {"A": A, "B": B, "C": A.clone(), "D": B.clone()} if self.relaxed else {"U": A, "V": A.clone()}
         return {key: nn.Parameter(t) for key, t in start.items()} | {"lam": nn.Parameter(lam) if self.learn_lam else lam}
 
-    def measure(self, W: Tensor) -> dict[str, Tensor]:
-        return {"size": torch.linalg.vector_norm(W).reshape(1)}
+    @takes_frozen
+    def measure(self, W: Frozen) -> dict[str, Tensor]:
+        return {"size": W.norm().reshape(1)}
 
     def update(self, W: Tensor | None, p: dict[str, Tensor]) -> TwoSided:
         if self.relaxed:
