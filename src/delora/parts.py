@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.hosts import Host, Slice, Slot
-from delora.layer import Adapter, Kept
+from delora.layer import Adapter, Kept, Placed
 from delora.lowrank import traced, without_autocast
 from delora.sharded import gathered, like
 from delora.together import stacked
@@ -72,6 +72,12 @@ class Parts(Kept):
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """The parameters of the layer with the change in them, by name; only those that change."""
+        if "_hf_hook" in layer.__dict__:  # accelerate may keep the numbers elsewhere between calls
+            with Placed(self, layer).here():
+                return self._tensors(layer)
+        return self._tensors(layer)
+
+    def _tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         groups: dict[str, list[tuple[Slice, Adapter]]] = {}
         for slot, part in self._slots(layer):
             if part.strength:
@@ -115,7 +121,31 @@ class Parts(Kept):
     def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         layer = host.layer
         with _alone(layer):
-            return torch.func.functional_call(layer, self.tensors(layer), args, kwargs)
+            changed = self.tensors(layer)
+            if "_hf_hook" in layer.__dict__:
+                with _inside_of_hook(layer, changed):
+                    return layer(*args, **kwargs)
+            return torch.func.functional_call(layer, changed, args, kwargs)
+
+
+@contextmanager
+def _inside_of_hook(layer: Any, changed: Mapping[str, Tensor]) -> Iterator[None]:
+    """A context in which the layer's forward has these parameters: put there after accelerate's hook has brought its own."""
+    forward = layer._old_forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kept = {key: layer._parameters[key] for key in changed}
+        layer._parameters.update(changed)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            layer._parameters.update(kept)
+
+    layer._old_forward = run
+    try:
+        yield
+    finally:
+        layer._old_forward = forward
 
 
 def _weight(W: Tensor, updates: list[tuple[Slice, Update]]) -> Tensor:

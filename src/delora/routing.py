@@ -15,6 +15,7 @@ from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.lowrank import traced
 from delora.methods.base import edits_output, is_number
 from delora.models import active_adapter, adapted_layers, adapter_names, refuse_inside, states, unwrapped
+from delora.parts import Parts
 from delora.updates import Affine, Edited, LowRank, PerRow
 
 __all__ = ["Rows", "routed", "serving"]
@@ -87,6 +88,11 @@ class _Route:
 
     def __init__(self, name: str, layer: Adapted, rows: Rows) -> None:
         self.name, self.rows = name, rows
+        if any(isinstance(adapter, Parts) for adapter in layer.adapters.values()):
+            raise ValueError(
+                f"the adapters of {name} change its own parameters (experts, a packed projection), which are the same for all "
+                "rows: run the rows of each adapter for themselves"
+            )
         self.adapters = {key: cast("Adapter | Copy", module) for key, module in layer.adapters.items()}
         low = {key: Placed(_at(adapter, 1.0), layer.base).low_rank() for key, adapter in self.adapters.items()}
         changes = {key: change for key, change in low.items() if change is not None}

@@ -432,3 +432,35 @@ def test_who_reads_such_a_parameter_reads_the_changed_one(method):
     merged = delora.merge(copy.deepcopy(model))
     torch.testing.assert_close(merged(x), y)
     assert not torch.allclose(delora.eject(model)(x), y)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_offloaded_modules_run_with_the_change_and_keep_their_own(each, before, tmp_path):
+    """accelerate's hook brings the module's own parameters at every call."""
+    from accelerate import cpu_offload
+
+    more = ["out_proj"] if "gate_up_proj.0" not in each.names else []  # accelerate alone does not bring what attention reads
+    model, x = shake(delora.inject(each.model(), DeLoRA(r=2), [*each.targets(), *more])), each.x()
+    with torch.no_grad():
+        expected = model(*x)
+    delora.save(model, tmp_path)
+    if before:
+        plain = delora.eject(copy.deepcopy(model))
+        cpu_offload(plain, execution_device=torch.device("cpu"))
+        away = delora.load(plain, tmp_path)
+    else:
+        away = model
+        cpu_offload(away, execution_device=torch.device("cpu"))
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(away(*x), expected)
+        assert next(away.inner.base.parameters()).is_meta
+    with pytest.raises(ValueError, match="is kept elsewhere by a hook"):
+        delora.merge(away)
+
+
+def test_mixed_batches_are_refused_in_words(each):
+    model = adapted(each, DeLoRA(r=2)).eval()
+    with pytest.raises(ValueError, match="change its own parameters .* run the rows of each adapter"):  # noqa: SIM117
+        with delora.routed(model, ["default", None]):
+            pass
