@@ -178,7 +178,9 @@ RATES = {"lam_lr": 0.0, "head_lr": 1e-3}
 OPTIONS = {"weight_decay": 0.1, "optim_target_modules": "all-linear"}
 NAMES = [str(name.value) for name in OptimizerNames]
 TRAINED = ("adafactor", "sgd", "lion_32bit")  # OPTIMIZERS=all: every one, in minutes
-foreign = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Paged optimizers")
+foreign = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:Paged optimizers", "ignore:CUDA is not available"
+)
 
 
 @foreign
@@ -210,14 +212,20 @@ def test_an_optimizer_trains_at_its_rates_and_is_resumed(name, tmp_path):
     if name.startswith(WHOLE):
         pytest.skip("refused")
     optimizer_or_skip(made(tmp_path / "trial", optim=name))
-    start, whole = tensors(injected()), made(tmp_path / "whole", rates=RATES, optim=name, **OPTIONS)
+    steps = 8 if "radam" in name else 4  # RAdam waits for five
+    options = OPTIONS | {"optim": name, "save_steps": steps // 2, "rates": RATES}
+    start, whole = tensors(injected()), made(tmp_path / "whole", max_steps=steps, **options)
     whole.train()
-    made(tmp_path / "half", rates=RATES, max_steps=2, optim=name, **OPTIONS).train()
-    again = made(tmp_path / "half", rates=RATES, optim=name, **OPTIONS)
-    again.train(resume_from_checkpoint=True)
-    assert same(again.model, whole.model)
     moved = {key for key, t in tensors(whole.model).items() if not torch.equal(t, start[key])}
     assert moved == {key for key, p in whole.model.named_parameters() if p.requires_grad and not key.endswith(".lam")}
+    made(tmp_path / "half", max_steps=steps // 2, **options).train()
+    again = made(tmp_path / "half", max_steps=steps, **options)
+    if name == "grokadamw":
+        with pytest.raises(AdapterError, match="grokadamw keeps its state outside of its state dict"):
+            again.train(resume_from_checkpoint=True)
+        return
+    again.train(resume_from_checkpoint=True)
+    assert same(again.model, whole.model)
 
 
 # ---------------------------------------------------------------- the monitor

@@ -46,6 +46,7 @@ SETTINGS = (
     "bf16",
     "fp16",
 )
+UNRESUMED = {"grokadamw": "keeps its state outside of its state dict, so that training would not go on to the same numbers"}
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -207,6 +208,8 @@ class AdapterCheckpoints(Base):
         checkpoint = Path(resume_from_checkpoint)
         if (broken := damage(checkpoint)) is not None:
             raise AdapterError(f"{checkpoint} is not whole: {broken}")
+        if str(self.args.optim) in UNRESUMED:
+            raise AdapterError(f"{checkpoint}: {self.args.optim} {UNRESUMED[str(self.args.optim)]}; train anew without it")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
             if not any(checkpoint.glob(name)):
                 raise AdapterError(
