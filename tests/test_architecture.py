@@ -21,7 +21,7 @@ LEVELS = [
     {"methods", "hosts"},
     {"reading", "together", "layer", "parts"},
     {"models", "ties", "targets", "injection", "optimizing", "quantisers"},
-    {"merging", "routing", "diagnostics", "formats", "export"},
+    {"merging", "routing", "references", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "integrations", "training", "evaluation"},
     {"tasks"},
     {"sweep", "reports", "cli"},

@@ -10,7 +10,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``layer`` ``parts`` ``together`` ``reading``            `Adapted`: a frozen layer with named adapters, and who reads its weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
 ``optimizing`` ``quantisers``                           what trains, at which rate; what a model says of its quantised layers
-``merging`` ``routing``                                 into the weights; a different adapter for each row of a batch
+``merging`` ``routing`` ``references``                  into the weights; an adapter for each row; what the model was
 ``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
 ``integrations``                                        in trainers of transformers, TRL and Lightning
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
@@ -48,6 +48,7 @@ from delora.merging import merged as merged
 from delora.methods import *  # noqa: F403 (METHODS, RUNGS and every method)
 from delora.optimizing import param_groups as param_groups
 from delora.optimizing import summary as summary
+from delora.references import reference as reference
 from delora.routing import routed as routed
 from delora.routing import serving as serving
 from delora.version import __version__ as __version__
@@ -74,6 +75,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "merged",
         "methods",
         "param_groups",
+        "reference",
         "routed",
         "serving",
         "save",

@@ -67,7 +67,8 @@ class Adapter(Kept):
         super().__init__()
         self.method = method
         self.kind = type(host)  # makes a look at the layer of each call
-        self.dropout = dropout
+        if dropout:  # a module, because some trainers look for these to turn them off (TRL, for DPO)
+            self.drop = nn.Dropout(dropout)
         self.strength = 1.0
         self.known = Known()
         start, measured = self._start(host, blank)
@@ -80,6 +81,11 @@ class Adapter(Kept):
             self.register_buffer(name, tensor, persistent=False)
         self.names = (*start, *measured)
         self.itemsize = min((p.itemsize for p in self.parameters()), default=0)  # bytes of a number of what trains
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which entries of the layer's input are dropped in training."""
+        return self.drop.p if "drop" in self._modules else 0.0
 
     def _start(self, host: Host, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         W = Frozen(host, self.known)
@@ -167,7 +173,8 @@ class Adapter(Kept):
             return host.layer(*args, **kwargs)
         if not args and len(kwargs) == 1 and host.weight_name is not None:  # layer(input=x)
             args, kwargs = tuple(kwargs.values()), {}
-        return self.update(host).forward(host, self.dropout if self.training else 0.0, *args, **kwargs)
+        dropped = self.drop.p if "drop" in self._modules and self.drop.training else 0.0
+        return self.update(host).forward(host, dropped, *args, **kwargs)
 
     def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:
         host = self.kind(layer)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,10 +27,12 @@ from delora.integrations.checkpoints import damage, last_checkpoint, require_sam
 from delora.integrations.monitor import first
 from delora.models import active_adapter, adapted_layers, adapters
 from delora.optimizing import param_groups
+from delora.references import reference
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer"]
 
 REST = "outside.safetensors"
+LOADER = "create_model_from_path"  # in the modules of TRL's trainers
 # Not among them: how many steps are trained in all, which a resume may change.
 SETTINGS = (
     "learning_rate",
@@ -62,6 +68,8 @@ class AdapterCheckpoints(Base):
     - The optimizer is the one of ``args.optim``, whichever that is, over the groups of `delora.param_groups`:
       ``args.learning_rate`` for the adapter, ``lam_lr`` for the strengths, ``head_lr`` for the modules trained whole.
     - The best model is that of the best checkpoint (``load_best_model_at_end``).
+    - A trainer of TRL that needs a reference model (DPO, KTO, GRPO, RLOO) gets `delora.reference` of the model, if none is
+      given: it would load another base from its file.
 
     Raises:
         TypeError: the class is derived in the other order. ValueError: the model has no active adapter, or an argument would
@@ -96,7 +104,9 @@ class AdapterCheckpoints(Base):
         **kwargs: Any,
     ) -> None:
         self.lam_lr, self.head_lr, self.lam_weight_decay = lam_lr, head_lr, lam_weight_decay
-        super().__init__(*args, **kwargs)
+        args, kwargs, load_reference = _with_reference(super().__init__, args, kwargs)
+        with load_reference:
+            super().__init__(*args, **kwargs)
         if self.model is not None:
             active_adapter(self._injected)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -131,12 +141,12 @@ class AdapterCheckpoints(Base):
         apart = hasattr(optimizer, "fused_backward") or any(id(p) not in old for group in wanted for p in group["params"])
         if apart:  # LOMO's kin step within backward, layer-wise optimizers in hooks of their own
             raise ValueError(
-                f"optim={str(args.optim)!r} has no parameter groups, so that no rate of lam or of a head could be set: choose "
+                f"optim={self._optim!r} has no parameter groups, so that no rate of lam or of a head could be set: choose "
                 "another, or a plain Trainer"
             )
         if any(group["params"] and not any(p.requires_grad for p in group["params"]) for group in optimizer.param_groups):
             raise ValueError(
-                f"optim={str(args.optim)!r} is set for modules ({args.optim_target_modules}) of which nothing trains: it works "
+                f"optim={self._optim!r} is set for modules ({args.optim_target_modules}) of which nothing trains: it works "
                 "on whole weights, and these are frozen; choose another"
             )
         optimizer.param_groups = []
@@ -146,6 +156,10 @@ class AdapterCheckpoints(Base):
                 parts.setdefault(id(old[id(p)]), []).append(p)
             for parameters in parts.values():
                 optimizer.add_param_group(old[id(parameters[0])] | group | {"params": parameters})
+
+    @property
+    def _optim(self) -> str:
+        return str(getattr(self.args.optim, "value", self.args.optim))
 
     @property
     def _injected(self) -> nn.Module:
@@ -208,8 +222,8 @@ class AdapterCheckpoints(Base):
         checkpoint = Path(resume_from_checkpoint)
         if (broken := damage(checkpoint)) is not None:
             raise AdapterError(f"{checkpoint} is not whole: {broken}")
-        if str(self.args.optim) in UNRESUMED:
-            raise AdapterError(f"{checkpoint}: {self.args.optim} {UNRESUMED[str(self.args.optim)]}; train anew without it")
+        if self._optim in UNRESUMED:
+            raise AdapterError(f"{checkpoint}: {self._optim} {UNRESUMED[self._optim]}; train anew without it")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
             if not any(checkpoint.glob(name)):
                 raise AdapterError(
@@ -246,6 +260,31 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     ...     trainer.train().global_step, (Path(folder) / "checkpoint-1" / "adapter.json").is_file()
     (2, True)
     """
+
+
+def _with_reference(init: Any, args: Any, kwargs: Any) -> tuple[Any, Any, AbstractContextManager[None]]:
+    """The arguments of a trainer with a reference among them, if it takes one; and a context in which it may load one."""
+    bound = inspect.signature(init).bind(*args, **kwargs)
+    model, arguments = bound.arguments.get("model"), bound.arguments.get("args")
+    if not isinstance(model, nn.Module) or not adapted_layers(model):
+        return args, kwargs, nullcontext()
+    if "ref_model" in bound.signature.parameters:
+        if bound.arguments.get("ref_model") is None:
+            bound.arguments["ref_model"] = reference(model)
+    elif getattr(arguments, "beta", None) and hasattr(module := sys.modules[init.__module__], LOADER):
+        return args, kwargs, _in_place(module, model)
+    return bound.args, bound.kwargs, nullcontext()
+
+
+@contextmanager
+def _in_place(module: Any, model: nn.Module) -> Iterator[None]:
+    """TRL's GRPO and RLOO take no reference: within this context, the one that they load is the model's."""
+    loader = getattr(module, LOADER)
+    setattr(module, LOADER, lambda *_, **__: reference(model))
+    try:
+        yield
+    finally:
+        setattr(module, LOADER, loader)
 
 
 def _step(checkpoint: Path) -> int:
