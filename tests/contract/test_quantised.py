@@ -58,6 +58,20 @@ def test_a_host_tells_what_its_layer_computes_and_reads_any_rows(kind, dtype, bi
         assert not rows.requires_grad
 
 
+@pytest.mark.parametrize("name", ["hqq 4 bit", "quanto qint4"])
+def test_what_is_dequantised_whole_is_so_once_for_all_blocks(name, monkeypatch):
+    layer = KINDS[name].model().layer
+    look, calls = host(layer), []
+    owner = type(layer if name.startswith("hqq") else layer.weight)
+    whole = owner.dequantize
+    monkeypatch.setattr(owner, "dequantize", lambda self: calls.append(1) or whole(self))
+    with look.held():
+        blocks = [look.rows(n, n + 8) for n in range(0, OUT, 8)]
+    assert len(calls) == 1
+    assert torch.equal(torch.cat(blocks), look.matrix())  # read anew, nothing is kept
+    assert len(calls) == 2
+
+
 @each_pair
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_training_starts_at_the_base(kind, method, dropout):

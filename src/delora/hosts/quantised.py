@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -153,6 +154,36 @@ class Quantised(Linear):
         for name in ("forward", "_old_forward"):  # accelerate's, bound to the old layer
             new.__dict__.pop(name, None)
         return _with_accelerate(self.layer, new)
+
+
+class _AtOnce(Quantised):
+    """A layer whose library dequantises the whole matrix at once: within `held` that is done for the first block alone."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self._depth, self._kept = 0, None
+
+    _kept: Tensor | None
+
+    def all(self) -> Tensor:
+        """The whole matrix [out, in], dequantised."""
+        raise NotImplementedError
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            with super().held():
+                yield
+        finally:
+            self._depth -= 1
+            self._kept = self._kept if self._depth else None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        W = self.all().detach().to(self.dtype) if self._kept is None else self._kept
+        if self._depth:
+            self._kept = W
+        return W[start:stop]
 
 
 def quantised_host(layer: nn.Module) -> Quantised | None:
@@ -436,7 +467,7 @@ class TorchAo(Quantised):
         return _with_bias(new, b, self.layer.bias)
 
 
-class Quanto(Quantised):
+class Quanto(_AtOnce):
     """optimum-quanto's ``QLinear``, frozen: its weight is a quantised tensor."""
 
     @property
@@ -455,9 +486,9 @@ class Quanto(Quantised):
             raise ValueError("cannot adapt a QLinear that quantises its activations, too: quantise the weights only")
         super().check()
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        rows: Tensor = self.layer.weight.detach().dequantize()[start:stop]
-        return rows
+    def all(self) -> Tensor:
+        W: Tensor = self.layer.weight.detach().dequantize()
+        return W
 
     def requantised(self, W: Tensor, b: Tensor | None) -> nn.Module:
         new = self.twin()
@@ -470,7 +501,7 @@ class Quanto(Quantised):
 # ---------------------------------------------------------------- modules that dequantise themselves
 
 
-class Hqq(Quantised):
+class Hqq(_AtOnce):
     """``HQQLinear`` (half-quadratic quantisation, 1 to 8 bits): it dequantises itself."""
 
     @property
@@ -492,9 +523,9 @@ class Hqq(Quantised):
             raise ValueError("cannot adapt an HQQLinear that holds no weight yet")
         super().check()
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        W: Tensor = self.layer.dequantize().detach()
-        return W[start:stop]
+    def all(self) -> Tensor:
+        W: Tensor = self.layer.dequantize()
+        return W
 
     def requantised(self, W: Tensor, b: Tensor | None) -> nn.Module:
         new = self.twin()
@@ -542,7 +573,7 @@ class Fp8(Quantised):
         return _with_bias(new, b, self.layer.bias)
 
 
-class Gptq(Quantised):
+class Gptq(_AtOnce):
     """A layer of GPTQModel (GPTQ, AWQ) that has a ``dequantize_weight()``: W^T [in, out]. It cannot be quantised anew, which
     needs the data it was calibrated with."""
 
@@ -565,9 +596,9 @@ class Gptq(Quantised):
             )
         super().check()
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        W: Tensor = getattr(self.layer, self.dequantises)().detach()
-        return W.T[start:stop].to(self.dtype)
+    def all(self) -> Tensor:
+        W: Tensor = getattr(self.layer, self.dequantises)()
+        return W.T
 
 
 BY_NAME["bitsandbytes.nn.modules.Linear4bit"] = Bits4
