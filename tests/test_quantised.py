@@ -156,8 +156,11 @@ def test_an_adapter_of_the_dense_base_loads_on_its_nf4_version_only_when_told_so
     delora.save(dense, tmp_path / "dense")
     quantised = load(saved, nf4())
     before = quantised.state_dict().keys()
-    with pytest.raises(AdapterError, match="not those the adapter was trained on.*allow_other_base=True"):
+    words = "bfloat16.* there, {} here: .*not those the adapter was trained on.*allow_other_base=True"
+    with pytest.raises(AdapterError, match=words.format("bitsandbytes nf4")):
         delora.load(quantised, tmp_path / "dense")
+    with pytest.raises(AdapterError, match=words.format("bitsandbytes int8")):  # though int8 rounds no more than bfloat16
+        delora.load(load(saved, CONFIGS["int8"]()), tmp_path / "dense")
     assert quantised.state_dict().keys() == before
     delora.load(quantised, tmp_path / "dense", allow_other_base=True)
     with torch.no_grad(), delora.disabled(quantised):
@@ -167,7 +170,7 @@ def test_an_adapter_of_the_dense_base_loads_on_its_nf4_version_only_when_told_so
     # Now it is the quantised base's, and the file says so.
     delora.save(quantised, tmp_path / "nf4")
     delora.load(load(saved, nf4()), tmp_path / "nf4")
-    with pytest.raises(AdapterError, match="not those the adapter was trained on"):
+    with pytest.raises(AdapterError, match="bitsandbytes nf4.* there, bfloat16 here: .*not those the adapter was trained on"):
         delora.load(load(saved, dtype=torch.bfloat16), tmp_path / "nf4")
 
 

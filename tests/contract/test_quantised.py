@@ -72,6 +72,24 @@ def test_what_is_dequantised_whole_is_so_once_for_all_blocks(name, monkeypatch):
     assert len(calls) == 2
 
 
+@each_kind
+def test_a_weight_is_read_once_and_again_only_when_it_changed(kind, monkeypatch, tmp_path):
+    owner, reads = type(host(kind.model().layer)), []
+    rows = owner.rows
+    monkeypatch.setattr(owner, "rows", lambda self, start, stop: reads.append((start, stop)) or rows(self, start, stop))
+    model = adapted(kind, DeLoRA(r=4))
+    assert reads == [(0, OUT)]
+    model(x())
+    delora.save(model, tmp_path)
+    norm = model.layer.adapter.frozen.norm()
+    assert reads == [(0, OUT)]
+    for t in quantised_host(model.layer.base).stored():
+        if t.is_floating_point() and t.element_size() > 1 and not t.is_inference():
+            t.data.mul_(2)  # the scales
+    assert model.layer.adapter.frozen.norm() > 1.5 * norm
+    assert len(reads) == 2
+
+
 @each_pair
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_training_starts_at_the_base(kind, method, dropout):

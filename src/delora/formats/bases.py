@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from delora.frozen import Frozen
+from delora.hosts import Quantised
 
 __all__ = ["entry", "is_same", "name_of"]
 
@@ -22,13 +23,14 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def entry(W: Frozen) -> dict[str, Any]:
-    """What a file says of a weight.
+    """What a file says of a weight; of a quantised one also its kind, because dequantised it can be as near as a rounded copy.
 
     >>> entry(Frozen(torch.zeros(2, 2)))
     {'dtype': 'float32', 'norm': 0.0, 'probe': 0.0}
     """
     norm, probe = W.fingerprint()
-    return {"dtype": name_of(W.dtype), "norm": norm, "probe": probe}
+    kind = {"kind": W.matrix.kind} if isinstance(W.matrix, Quantised) else {}
+    return {"dtype": name_of(W.dtype), "norm": norm, "probe": probe, **kind}
 
 
 def is_same(saved: Mapping[str, Any], W: Frozen) -> bool:
@@ -42,6 +44,8 @@ def is_same(saved: Mapping[str, Any], W: Frozen) -> bool:
     (True, False)
     """
     here = entry(W)
+    if saved.get("kind") != here.get("kind"):
+        return False
     dtypes = (saved["dtype"], here["dtype"])
     eps = max(torch.finfo(getattr(torch, name)).eps for name in dtypes) if dtypes[0] != dtypes[1] else 1e-5
     near = abs(here["norm"] - saved["norm"]) <= eps * here["norm"]

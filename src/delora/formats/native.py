@@ -436,7 +436,8 @@ def _layers(
         if isinstance(method, Full):
             raise AdapterError(f"{at}: a layer that is trained whole belongs into 'also_train'")
         base = get(entry, "base", dict, at)
-        known_keys(base, ("dtype", "norm", "probe"), f"{at}, 'base'")
+        known_keys(base, ("dtype", "norm", "probe", "kind"), f"{at}, 'base'")
+        get(base, "kind", str, at, None)
         if get(base, "dtype", str, at) not in WEIGHTS:
             raise AdapterError(f"{at}: {shown(base['dtype'])} is not the dtype of a weight")
         for key in ("norm", "probe"):
@@ -609,8 +610,10 @@ def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, all
         same = bases.is_same(entry.base, W)
     if not same:
         made_for = f" ({saved.base_model})" if saved.base_model else ""
+        there, here = (e.get("kind", e.get("dtype")) for e in (entry.base, bases.entry(W)))
+        kinds = f"{shown(there)} there, {here} here: " if there is not None and there != here else ""
         raise AdapterError(
-            f"{saved.source}: the weights of {name} are not those the adapter was trained on{made_for}; "
+            f"{saved.source}: {kinds}the weights of {name} are not those the adapter was trained on{made_for}; "
             "load the right base model, or pass allow_other_base=True if you want this one"
         )
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delora.frozen import mark
 from delora.hosts.base import BY_NAME, BY_WEIGHT, host_class
 from delora.hosts.linear import Linear
 from delora.updates import Update
@@ -99,6 +100,9 @@ class Quantised(Linear):
     def bytes(self) -> int:
         """The memory of all that the layer keeps: codes, scales and bias."""
         return sum(t.numel() * t.element_size() for t in self.stored())
+
+    def mark(self) -> object:
+        return mark(self.stored())
 
     def check(self) -> None:
         super().check()
@@ -522,6 +526,10 @@ class Hqq(_AtOnce):
         if not self.layer.ready:
             raise ValueError("cannot adapt an HQQLinear that holds no weight yet")
         super().check()
+
+    def mark(self) -> object:
+        # HQQ makes its zero points in inference mode, where a tensor has no version; the codes and scales change with them.
+        return mark([self.layer.W_q, *(t for t in self.stored() if not t.is_inference())])
 
     def all(self) -> Tensor:
         W: Tensor = self.layer.dequantize()
