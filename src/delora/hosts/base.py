@@ -201,6 +201,8 @@ class Host:
             )
         if self.layer.get_parameter(self.weight_name).is_meta:
             raise ValueError(f"its weight {ELSEWHERE}")
+        if not (dtype := self.layer.get_parameter(self.weight_name).dtype).is_floating_point:
+            raise ValueError(f"its weight is {dtype}, which cannot hold the new values")
 
     def _changed(self, update: Update) -> tuple[Tensor | None, Tensor | None]:
         """The new matrix in the layer's dtype and the new bias; None for what stays. Computed in float32, in blocks of rows."""
