@@ -298,3 +298,54 @@ def test_the_old_weights_of_a_merged_layer_stay_with_whoever_holds_them():
     assert torch.equal(held, bits)
     assert torch.equal(state["layer.base.weight"], bits)
     assert not torch.equal(model.layer.weight, bits)
+
+
+def test_merged_weights_take_the_memory_that_nobody_else_sees():
+    model = shake(adapted_linear(DeLoRA(r=2)))
+    at, expected = model.layer.base.weight.data_ptr(), model.layer.adapter.host.weight() + change(model)
+    delora.merge(model)
+    assert model.layer.weight.data_ptr() == at
+    torch.testing.assert_close(model.layer.weight.detach(), expected.detach())
+
+
+HOLDERS = {
+    "a view": lambda model: model.layer.base.weight.detach().T,
+    "the parameter": lambda model: model.layer.base.weight,
+    "an optimizer": lambda model: torch.optim.SGD(model.layer.base.parameters()),
+    "another model": lambda model: nn.Sequential(*[_sharing(model.layer.base)]),
+    "an array": lambda model: model.layer.base.weight.detach().numpy(),
+}
+
+
+def _sharing(layer: nn.Linear) -> nn.Linear:
+    other = nn.Linear(12, 10)
+    other.weight = layer.weight
+    return other
+
+
+@pytest.mark.parametrize("who", HOLDERS)
+def test_whoever_else_holds_the_old_weight_keeps_it(who):
+    model = shake(adapted_linear(DeLoRA(r=2)))
+    bits, at = model.layer.base.weight.detach().clone(), model.layer.base.weight.data_ptr()
+    held = HOLDERS[who](model)
+    delora.merge(model)
+    assert model.layer.weight.data_ptr() != at
+    old = {
+        "a view": lambda: held.T,
+        "the parameter": lambda: held,
+        "an optimizer": lambda: held.param_groups[0]["params"][0],
+        "another model": lambda: held[0].weight,
+        "an array": lambda: torch.from_numpy(held),
+    }[who]()
+    assert torch.equal(old, bits)
+
+
+def test_a_graph_that_waits_for_its_backward_keeps_the_old_weight():
+    model = shake(adapted_linear(DeLoRA(r=2)))
+    x = torch.randn(3, 12, requires_grad=True)
+    with delora.disabled(model):
+        y = model(x).sum()
+    expected = model.layer.base.weight.detach().sum(0)
+    delora.merge(model)
+    y.backward()
+    torch.testing.assert_close(x.grad[0], expected)

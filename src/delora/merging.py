@@ -22,6 +22,7 @@ from delora.quantisers import account
 from delora.sharded import fill, is_sharded, settle, whole
 from delora.ties import owners, untie
 from delora.together import watched
+from delora.torch_private import only_here
 from delora.updates import wide
 
 __all__ = ["blend", "merge", "merged"]
@@ -148,6 +149,21 @@ def _put(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Te
     return old
 
 
+def _put_in_place(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set parameters of a layer: in the memory of the old ones where nobody else can see that, as fresh memory costs time."""
+    for name in list(tensors):
+        path, _, key = name.rpartition(".")
+        registry = layer.get_submodule(path)._parameters
+        new, old = tensors[name], registry.get(key)
+        fits = old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+        del old
+        if fits and only_here(registry, key):
+            with torch.no_grad():
+                registry[key].copy_(new)  # type: ignore[union-attr]
+        else:
+            _put(layer, {name: new})
+
+
 @contextmanager
 def _untied(configs: list[tuple[Any, bool]], again: bool) -> Iterator[None]:
     """Set ``tie_word_embeddings`` to False; within the context alone if ``again``."""
@@ -195,7 +211,7 @@ def merge(model: nn.Module, *, unused: bool = False, requantise: bool = False) -
     with _untied(configs, again=False):
         try:
             for change in changes.values():  # one by one: the old tensors of a layer go before the new ones of the next come
-                _put(change.module, change.tensors())
+                _put_in_place(change.module, change.tensors())
                 plain[change.layer] = change.module
         finally:  # also out of memory: each layer is then merged or adapted, and the model computes what it did
             put_back(model, plain)

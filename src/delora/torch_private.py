@@ -7,6 +7,7 @@ A fallback is always correct but may be slower. The dictionaries of an ``nn.Modu
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "conv",
     "is_compiled",
     "is_view",
+    "only_here",
     "process_store",
     "saved_tensors_hooks",
     "transforms_active",
@@ -81,6 +83,31 @@ def versions(tensors: Any) -> list[Any]:
     False
     """
     return [n for t in tensors for n in (getattr(t, "_version", object()), t.data_ptr())]
+
+
+def only_here(registry: dict[str, Any], key: str) -> bool:
+    """Whether nobody but ``registry`` holds the tensor ``registry[key]`` or another view of its memory. Fallback: False.
+
+    >>> held = {"kept": nn.Parameter(torch.zeros(2)), "shared": nn.Parameter(torch.zeros(2))}
+    >>> view = held["shared"].detach()
+    >>> only_here(held, "kept"), only_here(held, "shared")
+    (True, False)
+    """
+    if type(registry[key]) is not nn.Parameter or getattr(torch._C, "_storage_Use_Count", None) is None:
+        return False
+    memory = registry[key].untyped_storage()
+    # Memory of other processes, of files, of NumPy is seen from there.
+    if not memory.resizable() or (memory.device.type == "cpu" and memory.is_shared()):
+        return False
+    del memory
+    return _holders(registry, key) == _holders({key: nn.Parameter(torch.zeros(1, device=registry[key].device))}, key)
+
+
+def _holders(registry: dict[str, Any], key: str) -> tuple[int, ...]:
+    references = sys.getrefcount(registry[key])
+    inside = getattr(registry[key], "_use_count", int)()  # also a graph that waits for its backward
+    memory: Any = registry[key].untyped_storage()
+    return references, inside, torch._C._storage_Use_Count(memory._cdata)
 
 
 def is_view(t: Tensor) -> bool:
