@@ -30,7 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import delora
 from delora.errors import UserError
 from delora.formats.files import AdapterError
-from delora.models import adapted_layers, walk
+from delora.hosts import Slot
+from delora.models import adapted_layers, adapters, places, walk
 from tests.zoo.inputs import run
 
 __all__ = ["LAWS", "Outcome", "check"]
@@ -326,22 +327,30 @@ def _gradients(zoo: Zoo) -> Outcome:
             return skipped(f"the base model cannot train these layers itself: {type(error).__name__}: {str(error)[:100]}")
         for name, layer in layers.items():
             layer.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-        modules = dict(walk(plain))
-        sizes = {
-            n: max((p.grad.abs().max().item() for p in _weights(modules[n]) if p.grad is not None), default=0.0) for n in layers
-        }
+        there, owner = places(plain), {}
+        for n, layer in layers.items():
+            for part, _, _ in layer.adapters["default"].each(n, layer.base):  # type: ignore[operator]
+                owner[part] = n
+        sizes = {n: max((g.abs().max().item() for g in _gradients_of(there[n])), default=0.0) for n in owner}
         least = max(1e-7, 1e-6 * max(sizes.values(), default=0.0))  # less is what rounding leaves of zero
-        wanted = {n for n, size in sizes.items() if size > least}
+        grown = {n for n, size in sizes.items() if size > least}
+        wanted = {owner[n] for n in grown}
         with said.listening():
             total = loss(model, zoo.inputs)
             if total.requires_grad or wanted:
                 total.backward()
         said.summary(model)
-    dead = {n for n, layer in layers.items() if not all(p.grad is not None and p.grad.any() for p in _training(layer))}
-    bypassed = {n for n in dead & wanted if n not in called}
-    cut = dead & wanted - bypassed
+    # The projection of an attention layer whose weight is read there runs with it, also where the result is not used.
+    called |= {n for n, layer in layers.items() if layer.ran and n.rpartition(".")[0] in called}
+    # A module with several matrices has adapters for each: of experts, those that no token reaches have no gradient.
+    trained = {n: [p for p in placed.parameters() if p.requires_grad] for n, placed in adapters(model).items()}
+    dead_parts = {n for n, ps in trained.items() if not all(p.grad is not None and p.grad.any() for p in ps)}
+    lost = {owner[n] for n in dead_parts & grown}
+    dead = layers.keys() - {owner[n] for n in trained.keys() - dead_parts}
+    bypassed = {n for n in lost if n not in called}
+    cut = lost - bypassed
     never = _without_effect(zoo, model, dead - wanted - called)
-    silent = {n for n in dead & wanted if not said.names(n)}
+    silent = {n for n in lost if not said.names(n)}
     if not said.counts(len(never)):
         silent |= {n for n in never if not said.names(n)}
     for words, names in (("bypassed", bypassed), ("ran without a gradient", cut), ("never ran", never)):
@@ -374,8 +383,12 @@ def _weights(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module._parameters.values() if p is not None and p.ndim > 1]
 
 
-def _training(layer: nn.Module) -> list[nn.Parameter]:
-    return [p for p in layer.adapters.parameters() if p.requires_grad]  # type: ignore[operator, union-attr]
+def _gradients_of(place: Any) -> list[Tensor]:
+    """The gradients of a layer's matrices, or of one matrix in a parameter."""
+    if isinstance(place, Slot):
+        g = getattr(place.owner, place.key).grad
+        return [] if g is None else [g if place.index is None else place.layout.apart(place.owner, g)[place.index]]
+    return [p.grad for p in _weights(place) if p.grad is not None]
 
 
 def _with_way_out(law: Callable[..., Outcome]) -> Outcome:
