@@ -133,9 +133,13 @@ def train(
     experiment = tasks.read(recipe, changes or [])
     task = tasks.find(experiment.task)
     from delora.reports import experiment as page
-    from delora.training import experiments
+    from delora.training import experiments, parallel
 
+    if not parallel.first():
+        out.quiet = True
     outcome = experiments.train(task, experiment, out, fresh)
+    if not parallel.first():
+        return
     _print(page.header(outcome), page.table(outcome), outcome.name)
     for line in page.reading(outcome, task):
         out.print(line, style="dim", markup=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from delora.ambient import apart, put_aside
 from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.lowrank import traced
+from delora.meeting import meet
 from delora.methods.base import edits_output, is_number
 from delora.models import active_adapter, adapted_layers, adapter_names, refuse_inside, states, unwrapped
 from delora.parts import Parts
@@ -423,7 +424,7 @@ def serving(model: nn.Module) -> Iterator[None]:
     refuse_inside(model, "serving")
     active_adapter(model)
     layers = [layer for layer in adapted_layers(model).values() if layer.active is not None]
-    with put_aside(), torch.no_grad():
+    with put_aside(), meet(model, "delora.serving"), torch.no_grad():
         for layer in layers:
             if layer._blank:
                 layer.refresh()

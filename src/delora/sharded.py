@@ -1,4 +1,4 @@
-"""Tensors that several processes hold in parts: FSDP2's and tensor parallel ones (DTensors), and ZeRO-3's partitions.
+"""Tensors that several processes hold in parts: the DTensors of FSDP2.
 
 Reading such a tensor is a call that all its processes make together: each of them gets the whole of it.
 """
@@ -23,7 +23,6 @@ __all__ = [
     "processes",
     "refuse_flat",
     "settle",
-    "shape_of",
     "spread",
     "whole",
 ]
@@ -34,9 +33,9 @@ def _is_dtensor(t: Any) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def _is_partition(t: Any) -> bool:
-    """Whether a tensor is a parameter that DeepSpeed's ZeRO-3 holds in parts, and is not gathered now."""
-    return "deepspeed" in sys.modules and hasattr(t, "ds_tensor") and getattr(t.ds_status, "name", "") != "AVAILABLE"
+def _fsdp() -> Any:
+    """The class of modules that FSDP2 has sharded; without its library loaded, there is none."""
+    return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
 
 
 def is_sharded(t: Any) -> bool:
@@ -45,16 +44,7 @@ def is_sharded(t: Any) -> bool:
     >>> is_sharded(torch.ones(2)), is_sharded(None)
     (False, False)
     """
-    return _is_dtensor(t) or _is_partition(t)
-
-
-def shape_of(t: Tensor) -> torch.Size:
-    """The shape of the whole tensor.
-
-    >>> shape_of(torch.ones(2, 3))
-    torch.Size([2, 3])
-    """
-    return torch.Size(t.ds_shape) if _is_partition(t) else t.shape  # type: ignore[attr-defined]
+    return _is_dtensor(t)
 
 
 def whole(t: Tensor) -> Tensor:
@@ -77,11 +67,6 @@ def whole(t: Tensor) -> Tensor:
         full = d.full_tensor(grad_placements=[Partial()] * mesh.ndim)
         full.register_hook(lambda grad: grad / mesh.size())  # gloo knows no mean
         return full
-    if _is_partition(t):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([t]):
-            return t.detach().clone()
     return t
 
 
@@ -113,11 +98,6 @@ def fill(old: Tensor, value: Tensor) -> None:
     if _is_dtensor(old):
         part: Any = value if _is_dtensor(value) else like(value, old)
         old.to_local().copy_(part.to_local())  # type: ignore[attr-defined]
-    elif _is_partition(old):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([old], modifier_rank=0):
-            old.data.copy_(value)
     else:
         old.data.copy_(value)
 
@@ -180,7 +160,7 @@ def gathered(layer: nn.Module) -> Iterator[None]:
     parts = {name: p for name, p in layer._parameters.items() if is_sharded(p)}
     try:
         for name, p in parts.items():
-            layer._parameters[name] = nn.Parameter(whole(p.detach() if _is_dtensor(p) else p), requires_grad=False)  # type: ignore[union-attr, arg-type]
+            layer._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=False)  # type: ignore[union-attr]
         yield
     finally:
         layer._parameters.update(parts)
@@ -198,17 +178,28 @@ def processes(tensors: Iterable[Any]) -> tuple[int, ...]:
         if _is_dtensor(t) and id(t.device_mesh) not in seen:
             seen.add(id(t.device_mesh))
             ranks |= set(t.device_mesh.mesh.flatten().tolist())
-        elif hasattr(t, "ds_tensor"):
-            return tuple(range(torch.distributed.get_world_size()))
     return tuple(sorted(ranks))
 
 
 def refuse_flat(model: nn.Module, what: str) -> None:
-    """Raise a ValueError if FSDP1 keeps a model's parameters in one flat tensor, where no layer's weight can be told.
+    """Raise a ValueError if a model's weights are divided in a way in which no layer's can be told: by FSDP1, by ZeRO-3, or by
+    tensor parallelism.
 
     >>> refuse_flat(nn.Linear(2, 2), "delora.save")
     """
+    if next((p for p in model.parameters() if hasattr(p, "ds_id") and not p.numel()), None) is not None:
+        raise ValueError(
+            f"{what} of a model that DeepSpeed's ZeRO-3 divides among processes, so that its weights are empty: shard with "
+            "torch.distributed.fsdp.fully_shard (FSDP2) instead, or call it inside deepspeed.zero.GatheredParameters"
+        )
+    fsdp = _fsdp()
+    known = {part for module in model.modules() if isinstance(module, fsdp) for part in module.modules()}
     for module in model.modules():
+        if module not in known and any(_is_dtensor(p) for p in module._parameters.values()):
+            raise ValueError(
+                f"{what} of a model with tensor parallel layers (a {type(module).__name__}): each process computes a part of "
+                "their output, which an adapter does not; load it without tp_plan, and shard it with fully_shard"
+            )
         if type(module).__name__ == "FullyShardedDataParallel" and module.training_state.name != "SUMMON_FULL_PARAMS":  # type: ignore[union-attr]
             raise ValueError(
                 f"{what} of a FullyShardedDataParallel (FSDP1), which keeps its parameters in one flat tensor: shard with "
@@ -222,8 +213,6 @@ def settle(model: nn.Module) -> None:
 
     >>> settle(nn.Linear(2, 2))
     """
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    kind: Any = getattr(fsdp, "FSDPModule", None)
-    for module in model.modules() if kind is not None else ():
-        if isinstance(module, kind):
+    for module in model.modules():
+        if isinstance(module, _fsdp()):
             module.reshard()

@@ -31,6 +31,7 @@ from delora.training.runs import Result, RunContext, RunError, write_json
 
 __all__ = ["Data", "Settings", "base", "check", "deliver", "evaluate", "read_splits", "run", "text_task"]
 
+PARALLEL = True
 PREDICTIONS = "predictions.json"
 RATED = ("sentiment", "rating")  # tasks on the rated sentences; the others are GLUE's
 

@@ -3,6 +3,7 @@
 ===============  =============================================================================
 ``config``       an experiment as a value, read from TOML or JSON and checked
 ``models``       text models by name; with an adapter, or merged with one
+``parallel``     several processes that run one recipe together
 ``runs``         a run's folder: its configuration, its result, its lock
 ``task``         what a task's module must have
 ``trainer``      transformers' Trainer for adapters

@@ -262,6 +262,7 @@ class Experiment(Strict):
     ``task`` names a module of `delora.tasks`, or one of your own; ``model`` a packaged model, a folder, or a model on the
     Hugging Face Hub. With ``seeds`` every variant runs once for each of them, and ``seed`` is not used. ``row`` is the line of
     a table for variants that name none. ``factor`` is what a sweep multiplied the rates by, for its report.
+    ``parallel`` says how several processes, if torchrun started several, share the work: "ddp", each a part of every batch.
 
     >>> adapter = AdapterSettings.model_validate({"targets": ["query"]})
     >>> mine = Experiment(task="mytasks.tickets", name="mine", out="runs/mine", model="bert", adapter=adapter, seeds=[0, 1])
@@ -277,6 +278,7 @@ class Experiment(Strict):
     factor: Annotated[float, Field(gt=0)] | None = None
     out: Annotated[str, Field(min_length=1)]
     model: str
+    parallel: Literal["none", "ddp"] = "none"
     about: About = About()
     adapter: AdapterSettings
     train: Train = Train()
@@ -363,7 +365,7 @@ def parse(
 
 
 # These belong to the experiment as a whole: no variant can set them.
-FIXED = ("name", "row", "seeds", "factor", "out", "about", "variants")
+FIXED = ("name", "row", "seeds", "factor", "out", "parallel", "about", "variants")
 
 
 def load_file(recipe: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from delora.errors import UserError
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
 from delora.integrations.checkpoints import last_checkpoint
 from delora.methods.base import fields_of
+from delora.training import parallel
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import Bar
 from delora.training.runs import (
@@ -133,7 +135,9 @@ def adapt(model: nn.Module, experiment: Experiment) -> None:
 
 def begin(experiment: Experiment, context: RunContext) -> None:
     """Claim the run's folder and seed all random generators."""
-    claim(context.folder, experiment)
+    if parallel.first():
+        claim(context.folder, experiment)
+    parallel.wait()
     set_seed(experiment.seed)
 
 
@@ -184,13 +188,14 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
             f"{experiment.name}: train.save_steps = {train.save_steps}: this task keeps its best epoch and writes a "
             "checkpoint after each epoch; leave save_steps out"
         )
+    n = parallel.processes()
     steps = train.steps or train.epochs * -(-examples // (train.batch_size * train.accumulation))
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": metric, "greater_is_better": True}
     return TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=64 if metric else train.batch_size,
+        per_device_eval_batch_size=-(-64 // n) * n if metric else train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         optim="adamw_torch",
         learning_rate=train.lr,
@@ -215,6 +220,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
+        **parallel.arguments(experiment),
     )
 
 
@@ -239,7 +245,8 @@ def finish(experiment: Experiment, context: RunContext, metric: str, reported: s
         reported=reported,
         **figures,
     )
-    result.write(context.folder)
+    if parallel.first():
+        result.write(context.folder)
     return result
 
 
@@ -258,7 +265,9 @@ def conclude(
     """
     figures: dict[str, Any] = {"diverged": trainer.diverged}
     if trainer.diverged is None:
-        delora.save(model, context.folder / ADAPTER)
+        if parallel.first():
+            delora.save(model, context.folder / ADAPTER)
+        parallel.wait()
         figures |= score() | reached(model, context.folder / ADAPTER)
     return finish(experiment, context, metric, reported, **cost(model, trainer), **figures)
 
@@ -274,6 +283,8 @@ def cost(model: nn.Module, trainer: RunTrainer) -> dict[str, Any]:
 def train(task: Task, experiment: Experiment, console: Console, fresh: bool = False) -> Outcome:
     """Every run of the experiment, then the best one as files. What is finished is not done again.
 
+    Of several processes the first one delivers; the others' outcome has the results alone.
+
     Raises:
         UserError: a run is impossible (all are checked before the first starts); the folder belongs to another experiment; or a
             delivered file does not predict what the trained model does.
@@ -282,23 +293,28 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
     runs = experiment.runs()
     for _, each in runs:
         require_sizes(each.model_dump(), each.name)
-    with exclusive(out):
+    parallel.join(experiment, task.PARALLEL)
+    with exclusive(out) if parallel.first() else nullcontext():
         data = [check(task, each) for _, each in runs]
-        if fresh:
+        if fresh and parallel.first():
             discard(out)
         new = not (out / CONFIG).is_file()
-        claim(out, experiment)
+        if parallel.first():
+            claim(out, experiment)
         results: list[Result] = []
         for (variant, each), material in zip(runs, data, strict=True):
             folder = out / "variants" / slug(each.name)
             context = RunContext(folder, out, each.row or variant.name, variant.name, console)
             try:
-                results.append(Result.read(folder) or task.run(each, context, material))
+                results.append(parallel.agreed(Result.read(folder)) or task.run(each, context, material))
             except ConfigError:
                 if new and not results:  # nothing was trained: the folder is free for the recipe that is set right
                     discard(out)
                 raise
-            gather(out, results)
+            if parallel.first():
+                gather(out, results)
+        if not parallel.first():
+            return Outcome(experiment.name, results, 0, "", {}, {})  # the first process delivers
         if not (out / OUTCOME).is_file():
             best = choose(experiment, [each for _, each in runs], results)
             console.print(f"Saving, merging and exporting {results[best].name}", markup=False)

@@ -37,7 +37,7 @@ class Task:
     * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
 
     Constants: ``SELECTION``, the sentence of a report on how a setting was chosen; ``NOT_SHARES``, the beginnings of the names
-    of scores that are not shares and not shown in percent.
+    of scores that are not shares and not shown in percent; ``PARALLEL``, whether several processes can run it together.
 
     >>> Task.of(ModuleType("mine"))
     Traceback (most recent call last):
@@ -56,6 +56,7 @@ class Task:
     snapshots: Callable[[Path], dict[int, Path]]
     SELECTION: str = SELECTION
     NOT_SHARES: tuple[str, ...] = ()
+    PARALLEL: bool = False
 
     @classmethod
     def of(cls, module: ModuleType) -> Task:
@@ -92,4 +93,5 @@ class Task:
             snapshots=getattr(module, "snapshots", lambda run: {}),
             SELECTION=getattr(module, "SELECTION", SELECTION),
             NOT_SHARES=getattr(module, "NOT_SHARES", ()),
+            PARALLEL=getattr(module, "PARALLEL", False),
         )

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from delora.diagnostics import Recorder
 from delora.formats.files import write_atomically
 from delora.integrations.trainer import AdapterTrainer
+from delora.training import parallel
 
 __all__ = ["Diverged", "Metrics", "RunTrainer", "metrics"]
 
@@ -37,6 +38,12 @@ class RunTrainer(AdapterTrainer):
         super().__init__(*args, **kwargs)
         self.diverged: int | None = None
         self.remove_callback(PrinterCallback)  # the Trainer's own printing of every log
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        if parallel.processes() > 1:  # no attribute of a DataLoader can be set anew
+            loader.batch_sampler.__class__ = parallel.Slices
+        return loader
 
     def best_epoch(self) -> int:
         """The epoch, counted from 1, with the best validation score."""
@@ -82,6 +89,8 @@ class Metrics(TrainerCallback):
 
     def write(self, state: TrainerState) -> None:
         """Write the file anew from the Trainer's history."""
+        if not state.is_world_process_zero:
+            return
         rows = [metrics(row) for row in state.log_history]
         write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows if row).encode())
 
