@@ -20,7 +20,7 @@ LEVELS = [
     {"errors", "version", "torch_private", "ambient", "sharded", "meeting", "frozen", "updates", "lowrank"},
     {"methods", "hosts"},
     {"reading", "together", "layer", "parts"},
-    {"models", "ties", "targets", "injection", "optimizing", "quantisers"},
+    {"models", "ties", "targets", "injection", "optimizing", "pretrained", "quantisers"},
     {"merging", "routing", "references", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "integrations", "training", "evaluation"},
     {"tasks"},

@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -151,3 +153,31 @@ def test_the_readme_example_in_small(tmp_path):
     model.eval()
     delora.save(model, tmp_path)
     assert torch.equal(delora.load(base, tmp_path)(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_what_save_pretrained_writes_with_adapters_in_a_model_loads_as_no_other_model(name, tmp_path):
+    model, source, x = MODELS[name](), MODELS[name](), tokens()
+    source.load_state_dict(model.state_dict())
+    shake(delora.inject(model, DeLoRA(r=2), "all-linear"))
+    changed = model(x).logits
+    for part, folder in ((model, tmp_path / "a"), (model.base_model, tmp_path / "inner")):
+        with pytest.warns(UserWarning, match="a Trainer goes on from it and delora.load reads its adapter"):
+            part.save_pretrained(folder)
+        for kind in (type(part), transformers.AutoModel):
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                kind.from_pretrained(folder)
+    torch.testing.assert_close(delora.load(source, tmp_path / "a")(x).logits, changed)
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(load_file(tmp_path / "a" / "model.safetensors"), strict=False)  # as a Trainer does
+    torch.testing.assert_close(twin(x).logits, changed)
+    assert twin.__dict__["save_pretrained"].model is twin
+
+    with delora.merged(model):
+        model.save_pretrained(tmp_path / "merged")
+    again = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(again(x).logits, changed, rtol=1e-4, atol=1e-5)
+    delora.eject(model)
+    assert "save_pretrained" not in model.__dict__
+    model.save_pretrained(tmp_path / "plain")
+    type(model).from_pretrained(tmp_path / "plain")

@@ -9,7 +9,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
 ``layer`` ``parts`` ``together`` ``reading``            `Adapted`: a frozen layer with named adapters, and who reads its weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
-``optimizing`` ``quantisers``                           what trains, at which rate; what a model says of its quantised layers
+``optimizing`` ``quantisers`` ``pretrained``            what trains, at which rate; quantised models; save_pretrained
 ``merging`` ``routing`` ``references``                  into the weights; an adapter for each row; what the model was
 ``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
 ``integrations``                                        in trainers of transformers, TRL and Lightning

@@ -30,6 +30,7 @@ from delora.models import (
     walk,
 )
 from delora.parts import Parts
+from delora.pretrained import guard, unguard
 from delora.sharded import drawn, spread
 from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
@@ -181,6 +182,7 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
             module.adapters[name] = whole[layer].train(module.training)
     model.requires_grad_(False)
     rename_declared(model)
+    guard(model)
     activate(model, name)
 
 
@@ -286,6 +288,7 @@ def put_back(model: nn.Module, plain: Mapping[Adapted, nn.Module]) -> None:
     if left := adapted_layers(root):
         watch(root, left)
     else:
+        unguard(root)
         for owner in list(root.modules()):
             state = owner.__dict__.pop("_delora", None)
             restore_declared(owner, state)

@@ -22,7 +22,7 @@ from delora.sharded import agreed, fill, gathered, is_sharded, like, whole
 from delora.together import built, unsaved
 from delora.updates import LowRank, Update, wide
 
-__all__ = ["Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "look", "on_meta"]
+__all__ = ["STOP", "Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "is_stop", "look", "on_meta"]
 
 
 class Kept(nn.Module):
@@ -563,7 +563,9 @@ class Adapted(nn.Module):
         base, adapters = prefix + "base.", prefix + "adapters."
         # A checkpoint from before injection has the keys of the base.
         for key in [k for k in state if k.startswith(prefix) and not k.startswith((base, adapters))]:
-            state[base + key.removeprefix(prefix)] = state.pop(key)
+            own, value = key.removeprefix(prefix), state.pop(key)
+            if own != "weight" or not is_stop(value, self.base):
+                state[base + own] = value
         self._arrived = tuple(any(k.startswith(p) for k in state) for p in (base, adapters))  # type: ignore[assignment]
         if not self._arrived[1]:  # no adapters in it: they keep their values and do not count as missing
             state |= {adapters + k: t for k, t in self.adapters.state_dict(keep_vars=True).items()}
@@ -576,6 +578,18 @@ def _refresh_after_load(adapted: Adapted, _: Any) -> None:
     adapted._blank = blank and not adapters
     if base and not on_meta(adapted.base):
         adapted.refresh()
+
+
+STOP = (1,)  # the shape of what stands in the place of an adapted weight in a file (`delora.pretrained`)
+
+
+def is_stop(value: Any, layer: nn.Module) -> bool:
+    """Whether a weight in a state dict is none, but is there to let readers stop that know nothing of adapters.
+
+    >>> is_stop(torch.zeros(1), nn.Linear(2, 2)), is_stop(torch.zeros(2, 2), nn.Linear(2, 2))
+    (True, False)
+    """
+    return isinstance(value, Tensor) and value.shape == STOP and getattr(getattr(layer, "weight", None), "shape", STOP) != STOP
 
 
 def on_meta(module: nn.Module) -> bool:

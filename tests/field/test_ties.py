@@ -151,6 +151,7 @@ def test_one_weight_cannot_have_an_adapter_here_and_train_whole_there():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a model with adapters is written")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_plain_trainer_saves_and_resumes_a_tied_model_whose_head_is_a_target(kind, tmp_path):
     rows = [{"input_ids": torch.arange(3, 9), "labels": torch.arange(3, 9)} for _ in range(4)]

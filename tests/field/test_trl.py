@@ -64,6 +64,7 @@ def test_sft_trains_the_adapter_alone_and_it_saves_and_loads(source, tmp_path, b
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*a model with adapters is written")
 def test_a_stopped_sft_goes_on_to_the_same_numbers(source, tmp_path):
     def run(folder: Path, steps: int, resume: str | None = None):
         torch.manual_seed(0)

@@ -49,6 +49,7 @@ from delora.meeting import collective, writes
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
 from delora.models import active_adapter, adapter_names, adapters, clean_name, places, refuse_inside, unwrapped
+from delora.pretrained import SavePretrained
 from delora.sharded import fill, whole
 from delora.ties import share_copies
 from delora.version import __version__
@@ -136,6 +137,9 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
         write_atomically(file, data)
         write_atomically(folder / JSON, text)
     return folder
+
+
+SavePretrained.adapter = save
 
 
 def _inside(layer: str, key: str) -> str:
