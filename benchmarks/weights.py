@@ -132,7 +132,7 @@ def main() -> None:
         "",
         f"Written by `python -m benchmarks.weights`: a Llama shape of {options.layers} layers (d 2048; 22 are 1.1 billion",
         f"parameters), bfloat16, all linear layers, r {options.r}, one core of a {platform.machine()} machine",
-        f"with {os.cpu_count()} at a load of {os.getloadavg()[0]:.0f}; torch {torch.__version__}, peft {peft.__version__}.",
+        f"of {os.cpu_count()} cores at a load of {os.getloadavg()[0]:.0f}; torch {torch.__version__}, peft {peft.__version__}.",
         "A cell holds seconds of the processor, the same in readings of all adapted weights (`amax`), and the peak of memory",
         "above what was held before, in GB.",
         "",
