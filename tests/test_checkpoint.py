@@ -80,7 +80,7 @@ def test_what_is_in_the_json(folder):
     assert list(data["also_train"]) == ["classifier"]
     assert 0 < data["layers"]["q"]["report"]["bound_used"] <= 1
     assert sorted(data["versions"]) == ["delora", "torch"]
-    assert {p.name for p in folder.iterdir()} == {"adapter.json", data["tensors"]["file"]}
+    assert {p.name for p in folder.iterdir()} == {"adapter.json", data["tensors"]["file"], "README.md"}
 
 
 def test_the_file_of_a_soft_adapter_is_as_small_as_a_loras(base, tmp_path):
@@ -205,7 +205,11 @@ def test_a_crash_at_any_moment_leaves_the_old_adapter_or_the_new_one(base, tmp_p
         assert torch.equal(out, old) or torch.equal(out, new)
         seen.append("new" if torch.equal(out, new) else "old")
         delora.save(model, folder)
-        assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors"]  # nothing is left of the dead process
+        assert sorted(p.suffix for p in folder.iterdir()) == [
+            ".json",
+            ".md",
+            ".safetensors",
+        ]  # nothing is left of the dead process
         if status == 0:
             break
         assert status == 9

@@ -94,7 +94,7 @@ def test_a_checkpoint_holds_the_adapter_alone(done, sources):
             assert not base & {key for name, key in held.items() if name != "classifier"}
             written = {p.name for p in checkpoint.iterdir()} - {file.name}
             states = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-            assert written == {"adapter.json", "manifest.json", *states}
+            assert written == {"adapter.json", "README.md", "manifest.json", *states}
 
 
 def test_head_only_trains_the_head_and_nothing_else(done, sources):

@@ -12,7 +12,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``optimizing`` ``quantisers`` ``pretrained``            what trains, at which rate; quantised models; save_pretrained
 ``merging`` ``routing`` ``references``                  into the weights; an adapter for each row; what the model was
 ``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
-``integrations``                                        in trainers of transformers, TRL and Lightning
+``integrations``                                        in trainers of transformers, TRL and Lightning; the Hub
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
 ``reports`` ``sweep`` ``cli``                           what came of it; many runs; the command line
@@ -32,7 +32,6 @@ from delora import updates as updates
 from delora.diagnostics import distances as distances
 from delora.errors import UserError as UserError
 from delora.formats.files import AdapterError as AdapterError
-from delora.formats.native import load as load
 from delora.formats.native import save as save
 from delora.formats.peft_config import from_peft as from_peft
 from delora.hosts import host as host
@@ -41,6 +40,10 @@ from delora.injection import disabled as disabled
 from delora.injection import eject as eject
 from delora.injection import inject as inject
 from delora.injection import strength as strength
+from delora.integrations.hub import HubError as HubError
+from delora.integrations.hub import card as card
+from delora.integrations.hub import load as load
+from delora.integrations.hub import push as push
 from delora.layer import Adapted as Adapted
 from delora.merging import blend as blend
 from delora.merging import merge as merge
@@ -57,9 +60,11 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
     __all__ = [
         "Adapted",
         "AdapterError",
+        "HubError",
         "UserError",
         "activate",
         "blend",
+        "card",
         "diagnostics",
         "disabled",
         "distances",
@@ -75,6 +80,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "merged",
         "methods",
         "param_groups",
+        "push",
         "reference",
         "routed",
         "serving",

@@ -98,9 +98,9 @@ def kills(count: int, folder: Path, savers: int = 2) -> Counter[str]:
             seen["neither" if number is None else "whole"] += 1
         except AdapterError as error:
             seen[f"refused: {error}"] += 1
-        seen["files that a killed process left"] += len(list(folder.iterdir())) - 2
+        seen["files that a killed process left"] += len(list(folder.iterdir())) - 3
         delora.save(models[0], folder)
-        seen["files too many after the next save"] += len(list(folder.iterdir())) - 2
+        seen["files too many after the next save"] += len(list(folder.iterdir())) - 3
     return seen
 
 

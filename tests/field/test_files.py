@@ -58,7 +58,7 @@ class Careless:
 
 
 def only_an_adapter(folder: Path) -> bool:
-    return sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors"]
+    return sorted(p.suffix for p in folder.iterdir()) == [".json", ".md", ".safetensors"]
 
 
 def save_often(model: nn.Module, folder: Path) -> None:

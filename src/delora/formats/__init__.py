@@ -8,6 +8,7 @@
 ``gguf``         llama.cpp's LoRA adapters: `delora.export.gguf`
 ``nearest``      the factors of an export: of a bounded rank, in a narrower dtype
 ``bases``        how a file knows its base's weights: by two numbers
+``cards``        the README.md beside an adapter: what it is, and how to use it
 ``peft_config``  what a configuration of PEFT says: the method and the layers; `delora.from_peft`
 ``peft_experts`` experts as PEFT's ``target_parameters`` has them
 ``peft_fields``  what each field of PEFT's configurations means here

@@ -15,7 +15,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from delora.diagnostics import report
-from delora.formats import bases
+from delora.formats import bases, cards
 from delora.formats.files import (
     AdapterError,
     Saved,
@@ -82,8 +82,9 @@ WEIGHTS = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isi
 def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = None) -> Path:
     """Write an adapter (the active one, if ``name`` is None) and the modules trained with it to a folder.
 
-    An adapter that is there is replaced; other files stay. Of several processes that save into one folder at once, one writes
-    after the other.
+    An adapter that is there is replaced; other files stay. Beside it a card is written, README.md, whose parts between delora's
+    markers are written anew by the next save; a README.md without them is left alone. Of several processes that save into one
+    folder at once, one writes after the other.
 
     Raises:
         ValueError: there is no such adapter, or a number of it cannot be written; nothing is written then.
@@ -92,7 +93,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     sorted(file.suffix for file in delora.save(model, folder).iterdir())
-    ['.json', '.safetensors']
+    ['.json', '.md', '.safetensors']
     """
     name = active_adapter(model) if name is None else name
     chosen = adapters(model, name)
@@ -136,6 +137,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
     with _replacing(folder, folder / f"adapter-{digest[:16]}.safetensors") as file:
         write_atomically(file, data)
         write_atomically(folder / JSON, text)
+        with suppress(Exception):  # a saved adapter is worth more than its card
+            cards.write(folder, described)
     return folder
 
 
@@ -167,7 +170,7 @@ def _replacing(folder: Path, file: Path) -> Iterator[Path]:
     with locked(folder / LOCK) as notes:
         dead = {name for name in notes.read(4096).decode("ascii", "replace").split() if TENSORS.fullmatch(name)}
         replaced = _named(folder)
-        for temporary in [*leftovers(folder / JSON), *_temporary(folder)]:
+        for temporary in [*leftovers(folder / JSON), *leftovers(folder / cards.CARD), *_temporary(folder)]:
             temporary.unlink(missing_ok=True)
         new = not file.exists()
         going = dead | ({replaced} if replaced is not None else set())

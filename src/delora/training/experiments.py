@@ -23,6 +23,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 import delora
 from delora.diagnostics import Recorder
 from delora.errors import UserError
+from delora.formats.cards import CARD
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
 from delora.integrations.checkpoints import last_checkpoint
 from delora.methods.base import fields_of
@@ -227,7 +228,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
 def reached(model: nn.Module, adapter: Path) -> dict[str, Any]:
     """The fields of a `Result` that describe the adapter: its size in bytes, its distance, and the share of its bound."""
     last = Recorder(model).record()
-    size = sum(file.stat().st_size for file in adapter.iterdir())
+    size = sum(file.stat().st_size for file in adapter.iterdir() if file.name != CARD)
     return {"adapter_bytes": size, "distance": last.get("distance"), "bound_used": last.get("bound_used")}
 
 
