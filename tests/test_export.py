@@ -198,6 +198,21 @@ def test_diffusers_draws_what_the_nearest_weights_draw(tmp_path, kohya):
     assert header(file)["rank"] == 3
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kohya", [False, True])
+def test_diffusers_draws_the_picture_of_every_strength(tmp_path, kohya):
+    pipe, seen = adapted(tiny_diffusion.pipeline(), DeLoRA(r=2, lam=4.0)), []
+    for strength in (0, 1.5):
+        delora.strength(pipe.unet, strength)
+        delora.export.diffusers(pipe, tmp_path / str(strength), kohya=kohya)
+        fresh = tiny_diffusion.pipeline()
+        fresh.load_lora_weights(tmp_path / str(strength))
+        with torch.no_grad():
+            seen.append(tiny_diffusion.picture(fresh))
+            torch.testing.assert_close(seen[-1], tiny_diffusion.picture(pipe), rtol=1e-4, atol=1e-4)
+    assert all((picture - seen[0]).abs().max() > 0.01 for picture in seen[1:]), "the strength does nothing"
+
+
 def test_a_dtype_in_image_programs_files(tmp_path):
     pipe = adapted(tiny_diffusion.pipeline(), DeLoRA(r=2), ["to_q"])
     tensors = load_file(delora.export.diffusers(pipe, tmp_path, kohya=True, dtype=torch.bfloat16))
