@@ -1,4 +1,4 @@
-"""Robustness, starts and lam on rated sentences, with a pretrained sentence encoder, through the recipe for classification.
+"""Robustness, starts, lam and the rank of an export on rated sentences, with a small encoder, by the recipe for classification.
 
     python -m paper.studies.sentences [STUDY ...]
 
@@ -7,7 +7,9 @@ There are 1,000 training sentences. Base rates are the best by validation in the
 
 from __future__ import annotations
 
+import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import safe_open
 
+import delora
+from delora.formats.nearest import HEADER
+from delora.models import adapters
 from delora.tasks import classification, parse
 from delora.training.runs import RunContext
 from paper.studies import digits, engine
@@ -42,13 +48,15 @@ SHORT = (500, 300, 8)  # sentences to train, validate and test on, of which the 
 JUDGED_SEEDS, JUDGED_FACTORS = (20, 21, 22), (1.0, 2.0, 4.0, 8.0, 16.0)
 RANKS, RANK_SEEDS, RANK_RATES = (2, 32), (40, 41, 42), (3e-3, 1e-2, 3e-2)
 FIXED_LAM = 8.0
+CUT_SEEDS, CUT_RANKS = (60, 61, 62, 63, 64), (8, 4, 2, 0)
 
 
 @dataclass(frozen=True)
 class Job:
     """One run of the recipe for classification; ``adapter`` is the recipe's table of that name.
 
-    ``short``: one epoch of `SHORT` sentences in bfloat16, scored on the validation sentences alone.
+    ``short``: one epoch of `SHORT` sentences in bfloat16, scored on the validation sentences alone. ``cut``: the ranks at which
+    the adapter is exported, too, and the export tested.
     """
 
     study: str
@@ -60,6 +68,7 @@ class Job:
     clip: float = 0.0
     task: str = "movie"
     short: bool = False
+    cut: tuple[int, ...] = ()
 
     def key(self) -> dict[str, Any]:
         lam = {"lam": self.adapter["lam"]} if "lam" in self.adapter else {}
@@ -106,10 +115,18 @@ def ranks() -> Iterator[Job]:
         yield Job("ranks", case, {"method": "delora", "r": r, "lam": lam(r)}, lr, seed, short=True)
 
 
+def cut() -> Iterator[Job]:
+    """The default start, whose change has twice the rank of its method, exported at lower ranks; trained as `SHORT`."""
+    adapter, lr = METHODS["DeLoRA"]
+    for seed in CUT_SEEDS:
+        yield Job("cut", "DeLoRA", adapter, lr, seed, short=True, cut=CUT_RANKS)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "robustness": robustness,
     "robustness-judged": judged,
     "ranks": ranks,
+    "cut": cut,
     "starts-movie": partial(starts, "starts-movie", "movie"),
     "starts-product": partial(starts, "starts-product", "product"),
     "starts-movie-clipped": partial(starts, "starts-movie-clipped", "movie", 1.0),
@@ -123,6 +140,7 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     kind, domain, _ = TASKS[job.task]
     sizes = SHORT if job.short else (1000, 500, 1000)
+    sizes = (*sizes[:2], 1000) if job.cut else sizes
     train: dict[str, Any] = {"epochs": 1, "precision": "bf16"} if job.short else {"epochs": 2}
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
@@ -144,13 +162,38 @@ def work(job: Job) -> dict[str, Any]:
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
         splits = classification.read_splits(experiment)
         result = classification.run(experiment, context, splits)
+        exports = dict(exported(experiment, Path(folder), job.cut)) if job.cut else {}
     scores = {
         "validation": result.validation,
-        "test": None if job.short else result.test,
+        "test": None if job.short and not job.cut else result.test,
         "distance": result.distance,
         "bound_used": result.bound_used,
     }
-    return job.key() | {k: v for k, v in scores.items() if v is not None} | {"seconds": result.seconds}
+    return job.key() | {k: v for k, v in scores.items() if v is not None} | exports | {"seconds": result.seconds}
+
+
+def exported(experiment: Any, folder: Path, ranks: Iterable[int]) -> Iterator[tuple[str, dict[str, float]]]:
+    """The test score of the run's adapter as a LoRA of each rank, and the mean over the layers of the error that was told.
+
+    Rank 0 is the trained head on the base's weights: what the change is worth at all.
+    """
+    model = delora.load(classification.base(experiment), folder / "run" / "adapter")
+    tests: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    reported = classification.text_task(experiment).reported
+    for rank in ranks:
+        if rank == 0:
+            for placed in adapters(model).values():
+                placed.adapter.strength = float(placed.whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            delora.export.peft(model, folder / str(rank), rank=rank or None)
+        tests[str(rank)] = classification.evaluate(experiment, folder / str(rank))[0][reported]
+        with safe_open(folder / str(rank) / "adapter_model.safetensors", "pt") as file:
+            told = json.loads((file.metadata() or {}).get(HEADER, '{"errors": {}}'))["errors"]
+        errors[str(rank)] = sum(told.values()) / max(1, len(told))
+    yield "exported", tests
+    yield "errors", errors
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:
