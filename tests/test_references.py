@@ -113,7 +113,7 @@ OPTIONS = (
 def policy(source: str, kind: str) -> nn.Module:
     model = base(source)
     if kind != "new":  # another adapter before: trained on, or merged
-        shake(delora.inject(model, LoRA(r=2), ["q_proj", "v_proj"]), 0.2)
+        shake(delora.inject(model, LoRA(r=2), ["q_proj", "v_proj"], dropout=0.3), 0.2)
     if kind == "merged":
         delora.merge(model)
     if kind != "continued":
@@ -161,7 +161,13 @@ def test_kto_and_grpo(source, tmp_path):
 
     model = policy(source, "continued")
     arguments = GRPOConfig(
-        str(tmp_path / "grpo"), beta=0.1, num_generations=2, max_completion_length=4, learning_rate=1e-2, **OPTIONS
+        str(tmp_path / "grpo"),
+        beta=0.1,
+        disable_dropout=True,
+        num_generations=2,
+        max_completion_length=4,
+        learning_rate=1e-2,
+        **OPTIONS,
     )
     made = Rewarded(
         model,
