@@ -12,7 +12,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``optimizing`` ``quantisers`` ``pretrained``            what trains, at which rate; quantised models; save_pretrained
 ``merging`` ``routing`` ``references``                  into the weights; an adapter for each row; what the model was
 ``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
-``integrations``                                        in trainers of transformers, TRL and Lightning; the Hub
+``integrations``                                        in trainers of transformers, TRL and Lightning; the Hub; a server
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
 ``reports`` ``sweep`` ``cli``                           what came of it; many runs; the command line

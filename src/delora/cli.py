@@ -1,4 +1,5 @@
-"""The command line: ``delora recipes | train | sweep | report | evaluate | inspect | generate | merge | export | convert``.
+"""The command line: ``delora recipes | train | sweep | report | evaluate | inspect | generate | merge | export | convert |
+serve``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -54,8 +55,10 @@ EXTRAS = {
     "matplotlib": "plots",
     "ray": "sweep",
     "rich": "cli",
+    "starlette": "serve",
     "torchmetrics": "text",
     "typer": "cli",
+    "uvicorn": "serve",
 }
 
 Kind = Literal["lora", "delora", "gguf"]
@@ -333,6 +336,65 @@ def convert(
     with _refusals():
         what = converted(loaded, adapter, folder)
     out.print(f"Written to {folder}: {what}", markup=False)
+
+
+@app.command()
+def serve(
+    model: ModelName,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]FOLDER...", help="Adapters, and the names that requests call them by.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen on. 0.0.0.0: for all who can reach this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What requests call the base model. Default: as --model.")] = None,
+    shelf: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder: clients may load adapters from it, and drop adapters, while the server runs.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[int, typer.Option("--max-batch", min=1, help="The most texts that are written at a time.")] = 16,
+    tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The most tokens that a request may ask for.")] = 1024,
+    weights: Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: as the model was saved.")] = "auto",
+    method: OwnMethod = None,
+) -> None:
+    """Serve a language model and its adapters by OpenAI's protocol, for trying out and small loads."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from delora.formats.native import require_adapter
+    from delora.integrations.engine import Engine
+    from delora.integrations.serving import server
+    from delora.training.models import language_tokenizer, loading
+
+    _quiet()
+    folders = {}
+    for text in adapters or []:
+        called, _, rest = text.rpartition("=")
+        folder = Path(rest)
+        called = called or folder.resolve().name
+        if called in folders:
+            raise typer.BadParameter(f"two adapters are called {called!r}: name them, as in a={folder}")
+        require_adapter(folder)
+        folders[called] = folder
+    if shelf is not None and not shelf.is_dir():
+        raise typer.BadParameter(f"--shelf {shelf}: there is no such folder")
+    dtype = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}[weights]
+    base = loading(AutoModelForCausalLM, model, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {"max_batch": batch, "max_tokens": tokens, "shelf": shelf, "methods": _own(method)}
+    with _refusals():
+        engine = Engine(base, language_tokenizer(model), name or model, **options)
+        for called, folder in folders.items():
+            engine.add(called, folder)
+    names = ", ".join([engine.name, *engine.adapters])
+    server(
+        engine, host, port, lambda address: out.print(f"Serving {names} at {address}/v1", markup=False, soft_wrap=True)
+    ).run()
 
 
 # ---------------------------------------------------------------- shared

@@ -1,4 +1,4 @@
-"""Adapters in other people's trainers: checkpoints without the base model, exact resume, and what the adapter does, logged.
+"""Adapters in other people's programs: in trainers, with checkpoints without the base model and exact resume; in a server.
 
 ===============  =============================================================================
 ``checkpoints``  a checkpoint's manifest, what is wrong with it, and the newest whole one
@@ -6,6 +6,9 @@
 ``monitor``      `Monitor`: distance, bound used, lam and angles in the Trainer's own loggers
 ``hub``          `delora.push`, `delora.load` and `delora.card`: the Hugging Face Hub
 ``lightning``    `LightningAdapter`: the same checkpoints for Lightning
+``engine``       the thread that owns a language model and writes texts with any adapters
+``protocol``     requests of OpenAI's protocol, read
+``serving``      a small server of both
 ===============  =============================================================================
 
 Each name is imported when it is first asked for, so that Lightning is not needed for transformers, nor the other way round.
