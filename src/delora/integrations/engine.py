@@ -123,8 +123,8 @@ class Job:
 class _Steps:
     """What happens to the rows of a batch at each step of ``generate``: tokens are drawn, then told."""
 
-    def __init__(self, jobs: list[Job], tokenizer: Any, ends: set[int]) -> None:
-        self.jobs, self.tokenizer, self.ends = jobs, tokenizer, ends
+    def __init__(self, jobs: list[Job], engine: Engine) -> None:
+        self.jobs, self.engine = jobs, engine
 
     def draw(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Scores whose largest is the token drawn: ``s / T - log(-log(u))`` (Gumbel), with random numbers of each row's own.
@@ -151,8 +151,10 @@ class _Steps:
         for job, token in zip(self.jobs, ids[:, -1].tolist(), strict=True):
             if job.cancelled:
                 job.done = True
+            elif not self.engine.alive:
+                job.fail(Refused("the server is shutting down", 503))
             elif not job.done:
-                job.push(token, self.tokenizer, self.ends)
+                job.push(token, self.engine.tokenizer, self.engine.ends)
         return torch.tensor([job.done for job in self.jobs], device=ids.device)
 
 
@@ -383,7 +385,7 @@ class Engine:
             ids[i, length - len(job.ids) :] = torch.tensor(job.ids)
             mask[i, length - len(job.ids) :] = 1
         self._use([job.adapter for job in jobs], [job.strength for job in jobs])
-        steps = _Steps(jobs, self.tokenizer, self.ends)
+        steps = _Steps(jobs, self)
         self.batches += 1
         cast(Any, self.model).generate(
             ids.to(device),
