@@ -215,8 +215,8 @@ def main() -> None:
             for client in clients:
                 client.join()
             seconds = time.perf_counter() - start
-            health = json.loads(clients[0].ask("/health", b"", "GET")[1])
             alive = process.poll() is None
+            health = json.loads(Client(0, 0, host, int(port), texts).ask("/health", b"", "GET")[1]) if alive else {}
             process.terminate()
     outcomes = sum((client.outcomes for client in clients), collections.Counter())
     wrong = [text for client in clients for text in client.wrong]
@@ -226,8 +226,8 @@ def main() -> None:
     lines = [
         f"{total:,} requests from {options.clients} clients in {seconds:.0f} s ({total / seconds:.0f} a second, all in all); "
         f"a text of {TOKENS} tokens came after {cuts[9] * 1000:.0f} ms (median; 95 %: {cuts[18] * 1000:.0f} ms); "
-        f"{health['batches']:,} batches. Answers that were not the expected ones: {len(wrong)}. The server "
-        + ("ran on." if alive and health["status"] == "ok" else "DIED."),
+        f"{health.get('batches', 0):,} batches. Answers that were not the expected ones: {len(wrong)}. The server "
+        + ("ran on." if alive and health.get("status") == "ok" else "DIED."),
         "",
         "| what was sent | how often |",
         "|---|---|",
