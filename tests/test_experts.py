@@ -171,3 +171,18 @@ def test_parameters_of_three_dimensions_that_nobody_knows_are_named():
     assert list(adapters(model)) == ["0.out"]
     with pytest.raises(ValueError, match="no module ends with 'w'"):
         delora.inject(delora.eject(model), DeLoRA(r=2), ["w"])
+
+
+def test_a_suffix_that_layers_have_is_theirs_alone():
+    """`down_proj` of a dense or shared layer beside experts: half of the experts' matrices would be no one's wish."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.down_proj = MODELS["mixtral"]().model.layers[0].mlp, nn.Linear(8, 8)
+
+    model = Block()
+    delora.inject(model, DeLoRA(r=2), ["down_proj"])
+    assert list(adapters(model)) == ["down_proj"]
+    delora.inject(model, DeLoRA(r=2), ["experts.down_proj"], name="experts")
+    assert "mlp.experts.down_proj.0" in adapters(model, "experts")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,8 +20,11 @@ __all__ = ["Patterns", "fresh_heads", "rank_limit", "resolve", "told"]
 Patterns = str | Sequence[str]
 
 
-def _select(patterns: Patterns, names: Sequence[str], what: str) -> set[str]:
-    """The names that fully match a regular expression, or that end, after a dot, with one of a list of suffixes."""
+def _select(patterns: Patterns, names: Sequence[str], what: str, first: Collection[str] = ()) -> set[str]:
+    """The names that fully match a regular expression, or that end, after a dot, with one of a list of suffixes.
+
+    Where a suffix is that of some names in ``first``, it stands for these alone.
+    """
     if isinstance(patterns, str):
         try:
             regex = re.compile(patterns)
@@ -51,7 +54,7 @@ def _select(patterns: Patterns, names: Sequence[str], what: str) -> set[str]:
             close = difflib.get_close_matches(pattern, suffixes, n=3)
             hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"names end with {', '.join(suffixes[:20])}"
             raise ValueError(f"no module ends with {pattern!r} ({what}); {hint}")
-        selected |= hits
+        selected |= {name for name in hits if name in first} or hits
     return selected
 
 
@@ -265,7 +268,7 @@ def resolve(
     if targets == "all-linear":
         chosen, left_out = _all_linear(model, method, modules, whole | out)
     else:
-        chosen = _spread(_select(targets, names, "targets"), experts)
+        chosen = _spread(_select(targets, names, "targets", modules), experts)
     chosen -= out
     if not chosen:
         reasons = f": {told(model, left_out)}" if left_out else ""

@@ -625,11 +625,14 @@ def test_from_pefts_file_to_ours_and_back_every_tensor_is_the_same(name, tmp_pat
     before, after = tensors_of(tmp_path / "theirs"), tensors_of(tmp_path / "back")
     assert before.keys() == after.keys()
     for key, tensor in before.items():
-        assert torch.equal(tensor, after[key]), key
+        if key.endswith("w_norm"):  # measured of W anew, which may round otherwise
+            torch.testing.assert_close(after[key], tensor)
+        else:
+            assert torch.equal(tensor, after[key]), key
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read = theirs_loaded(base, tmp_path / "back")
-    assert torch.equal(read(x), theirs(x))
+    torch.testing.assert_close(read(x), theirs(x))
     was, now = config_of(tmp_path / "theirs"), config_of(tmp_path / "back")
     same = {"r", "lora_alpha", "use_rslora", "use_dora", "delora_lambda", "coft", "lora_dropout", "module_dropout", "peft_type"}
     sized = {"r"} if was.get("oft_block_size") else set()  # OFT by the size of blocks is written by their number
