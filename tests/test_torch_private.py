@@ -67,6 +67,11 @@ def hide_base(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "_base", property(missing), raising=False)
 
 
+def hide_storage_use_count(monkeypatch):
+    private = Without(torch._C, "_storage_Use_Count")
+    monkeypatch.setattr(torch_private, "torch", Without(torch, "", _C=private))
+
+
 def missing(self):
     raise AttributeError("not in this torch")
 
@@ -80,6 +85,7 @@ def hide_wrapper_subclass(monkeypatch):
 # By the function that uses the name.
 HIDERS = {
     "checkpoint_part": hide_dispatch_stack,
+    "only_here": hide_storage_use_count,
     "transforms_active": hide_transforms,
     "saved_tensors_hooks": hide_saved_tensors_hooks,
     "conv": hide_conv_forward,
