@@ -271,7 +271,10 @@ def test_convert_turns_pefts_folder_into_ours_and_back_tensor_for_tensor(kind, w
     assert "PEFT's" in out
     before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft", "back"))
     assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
+    measured = {key for key in before if key.endswith("w_norm")}  # of W anew, which may round otherwise
+    assert all(torch.equal(before[key], after[key]) for key in before.keys() - measured)
+    for key in measured:
+        torch.testing.assert_close(after[key], before[key])
     fresh = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
     ours = delora.load(fresh, tmp_path / "ours").eval()
     x = torch.arange(3, 11).reshape(2, 4)
