@@ -306,6 +306,35 @@ def one_token(seconds: float, dtype: torch.dtype = torch.float32) -> list[Row]:
         return interleaved("one token, no gradient", place, forwards, seconds)
 
 
+def mixed(seconds: float, tokens: int) -> list[Row]:
+    """A batch of 32 rows with 16 adapters, through one layer."""
+    base, names = Chain(1, 768), [f"a{i}" for i in range(16)]
+    x = {"inputs_embeds": torch.randn(32, tokens, 768)}
+    config = peft.LoraConfig(r=8, target_modules=["layers.0"], init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config, adapter_name=names[0])
+    own = copy.deepcopy(base)
+    for name in names:
+        if name != names[0]:
+            theirs.add_adapter(name, config)
+        delora.inject(own, DeLoRA(r=8), ["layers.0"], name=name)
+    rows = [names[i % 16] for i in range(32)]
+
+    def run(model: nn.Module, **more: Any) -> Callable[[], None]:
+        def forward() -> None:
+            with torch.no_grad():
+                model(**x, **more)
+
+        return forward
+
+    with delora.routed(own.eval(), rows):
+        forwards = {
+            REFERENCE: run(theirs.eval(), adapter_names=rows),
+            "frozen": run(base.eval()),
+            "DeLoRA subtract in delora.routed": run(own),
+        }
+        return interleaved("32 rows, 16 adapters", f"one layer (d 768), r 8, {tokens} tokens a row", forwards, seconds)
+
+
 def handling(seconds: float) -> list[Row]:
     """Injecting, loading and merging; the base is made anew outside the clock."""
     wide = Shape("", lambda: nn.Sequential(nn.Linear(4096, 4096)), hidden(1, 1, 1), ("0",))
@@ -395,6 +424,8 @@ def measure(full: bool, seconds: float) -> list[Row]:
     rows += saved(LLAMA, rest)
     rows += saved(LLAMA, [n for n in main if n != "frozen"], dtype=torch.bfloat16)
     rows += saved(LLAMA, [n for n in main if n != "frozen"], dropout=0.1)
+    for tokens in (1, 16, 64):
+        rows += mixed(seconds, tokens)
     rows += one_token(seconds) + one_token(seconds, torch.bfloat16)
     return rows + handling(seconds)
 
