@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from delora.layer import STOP, Adapted
+from delora.sharded import is_sharded
 
 __all__ = ["SavePretrained", "guard", "unguard"]
 
@@ -38,7 +39,7 @@ class SavePretrained:
         state = dict(kwargs.pop("state_dict", None) or model.state_dict())
         state |= {f"{name}.weight": torch.zeros(STOP) for name in layers if f"{name}.base.weight" in state}
         own(model, save_directory, *args, state_dict=state, **kwargs)
-        sharded = any(hasattr(p, "full_tensor") for p in model.parameters())  # which all processes would have to write together
+        sharded = any(map(is_sharded, model.parameters()))  # which all processes would have to write together
         if kwargs.get("is_main_process", True) and not sharded and any(layer.active for layer in layers.values()):
             type(self).adapter(model, Path(save_directory))
         warnings.warn(

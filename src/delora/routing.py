@@ -333,6 +333,23 @@ def _joined(parts: list[Any], order: Tensor, name: str) -> Any:
 
 
 @contextmanager
+def _open(model: nn.Module, context: str, routes: Sequence[tuple[Adapted, Any]]) -> Iterator[None]:
+    """The context of this name, in which these layers run as the routes beside them say."""
+    before, opened = [layer.active for layer, _ in routes], states(model)
+    try:
+        for state in opened:
+            state.contexts.append(context)
+        for layer, route in routes:
+            layer.active, layer.route = None, route
+        yield
+    finally:
+        for (layer, _), active in zip(routes, before, strict=True):
+            layer.active, layer.route = active, None
+        for state in opened:
+            state.contexts.pop()
+
+
+@contextmanager
 def routed(
     model: nn.Module,
     names: Sequence[str | None],
@@ -382,19 +399,8 @@ def routed(
                 layer.refresh()
         rows = Rows(unwrapped(model), num_beams)
     rows.use(names, strengths)
-    before = [layer.active for layer in layers.values()]
-    opened = states(model)
-    try:
-        for state in opened:
-            state.contexts.append("routed")
-        for name, layer in layers.items():
-            layer.active, layer.route = None, rows.routes[name]
+    with _open(model, "routed", [(layer, rows.routes[name]) for name, layer in layers.items()]):
         yield rows
-    finally:
-        for layer, active in zip(layers.values(), before, strict=True):
-            layer.active, layer.route = active, None
-        for state in opened:
-            state.contexts.pop()
 
 
 @contextmanager
@@ -428,16 +434,6 @@ def serving(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             if layer._blank:
                 layer.refresh()
-        routes = [(layer, layer.active, _Ready(layer, layer.adapters[cast(str, layer.active)])) for layer in layers]
-    opened = states(model)
-    try:
-        for state in opened:
-            state.contexts.append("serving")
-        for layer, _, route in routes:
-            layer.active, layer.route = None, route
+        routes = [(layer, _Ready(layer, layer.adapters[cast(str, layer.active)])) for layer in layers]
+    with _open(model, "serving", routes):
         yield
-    finally:
-        for layer, name, _ in routes:
-            layer.active, layer.route = name, None
-        for state in opened:
-            state.contexts.pop()

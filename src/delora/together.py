@@ -244,9 +244,7 @@ def _build(adapters: Iterable[Any]) -> _Updates:
         if adapter is None or not getattr(adapter.method, "stacks", False) or adapter.rounding() is not None:
             continue
         tensors = adapter.tensors()
-        if all(
-            type(t) in (Tensor, nn.Parameter) and t.numel() and not t.is_inference() and not t.is_meta for t in tensors.values()
-        ):
+        if all(map(_plain, tensors.values())):
             kind = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
             groups.setdefault((adapter.method, kind), []).append((adapter, tensors))
     by_adapter = {}
