@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 misuse.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,6 +61,9 @@ EXTRAS = {
     "typer": "cli",
     "uvicorn": "serve",
 }
+
+# Libraries that complain, when something imports them, of kernels that are not for this machine.
+NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 Kind = Literal["lora", "delora", "gguf"]
 DType = Literal["float32", "float16", "bfloat16"]
@@ -442,11 +446,13 @@ def _empty(folder: Path) -> None:
 def _quiet() -> None:
     """Silence the messages of other libraries."""
     from huggingface_hub.utils import logging as hub
-    from transformers.utils import logging
+    from transformers.utils import logging as hf
 
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")  # diffusers causes it for every name of the Hub
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
     hub.set_verbosity_error()
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -224,7 +225,8 @@ def _with_peft(model: nn.Module, folder: Path, name: str | None) -> dict[str, An
     """Write PEFT's form beside ours if the adapter has one; what the card's front matter says of it."""
     try:
         peft_format.write(model, folder, name)
-    except ValueError:  # it is no low-rank change, or PEFT reads it as something else: ours alone is uploaded
+    except ValueError as error:  # it is no low-rank change, or PEFT reads it as something else
+        warnings.warn(f"delora's form alone is uploaded, without PEFT's beside it: {error}", stacklevel=3)
         return {}
     if not (folder / peft_format.CONFIG).is_file():
         return {}
