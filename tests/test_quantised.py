@@ -40,21 +40,17 @@ CONFIGS = {
 }
 
 
+def llama(key_value_heads: int) -> LlamaConfig:
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaConfig(**sizes, num_key_value_heads=key_value_heads, tie_word_embeddings=False)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """A small model's folder, as `save_pretrained` writes it."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
     folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    LlamaForCausalLM(llama(2)).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -419,16 +415,7 @@ def fit(model: nn.Module, steps: int, shift: int, seed: int, lr: float) -> float
 def test_qlora_keeps_its_promise(tmp_path):
     """On an nf4 base, 60 steps reach the dense base's loss, within the noise of seeds; merged, it is the same model."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    base = LlamaForCausalLM(config)
+    base = LlamaForCausalLM(llama(4))
     before = fit(base, 160, 0, 0, 3e-3)
     base.save_pretrained(tmp_path)
     compute = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)

@@ -116,8 +116,10 @@ def test_merged_restores_every_bit_ten_times_over(layer, method, dtype):
 
 
 def test_strength_is_a_dial(layer, method):
-    model = shake(adapted(layer, method)).eval()
-    x = layer.x()
+    strength_is_a_dial(shake(adapted(layer, method)).eval(), layer.x())
+
+
+def strength_is_a_dial(model, x):
     mergeable = model.layer.adapter.mergeable()
     whole = change(model) if mergeable else None
     with delora.disabled(model):

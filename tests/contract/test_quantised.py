@@ -15,7 +15,7 @@ from delora import DeLoRA, DoRA, LoRA
 from delora.hosts import host, quantised_host
 from delora.methods.base import has_dropout, starts_at_base
 from tests.cases import METHODS, change, shake
-from tests.contract.test_contract import EXACT, UNMERGEABLE, rounding
+from tests.contract.test_contract import EXACT, UNMERGEABLE, rounding, strength_is_a_dial
 from tests.quantised import IN, KINDS, OUT, Kind, x
 
 for library in ("bitsandbytes", "torchao", "optimum.quanto", "hqq"):
@@ -167,20 +167,7 @@ def test_quantised_anew_the_layer_is_of_the_same_kind_and_as_near_as_its_codes_a
 
 @each_pair
 def test_strength_is_a_dial(kind, method):
-    model, inputs = shake(adapted(kind, method)), x()
-    mergeable = model.layer.adapter.mergeable()
-    whole = change(model) if mergeable else None
-    with delora.disabled(model):
-        base = model(inputs)
-    full = model(inputs)
-    delora.strength(model, 0)
-    assert torch.equal(model(inputs), base)
-    delora.strength(model, 0.5)
-    torch.testing.assert_close(model(inputs), (base + full) / 2)
-    if mergeable:
-        torch.testing.assert_close(change(model), whole / 2)
-    delora.strength(model, 1)
-    assert torch.equal(model(inputs), full)
+    strength_is_a_dial(shake(adapted(kind, method)), x())
 
 
 @each_pair
