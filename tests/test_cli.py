@@ -150,6 +150,8 @@ ADAPTER = ["{world}/out/adapter", "--model", "{world}/model"]
         (["nonsense"], 2, "No such command 'nonsense'"),
         (["train"], 2, "Missing argument"),
         (["train", "no.toml"], 2, "cannot read the recipe no.toml"),
+        (["train", "quickstrat"], 2, "did you mean quickstart?"),
+        (["train", "mine"], 2, "the shipped recipes are methods, quickstart, robustness"),
         (["train", "{recipe}", "train.epohcs=1"], 2, "did you mean epochs?"),
         (["train", "{recipe}", "epochs"], 2, "a change is written key=value"),
         (["train", "{recipe}", 'adapter.targets=["qurey"]', "out={tmp}/x"], 2, "did you mean 'query'?"),

@@ -29,6 +29,7 @@ from pydantic import (
 from delora import outside
 from delora.errors import UserError
 from delora.methods import METHODS
+from delora.recipes import shipped
 
 __all__ = [
     "About",
@@ -384,7 +385,10 @@ def load_file(recipe: Path) -> dict[str, Any]:
         text = recipe.read_text("utf-8")
         return json.loads(text) if recipe.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
-        raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror or error}") from error
+        names = [each.name for each in shipped()]
+        close = difflib.get_close_matches(recipe.name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the shipped recipes are {', '.join(names)}"
+        raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror or error}; {hint}") from error
     except ValueError as error:  # both decoders' errors, and that of bytes that are not UTF-8
         kind = "JSON" if recipe.suffix == ".json" else "TOML"
         raise ConfigError(f"{recipe} is not valid {kind}: {error}") from error
