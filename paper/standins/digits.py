@@ -206,8 +206,10 @@ def _finite(values: dict[str, float]) -> dict[str, float]:
     return {f"mean_{k}" if k == "distance" else k: v for k, v in values.items() if math.isfinite(v)}
 
 
-def finetune(base: DigitsViT, job: Job, folder: Path) -> dict[str, Any]:
-    """The job's settings with its results: accuracies in [0, 1], |dW|_F, the watched steps.
+def finetune(
+    base: DigitsViT, job: Job, folder: Path, also: Callable[[nn.Module], dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The job's settings with its results: accuracies in [0, 1], |dW|_F, the watched steps; and what ``also`` says.
 
     ``relative`` is a mean over all layers, ``distance`` that of one. ``diverged``: a loss or a weight is not finite; then there
     are no scores.
@@ -241,6 +243,7 @@ def finetune(base: DigitsViT, job: Job, folder: Path) -> dict[str, Any]:
             "test": accuracy(model, turned(data.test[0]), data.test[1]),
             "upright": accuracy(model, *data.test),
             **reached,
+            **(also(model) if also else {}),
         }
     return (
         job.key() | scores | {"seconds": round(time.monotonic() - started, 2)} | ({"trace": watch.rows} if watch.rows else {})

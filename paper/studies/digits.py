@@ -1,4 +1,4 @@
-"""All studies on turned digits: base rates, robustness, prolonged training, decoupling, the ladder, the starts.
+"""All studies on turned digits: base rates, robustness, prolonged training, decoupling, ladder, starts, rank of an export.
 
     python -m paper.studies.digits [STUDY ...]
 
@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import delora
 from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
-from paper.standins.digits import Job, finetune, pretrained
+from paper.standins.digits import Job, accuracy, digits, finetune, pretrained, turned
+from paper.studies import cut as cuts
 from paper.studies import engine
 
 RESULTS = Path("paper/results/digits")
@@ -147,6 +149,13 @@ def starts_judged() -> Iterator[Job]:
         yield Job("starts-judged", case, DeLoRA(r=8, lam=JUDGED_LAM, **STARTS[case]), lr, lr * LAM_SHARE, seed)
 
 
+def cut() -> Iterator[Job]:
+    """The default start, whose change has twice the rank of its method, at new seeds, to be exported for `verdicts.cut`."""
+    method, lr = best("tuning", METHODS)["DeLoRA"]
+    for factor, seed in product(cuts.FACTORS, cuts.SEEDS):
+        yield Job("cut", "DeLoRA", method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
@@ -157,6 +166,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts": starts,
     "starts-clipped": partial(starts, "starts-clipped", 1.0),
     "starts-judged": starts_judged,
+    "cut": cut,
 }
 
 # ---------------------------------------------------------------- running them
@@ -164,7 +174,17 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
 
 def work(job: Job, base: Path, base_steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
-    return finetune(pretrained(base, base_steps), job, base)
+    if job.study != "cut":
+        return finetune(pretrained(base, base_steps), job, base)
+    x, y = digits().test
+
+    def score(folder: Path) -> float:
+        return accuracy(delora.load(pretrained(base, base_steps), folder), turned(x), y)
+
+    with tempfile.TemporaryDirectory() as folder:
+        return finetune(
+            pretrained(base, base_steps), job, base, lambda model: cuts.exported(model, Path(folder), cuts.RANKS, score)
+        )
 
 
 def run(

@@ -7,9 +7,7 @@ There are 1,000 training sentences. Base rates are the best by validation in the
 
 from __future__ import annotations
 
-import json
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,14 +17,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import safe_open
 
 import delora
-from delora.formats.nearest import HEADER
-from delora.models import adapters
 from delora.tasks import classification, parse
 from delora.training.runs import RunContext
+from paper.studies import cut as cuts
 from paper.studies import digits, engine
+from paper.studies.cut import exported
 from paper.studies.digits import STARTS
 
 RESULTS = Path("paper/results/sentences")
@@ -122,11 +119,20 @@ def cut() -> Iterator[Job]:
         yield Job("cut", "DeLoRA", adapter, lr, seed, short=True, cut=CUT_RANKS)
 
 
+def cut_judged(study: str, task: str) -> Iterator[Job]:
+    """The same at new seeds, trained for as long as in `robustness`, at the base rate and a higher one, for `verdicts.cut`."""
+    adapter, lr = METHODS["DeLoRA"]
+    for seed, factor in product(cuts.SEEDS, cuts.FACTORS):
+        yield Job(study, "DeLoRA", adapter, lr * factor, seed, factor, task=task, cut=cuts.RANKS)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "robustness": robustness,
     "robustness-judged": judged,
     "ranks": ranks,
     "cut": cut,
+    "cut-movie": partial(cut_judged, "cut-movie", "movie"),
+    "cut-product": partial(cut_judged, "cut-product", "product"),
     "starts-movie": partial(starts, "starts-movie", "movie"),
     "starts-product": partial(starts, "starts-product", "product"),
     "starts-movie-clipped": partial(starts, "starts-movie-clipped", "movie", 1.0),
@@ -162,7 +168,12 @@ def work(job: Job) -> dict[str, Any]:
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
         splits = classification.read_splits(experiment)
         result = classification.run(experiment, context, splits)
-        exports = dict(exported(experiment, Path(folder), job.cut)) if job.cut else {}
+        exports = {}
+        if job.cut:
+            model = delora.load(classification.base(experiment), Path(folder) / "run" / "adapter")
+            reported = classification.text_task(experiment).reported
+            score = lambda where: classification.evaluate(experiment, where)[0][reported]  # noqa: E731
+            exports = exported(model, Path(folder), job.cut, score)
     scores = {
         "validation": result.validation,
         "test": None if job.short and not job.cut else result.test,
@@ -170,30 +181,6 @@ def work(job: Job) -> dict[str, Any]:
         "bound_used": result.bound_used,
     }
     return job.key() | {k: v for k, v in scores.items() if v is not None} | exports | {"seconds": result.seconds}
-
-
-def exported(experiment: Any, folder: Path, ranks: Iterable[int]) -> Iterator[tuple[str, dict[str, float]]]:
-    """The test score of the run's adapter as a LoRA of each rank, and the mean over the layers of the error that was told.
-
-    Rank 0 is the trained head on the base's weights: what the change is worth at all.
-    """
-    model = delora.load(classification.base(experiment), folder / "run" / "adapter")
-    tests: dict[str, float] = {}
-    errors: dict[str, float] = {}
-    reported = classification.text_task(experiment).reported
-    for rank in ranks:
-        if rank == 0:
-            for placed in adapters(model).values():
-                placed.adapter.strength = float(placed.whole)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            delora.export.peft(model, folder / str(rank), rank=rank or None)
-        tests[str(rank)] = classification.evaluate(experiment, folder / str(rank))[0][reported]
-        with safe_open(folder / str(rank) / "adapter_model.safetensors", "pt") as file:
-            told = json.loads((file.metadata() or {}).get(HEADER, '{"errors": {}}'))["errors"]
-        errors[str(rank)] = sum(told.values()) / max(1, len(told))
-    yield "exported", tests
-    yield "errors", errors
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:

@@ -437,3 +437,25 @@ def by_rank(rows: Rows, chance: float = 0.5) -> Verdict:
         "Over ranks 2 and 32, each at its best rate, the mean gain is more than twice its standard error.",
         ((f"the gain is {100 * gain:+.1f} points, its standard error {100 * error:.1f}", gain > 2 * error),),
     )
+
+
+def cut(rows: Rows, task: str, rank: str = "8") -> Verdict:
+    """Whether an export of the method's own rank, half of the change's, keeps what the change is worth.
+
+    A rate's change is worth its score above that of rank 0, and an export loses the exact score less its own, seed by seed.
+    """
+    parts = []
+    for factor in _factors(rows, "DeLoRA"):
+        runs = [r for r in rows if r.get("factor", 1.0) == factor]
+        lost = [r["test"] - r["exported"][rank] for r in runs]
+        loss, error = fmean(lost), stdev(lost) / len(lost) ** 0.5
+        worth = fmean(r["test"] - r["exported"]["0"] for r in runs)
+        words = (
+            f"{task}, {factor:g} times the base rate: it loses {100 * loss:.1f} ± {100 * error:.1f} of {100 * worth:.1f} points"
+        )
+        parts.append((words, loss + 2 * error < 0.1 * worth))
+    return Verdict(
+        "An export of the default start at the method's own rank keeps its score",
+        "The mean loss over the seeds and twice its standard error are less than a tenth of what the change is worth.",
+        tuple(parts),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from dataclasses import replace
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from rich.console import Console
 
+import delora
 from delora import DeLoRA, LoRA
+from delora.models import adapters
 from paper.standins.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
 from paper.studies import chat as chat_study
 from paper.studies import standins
+from paper.studies.cut import exported
 from paper.studies.digits import best, read, run
 from paper.studies.page import CLAIMS, STARTS, claims, starts
 from paper.studies.verdicts import (
@@ -22,6 +26,7 @@ from paper.studies.verdicts import (
     beside_r2,
     by_rank,
     chat,
+    cut,
     decade,
     gains,
     ladder,
@@ -328,6 +333,38 @@ def test_lam_by_the_rank_is_compared_at_each_ones_best_rate():
     assert verdict.holds
     assert verdict.parts[0][0].startswith("the gain is +9.8 points")
     assert not by_rank([*made, *rows("by rank", 32, 1e-3, [0.5, 0.5])]).holds
+
+
+def test_an_export_may_lose_a_tenth_of_what_the_change_is_worth():
+    def rows(*lost):
+        return [{"case": "DeLoRA", "test": 0.7, "exported": {"8": 0.7 - d, "0": 0.5}} for d in lost]
+
+    verdict = cut(rows(0.01, 0.01, 0.016), "digits")
+    assert verdict.holds
+    assert verdict.parts[0][0] == "digits, 1 times the base rate: it loses 1.2 ± 0.2 of 20.0 points"
+    assert not cut(rows(0.01, 0.01, 0.028), "digits").holds  # 1.6 in the mean, but not surely below 2
+    assert not cut([*rows(0.0, 0.0), *(row | {"factor": 4.0} for row in rows(0.1, 0.1))], "digits").holds  # at one of two rates
+
+
+def test_the_scores_of_exports_are_those_of_the_nearest_changes(base, tmp_path):
+    """Of rank 4 a DeLoRA of rank 2 is exact, of rank 2 another, of rank 0 nothing is left."""
+    model = delora.inject(copy.deepcopy(base), DeLoRA(r=2, lam=40.0), TARGETS)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.adapter.B.normal_()
+    x, y = digits().test
+    seen = {}
+
+    def score(folder):
+        seen[folder.name] = delora.load(copy.deepcopy(base), folder)(x)["logits"]
+        return accuracy(model, x, y)
+
+    row = exported(model, tmp_path, (4, 2), score)
+    torch.testing.assert_close(seen["4"], model(x)["logits"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(seen["2"], seen["4"], atol=1e-2)
+    assert row["errors"]["4"] == 0 < row["errors"]["2"] < 1
+    exported(model, tmp_path, (0,), score)
+    torch.testing.assert_close(seen["0"], base(x)["logits"], atol=1e-4, rtol=1e-4)
 
 
 def spoken(**other):
