@@ -104,6 +104,17 @@ def test_loading_into_a_model_that_has_it_takes_the_values_over_in_place(base, f
     assert parameters
 
 
+def test_what_is_loaded_is_the_active_one_whether_or_not_the_model_had_it(base, folder):
+    model = delora.load(copy.deepcopy(base), folder, "a")
+    x = ids()
+    expected = model(x)
+    delora.inject(model, LoRA(r=2), ["q"], name="b")
+    delora.load(model, folder, "a")
+    assert delora.models.active_adapter(model) == "a"
+    assert torch.equal(model(x), expected)
+    assert {p.requires_grad for a in delora.models.adapters(model, "b").values() for p in a.adapter.parameters()} == {False}
+
+
 def test_loading_over_an_adapter_of_another_kind_is_refused(base, folder):
     delora.inject(base, LoRA(r=2), ["q"])
     x, before = ids(), None

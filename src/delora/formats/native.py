@@ -43,12 +43,21 @@ from delora.formats.files import (
 )
 from delora.formats.peft import read as read_peft
 from delora.hosts import Convolution, Embedding, Slot
-from delora.injection import check_name, install, refuse_parallel
+from delora.injection import activate, check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
 from delora.meeting import collective, writes
 from delora.methods import METHODS, Full
 from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
-from delora.models import active_adapter, adapter_names, adapters, clean_name, places, refuse_inside, unwrapped
+from delora.models import (
+    active_adapter,
+    adapted_layers,
+    adapter_names,
+    adapters,
+    clean_name,
+    places,
+    refuse_inside,
+    unwrapped,
+)
 from delora.pretrained import SavePretrained
 from delora.sharded import fill, whole
 from delora.ties import share_copies
@@ -283,10 +292,14 @@ def load(
     modules = places(root)
     saved = open_folder(folder, {name_of(kind): kind for kind in classes} | METHODS, modules, type(root).__name__)
     built = {layer: _rebuilt(modules[layer], layer, entry, saved, allow_other_base) for layer, entry in saved.layers.items()}
+    is_active = any(layer.active == name for layer in adapted_layers(root).values())
+    if not is_active:
+        refuse_parallel(model, "load")
     if name in adapter_names(root):
         _overwrite(adapters(root, name), built, name)
+        if not is_active:
+            activate(root, name)
     else:
-        refuse_parallel(model, "load")
         check_name(root, name)
         share_copies({layer: (modules[layer], made) for layer, made in built.items()})
         install(root, built, name)
