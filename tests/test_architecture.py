@@ -161,7 +161,8 @@ PUBLIC = [name for name in delora.__all__ if callable(getattr(delora, name)) and
 
 
 @pytest.mark.parametrize(
-    "name", [*PUBLIC, "export.peft", "export.diffusers", "export.gguf", "diagnostics.inspect", "diagnostics.Recorder"]
+    "name",
+    [*PUBLIC, "export.peft", "export.diffusers", "export.gguf", "export.vllm", "diagnostics.inspect", "diagnostics.Recorder"],
 )
 def test_every_public_name_has_a_docstring_with_an_example(name):
     value = attributes(f"delora.{name}")[-1]

@@ -65,7 +65,7 @@ EXTRAS = {
 # Libraries that complain, when something imports them, of kernels that are not for this machine.
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
-Kind = Literal["lora", "delora", "gguf"]
+Kind = Literal["lora", "delora", "gguf", "vllm"]
 DType = Literal["float32", "float16", "bfloat16"]
 RecipeName = Annotated[
     str,
@@ -289,7 +289,10 @@ def export(
     folder: OutFolder,
     kind: Annotated[
         Kind,
-        typer.Option("--kind", help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's."),
+        typer.Option(
+            "--kind",
+            help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's. vllm: what vLLM takes.",
+        ),
     ] = "lora",
     rank: Annotated[
         int | None,
@@ -298,14 +301,20 @@ def export(
     dtype: Annotated[
         DType | None, typer.Option(help="The dtype to write. Default: the adapter's own, float32.", show_default=False)
     ] = None,
+    max_lora_rank: Annotated[
+        int | None,
+        typer.Option(help="For --kind vllm: what vLLM is started with. Default: 16, vLLM's own.", show_default=False),
+    ] = None,
     method: OwnMethod = None,
 ) -> None:
-    """Write an adapter for other programs: as a LoRA in PEFT's format, or for llama.cpp."""
+    """Write an adapter for other programs: as a LoRA in PEFT's format, for vLLM, or for llama.cpp."""
     _empty(folder)
+    if max_lora_rank is not None and kind != "vllm":
+        raise typer.BadParameter(f"--max-lora-rank is for --kind vllm, not for {kind}")
     _quiet()
     import torch
 
-    from delora.export import gguf, peft
+    from delora.export import gguf, peft, vllm
     from delora.training.models import adapted
 
     loaded = adapted(adapter, model, _own(method))
@@ -313,6 +322,12 @@ def export(
     with _refusals():
         if kind == "gguf":
             written = f"{gguf(loaded, folder, **form)}: a LoRA for llama.cpp"
+        elif kind == "vllm":
+            most = 16 if max_lora_rank is None else max_lora_rank
+            written = (
+                f"{vllm(loaded, folder, **form, max_lora_rank=most)}: a LoRA for vLLM, to be served by\n"
+                f"vllm serve {model} --enable-lora --max-lora-rank {most} --lora-modules {folder.name}={folder}"
+            )
         else:
             written = f"{peft(loaded, folder, kind=kind, **form)}: a PEFT adapter of type {kind.upper()}"
     out.print(f"Written to {written}", markup=False)

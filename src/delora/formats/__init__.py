@@ -6,6 +6,7 @@
 ``peft``         Hugging Face PEFT's format: `delora.export.peft`; `delora.load` reads it
 ``diffusers``    the LoRA files of image programs: `delora.export.diffusers`
 ``gguf``         llama.cpp's LoRA adapters: `delora.export.gguf`
+``vllm``         what vLLM reads right of PEFT's format: `delora.export.vllm`
 ``nearest``      the factors of an export: of a bounded rank, in a narrower dtype
 ``bases``        how a file knows its base's weights: by two numbers
 ``cards``        the README.md beside an adapter: what it is, and how to use it

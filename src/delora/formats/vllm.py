@@ -1,0 +1,119 @@
+"""LoRA adapters for vLLM: PEFT's format, of what vLLM reads right, within the ranks that it is started for.
+
+The reference is vLLM 0.32: ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py`` say what it refuses, and
+``vllm/lora/model_manager.py`` what it leaves out without a word.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from delora.formats.peft import write as write_peft
+from delora.hosts import Conv1D, Embedding, Linear, Quantised, Slot
+from delora.layer import Placed
+from delora.meeting import collective
+from delora.models import adapters, unwrapped, walk
+
+__all__ = ["RANKS", "write"]
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
+HEADS = ("score", "classifier")  # the modules that an adapter of vLLM can hold whole
+ABSORBED = "kv_b_proj"  # of multi-head latent attention: vLLM takes its weight apart when the model is loaded
+
+
+@collective
+@torch.no_grad()
+def write(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    max_lora_rank: int = 16,
+) -> Path:
+    """Write an adapter, at its current strength, as a LoRA that vLLM reads, and return the folder.
+
+    It is `delora.export.peft`, after a look at what vLLM refuses or leaves out::
+
+        vllm serve MODEL --enable-lora --max-lora-rank 16 --lora-modules mine=FOLDER
+
+    Args:
+        model: a model of transformers with an adapter.
+        folder: where to write; it is created if it does not exist.
+        name: the adapter's name; the active one if None.
+        rank: the highest rank to write; a change of a higher one is written as the nearest of this rank, which is told. None
+            writes each exactly. A DeLoRA that starts by "subtract" or "copy" has rank 2r.
+        dtype: the dtype of the file; vLLM computes in that of the model.
+        max_lora_rank: what vLLM is started with as ``--max-lora-rank``: 1, 8, 16, 32, 64, 128, 256, 320 or 512.
+
+    Raises:
+        ValueError: vLLM would refuse the adapter, or serve another model than this one. Nothing is written then.
+
+    Warns:
+        UserWarning: layers are not exact beyond rounding; ``delora.approximation`` in the header of the file has their errors.
+
+    Example:
+        >>> import delora, tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+        >>> model = delora.inject(LlamaForCausalLM(LlamaConfig(**sizes)), delora.DeLoRA(r=16), ["q_proj"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sorted(file.name for file in delora.export.vllm(model, folder, max_lora_rank=32).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if max_lora_rank not in RANKS:
+        raise ValueError(f"max_lora_rank = {max_lora_rank!r}: vLLM can be started with one of {', '.join(map(str, RANKS))}")
+    root: Any = unwrapped(model)
+    if not hasattr(getattr(root, "config", None), "get_text_config"):
+        raise ValueError(f"vLLM serves models of transformers, which a {type(root).__name__} is not")
+    chosen = adapters(model, name)
+    language = _language_model(root)
+    for layer, placed in chosen.items():
+        if why := _refused(layer, placed, root, language):
+            raise ValueError(f"{layer} {why}; leave it out, or delora.merge writes it into the weights")
+    _require_ranks(chosen, rank, max_lora_rank)
+    return write_peft(model, folder, name, rank=rank, dtype=dtype)
+
+
+def _language_model(root: Any) -> tuple[str, ...]:
+    """The beginnings of the names in the language model of a model that sees or hears, too; ("",) of another."""
+    if root.config.get_text_config() is root.config:
+        return ("",)
+    ends = {id(root.get_decoder()): ".", id(root.get_output_embeddings()): ""}
+    return tuple(name + ends[id(module)] for name, module in walk(root) if id(module) in ends)
+
+
+def _refused(layer: str, placed: Placed, root: Any, language: tuple[str, ...]) -> str:
+    """Why vLLM cannot adapt a layer, or would do so wrongly; "" if it can."""
+    if placed.whole:
+        heads = HEADS if type(root).__name__.endswith("ForSequenceClassification") else ()
+        return "" if layer in heads else "is trained whole, which vLLM takes of the head of a sequence classifier alone"
+    if isinstance(placed.base, Slot):
+        return f"is a matrix in a parameter of a {type(placed.base.owner).__name__}, which has not been tried with vLLM"
+    if not isinstance(placed.host, (Linear, Quantised, Embedding)) or isinstance(placed.host, Conv1D):
+        return f"is a {type(placed.base).__name__}, and vLLM adapts linear layers and embeddings"
+    if layer.rpartition(".")[2] == ABSORBED:
+        return "is read once by vLLM's attention itself, which then computes without its adapter"
+    if not layer.startswith(language):
+        return f"is outside of the language model ({language[0]}*), where vLLM leaves adapters out without a word"
+    return ""
+
+
+def _require_ranks(chosen: dict[str, Placed], rank: int | None, most: int) -> None:
+    """Refuse a rank that is higher than vLLM is started for."""
+    factors = {layer: placed.low_rank() for layer, placed in chosen.items() if not placed.whole}
+    ranks = {layer: len(change.down) for layer, change in factors.items() if change is not None}
+    layer = max(ranks, key=ranks.__getitem__, default=None)
+    if layer is None or min(ranks[layer], rank or ranks[layer]) <= most:
+        return
+    needed = next((r for r in RANKS if r >= min(ranks[layer], rank or ranks[layer])), None)
+    start = f"start it with --max-lora-rank {needed} and give max_lora_rank={needed} here, or " if needed else ""
+    raise ValueError(
+        f"the change of {layer} has rank {ranks[layer]}, and vLLM is started for {most} at most (--max-lora-rank): {start}give "
+        f"rank={most}, which writes the nearest change of that rank"
+    )
