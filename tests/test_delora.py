@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,20 @@ def test_one_step_moves_the_change_and_leaves_the_frozen_pair_as_it_was(start):
     for key, tensor in frozen.items():
         assert torch.equal(adapter.tensors()[key], tensor)
         assert adapter.tensors()[key].untyped_storage().data_ptr() != adapter.tensors()[key[0]].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_layers_gradient_is_that_of_the_changed_weight(start, norm):
+    """The layer leaves out the gradient of terms that are constant: it must be none of a term that lam scales."""
+    model = shake(adapted(LAYERS["Linear"], DeLoRA(r=4, start=start, norm=norm), torch.float64))
+    adapter, layer = model.layer.adapter, model.layer.base
+    x = torch.randn(7, layer.in_features, dtype=torch.float64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    through_the_weight = F.linear(x, adapter.update().merge(layer.weight), layer.bias).square().sum()
+    expected = torch.autograd.grad(through_the_weight, trained)
+    for own, other in zip(torch.autograd.grad(model.layer(x).square().sum(), trained), expected, strict=True):
+        torch.testing.assert_close(own, other)
 
 
 @pytest.mark.parametrize("start", STARTS)

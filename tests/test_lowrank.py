@@ -21,22 +21,35 @@ def tensors(*shape, out=5, k=3, inp=4):
     return tuple(torch.randn(*each, dtype=torch.float64, requires_grad=True) for each in shapes)
 
 
+def with_constants(down, up, constant):
+    """Both factors with further terms that do not train."""
+    _, _, down0, up0 = (t.detach() for t in tensors(1, k=constant))
+    return torch.cat([down, down0]), torch.cat([up, up0], 1)
+
+
+@pytest.mark.parametrize("constant", [0, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(7,), (2, 3), (1, 2, 3)])
-def test_the_gradient_is_that_of_the_value(shape, dropout):
+def test_the_gradient_is_that_of_the_value(shape, dropout, constant):
+    torch.manual_seed(0)
+
     def branch(y, x, down, up):
-        return _AddLowRank.apply(y.clone(), x, down, up, dropout, 11)
+        torch.manual_seed(1)
+        return _AddLowRank.apply(y.clone(), x, *with_constants(down, up, constant), dropout, 11, constant)
 
     assert torch.autograd.gradcheck(branch, tensors(*shape))
 
 
+@pytest.mark.parametrize("constant", [0, 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("shape", [(7,), (2, 3)])
-def test_the_gradient_with_the_layer_is_that_of_the_value(shape, dropout):
+def test_the_gradient_with_the_layer_is_that_of_the_value(shape, dropout, constant):
+    torch.manual_seed(0)
     W, b = torch.randn(5, 4, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
 
     def layer(x, down, up):
-        return _Linear.apply(x, W, b, down, up, dropout, 11)
+        torch.manual_seed(1)
+        return _Linear.apply(x, W, b, *with_constants(down, up, constant), dropout, 11, constant)
 
     _, *rest = tensors(*shape)
     assert torch.autograd.gradcheck(layer, tuple(rest))

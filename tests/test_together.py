@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import delora
 from delora import DeLoRA, LoRA
 from delora.models import adapters
-from delora.together import _build, _current, built, unwatch, watched
+from delora.together import _current, _Groups, built, unwatch, watched
 from delora.updates import LowRank
 from tests.cases import NORMS, STARTS, shake
 from tests.processes import in_two_processes
@@ -81,10 +81,10 @@ def test_together_is_each_alone(start, norm, learn_lam, x):
 def test_layers_of_one_shape_are_built_together(x):
     """Else all the other tests here could pass without it."""
     model = chain()
-    found = _build(adapters(model).values())
-    several = {adapter for name, adapter in adapters(model).items() if name != "last"}  # the last is alone of its shape
-    assert set(found) == several
-    assert len({update.down._base.data_ptr() for _, update in found.values()}) == 1
+    updates = _Groups(adapters(model).values()).updates()
+    several = {placed.adapter for name, placed in adapters(model).items() if name != "last"}  # the last is alone of its shape
+    assert set(updates) == several
+    assert len({update.down._base.data_ptr() for *_, update in updates.values()}) == 1
 
 
 WRITES = {
@@ -108,6 +108,59 @@ def test_a_change_between_forwards_is_seen(write, grad, x):
         after = model(x)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, alone(model)(x))
+
+
+def fewer_terms(model):
+    adapter = model.layers[1].adapters["default"]
+    for name, dim in {"A": 0, "A0": 0, "B": 1, "B0": 1}.items():
+        t = getattr(adapter, name)
+        t.data = t.data.narrow(dim, 0, 1)  # of the same memory
+
+
+def other_adapters(model):
+    delora.inject(model, DeLoRA(r=3, start="soft"), ["layers.1", "layers.2", "layers.3"], name="other")
+    shake(model, 3)
+
+
+def swapped(model):
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
+    first, second = (model.layers[i].adapters["default"] for i in (0, 1))
+    model.layers[0].adapters["default"], model.layers[1].adapters["default"] = second, first
+
+
+STRUCTURES = {
+    "one tensor is frozen": lambda model: model.layers[0].adapters["default"].A.requires_grad_(False),
+    "one tensor of all is frozen": lambda model: [p.requires_grad_(False) for n, p in model.named_parameters() if "lam" in n],
+    "another dtype": lambda model: model.layers[2].double(),
+    "other shapes in the same memory": fewer_terms,
+    "a new parameter": lambda model: setattr(model.layers[0].adapters["default"], "A", nn.Parameter(torch.randn(2, 6))),
+    "other adapters are active": other_adapters,
+    "adapters exchanged": swapped,
+}
+
+
+@pytest.mark.parametrize("change", STRUCTURES.values(), ids=list(STRUCTURES))
+def test_a_change_of_structure_between_forwards_is_seen(change, x):
+    model, x = chain(dtype=torch.float32), x.float()
+    gradients(model, model, x)
+    change(model)
+    if change is STRUCTURES["another dtype"]:
+        model.layers[2].register_forward_pre_hook(lambda _, args: (args[0].double(),))
+        model.layers[2].register_forward_hook(lambda _, args, y: y.float())
+    y, together = gradients(model, model, x)
+    expected, each = gradients(model, alone(model), x)
+    torch.testing.assert_close(y, expected)
+    assert together.keys() == each.keys()
+    for name in each:
+        torch.testing.assert_close(together[name], each[name], msg=name)
+
+
+def test_a_constant_written_to_before_backward_is_refused(x):
+    model = chain()
+    y = model(x).sum()
+    model.layers[0].adapters["default"].B0.add_(1)
+    with pytest.raises(RuntimeError, match="written to"):
+        y.backward()
 
 
 def test_a_loaded_state_dict_is_seen(x):

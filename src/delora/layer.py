@@ -501,8 +501,9 @@ class Adapted(nn.Module):
             return self.route(self, *args, **kwargs)
         if self.active is None:
             return self.base(*args, **kwargs)
-        adapter = self.adapters[self.active]
-        return adapter(cast("Adapter | Copy", adapter).kind(self.base), *args, **kwargs)
+        modules = self._modules  # read directly: looking a module up as an attribute takes as long as a small product
+        adapter = cast(Any, modules["adapters"])._modules[self.active]
+        return adapter(adapter.kind(modules["base"]), *args, **kwargs)
 
     def refresh(self) -> None:
         """Measure the frozen weight again. Call this after you changed that weight by hand."""

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ from delora.updates import LowRank, wide
 
 __all__ = ["Together", "built", "stacked", "unsaved", "unwatch", "watch", "watched"]
 
-_Updates = dict[Any, tuple[list[int], LowRank]]  # by adapter, with the versions of its tensors
+_Entry = tuple[tuple[Tensor, ...], list[Any], LowRank]  # with the tensors it was built from and their versions then
+_Updates = dict[Any, _Entry]  # by adapter
+_Columns = dict[str, tuple[Tensor, ...]]  # by name, a tensor of each layer
+_PLAIN = (Tensor, nn.Parameter)
 
 
 @dataclass
@@ -43,6 +47,7 @@ class _Forward:
     updates: _Updates = field(default_factory=dict)
     saving: object = field(default_factory=saved_tensors_hooks)
     grad: bool = field(default_factory=torch.is_grad_enabled)
+    part: str | None = field(default_factory=checkpoint_part)  # of a checkpoint that the model itself runs in
 
 
 _current: ContextVar[_Forward | None] = ContextVar("delora_forward", default=None)  # one per thread
@@ -70,10 +75,12 @@ class Together:
         self.model, self.layers = model, dict(layers)
         self.finished = False  # whether a whole forward has run since the adapter was made active
         self.parts = False  # whether processes hold parts of the adapters between forwards
+        self.groups = _Groups()
         self.recomputed: _Updates = {}  # for what is left of a second run
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"recomputed": {}}  # which is part of a graph, and could not be copied
+        # The updates are part of a graph and could not be copied; the groups are of these adapters, not of their copies.
+        return self.__dict__ | {"recomputed": {}, "groups": _Groups()}
 
     def before(self, model: nn.Module, args: Any) -> None:
         if not traced():
@@ -94,13 +101,17 @@ class Together:
 
     def _updates(self) -> _Updates:
         layers = self.layers.values()
-        adapters = [layer.adapters[layer.active] for layer in layers if layer.active and not layer._blank]
-        active = [part for adapter in adapters for _, part, _ in adapter.each("", None)]
-        self.parts = self.parts or self._divided(active)
+        # Not layer.adapters: looking up a module's module that way costs more than all else here.
+        adapters = [layer._modules["adapters"]._modules[layer.active] for layer in layers if layer.active and not layer._blank]
+        self.parts = self.parts or self._divided(adapters)
         # What is gathered for a layer alone must be used by it alone: its gradient is sent away when that layer is through.
-        return {} if self.parts else _build(active)
+        if self.parts:
+            return {}
+        groups = self.groups if self.groups.fit(adapters) else _Groups(adapters)
+        self.groups = groups  # in one step: another thread may run this model, too
+        return groups.updates()
 
-    def again(self, adapter: Any) -> tuple[list[int], LowRank] | None:
+    def again(self, adapter: Any) -> _Entry | None:
         """The update for the second run of a checkpointed layer."""
         self.recomputed = self.recomputed or self._updates()
         return self.recomputed.pop(adapter, None)
@@ -188,16 +199,25 @@ def built(adapter: Any) -> LowRank | None:
     >>> built(attach(LoRA(r=2), nn.Linear(4, 4))) is None  # no model is running
     True
     """
-    forward, part, entry = _current.get(), checkpoint_part(), None
+    forward, entry = _current.get(), None
+    if forward is not None and saved_tensors_hooks() == forward.saving:
+        part = forward.part
+    else:
+        part = checkpoint_part()
+        if part is None and forward is not None:
+            return None
     if forward is not None:
-        if (torch.is_grad_enabled() and not forward.grad) or (part is None and saved_tensors_hooks() != forward.saving):
+        if not forward.grad and torch.is_grad_enabled():
             return None
         entry = forward.updates.pop(adapter, None)
         if part == "forward" and entry is not None:
             _checkpointed[adapter] = weakref.ref(forward.model)
     elif part == "recomputation" and (together := _checkpointed.get(adapter, lambda: None)()) is not None:
         entry = together.again(adapter)
-    return entry[1] if entry and entry[0] == versions(adapter.tensors().values()) else None
+    if entry is None:
+        return None
+    now, (tensors, marks, update) = _of(adapter), entry
+    return update if len(now) == len(tensors) and all(map(is_, now, tensors)) and versions(now) == marks else None
 
 
 def stacked(adapters: Iterable[Any]) -> dict[Any, LowRank]:
@@ -216,7 +236,7 @@ def stacked(adapters: Iterable[Any]) -> dict[Any, LowRank]:
             rest.append(adapter)
         else:
             ready[adapter] = update
-    return ready | {adapter: update for adapter, (_, update) in _build(rest).items()}
+    return ready | {adapter: update for adapter, (_, _, update) in _Groups(rest).updates().items()}
 
 
 def unsaved() -> AbstractContextManager[Any]:
@@ -238,84 +258,136 @@ def unsaved() -> AbstractContextManager[Any]:
     return torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
-def _build(adapters: Iterable[Any]) -> _Updates:
-    groups: dict[tuple[Any, object], list[tuple[Any, dict[str, Tensor]]]] = {}
-    for adapter in adapters:
-        if adapter is None or not getattr(adapter.method, "stacks", False) or adapter.rounding() is not None:
-            continue
-        tensors = adapter.tensors()
-        if all(map(_plain, tensors.values())):
-            kind = tuple((name, t.shape, t.dtype, t.device, t.requires_grad) for name, t in tensors.items())
-            groups.setdefault((adapter.method, kind), []).append((adapter, tensors))
-    by_adapter = {}
-    for (method, _), members in groups.items():
-        if len(members) > 1:
+class _Groups:
+    """The adapters whose tensors can be stacked, sorted by method and shapes, but none of the numbers in their tensors."""
+
+    def __init__(self, adapters: Iterable[Any] = ()) -> None:
+        self.adapters = list(adapters)
+        parts = [part for adapter in self.adapters for _, part, _ in adapter.each("", None)]
+        self.parts = [part for part in parts if getattr(part.method, "stacks", False)]
+        self.tensors = [t for part in self.parts for t in _of(part)]
+        self.marks = _marks(self.tensors)
+        alike: dict[Any, list[Any]] = {}
+        for part in self.parts:
+            names, tensors = (*part._parameters, *part._buffers), _of(part)
+            if part.rounding() is None and sorted(names) == sorted(part.names) and all(map(_plain, tensors)):
+                kind = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
+                alike.setdefault((part.method, names, kind), []).append(part)
+        self.groups = [(method, names, members) for (method, names, _), members in alike.items() if len(members) > 1]
+
+    def fit(self, adapters: list[Any]) -> bool:
+        """Whether sorting these adapters anew would give the same."""
+        if not _same(adapters, self.adapters):
+            return False
+        tensors = [t for part in self.parts for t in _of(part)]
+        return _same(tensors, self.tensors) and _marks(tensors) == self.marks
+
+    def updates(self) -> _Updates:
+        updates: _Updates = {}
+        for method, names, members in self.groups:
+            tensors = [_of(part) for part in members]
             with unsaved():
-                updates = _updates(method, [tensors for _, tensors in members])
-            for (adapter, tensors), update in zip(members, updates, strict=True):
-                by_adapter[adapter] = versions(tensors.values()), update
-    return by_adapter
+                together = _updates(method, names, tensors)
+            for part, each, update in zip(members, tensors, together, strict=True):
+                updates[part] = each, versions(each), update
+        return updates
+
+
+def _of(adapter: Any) -> tuple[Tensor, ...]:
+    """All tensors of an adapter, in any order."""
+    return (*adapter._parameters.values(), *adapter._buffers.values())
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _marks(tensors: list[Tensor]) -> list[Any]:
+    """What is known of tensors besides their numbers, where they are and how many bytes."""
+    return [(t.requires_grad, t.data_ptr(), t.nbytes) if type(t) in _PLAIN else None for t in tensors]
 
 
 def _plain(t: Tensor) -> bool:
     """Whether a tensor can be stacked with others: it is here and whole, not sharded, offloaded or made in inference mode."""
-    return type(t) in (Tensor, nn.Parameter) and t.numel() > 0 and not t.is_inference() and not t.is_meta
+    return type(t) in _PLAIN and t.numel() > 0 and not t.is_inference() and not t.is_meta
 
 
-def _updates(method: Any, layers: list[dict[str, Tensor]]) -> list[LowRank]:
-    names = list(layers[0])
-    columns = [[p[name].to(wide(p[name].dtype)) for p in layers] for name in names]
-    same: dict[str, int] = {}
-    factors = _Stacked.apply(method, names, same, *(t for column in columns for t in column))
-    n = len(layers)
-    downs, ups = factors[:n], columns[same["up"]] if same else factors[n:]
-    return [LowRank(up, down) for up, down in zip(ups, downs, strict=True)]
+def _updates(method: Any, names: Sequence[str], layers: list[tuple[Tensor, ...]]) -> list[LowRank]:
+    n, columns = len(layers), dict(zip(names, map(_widened, zip(*layers, strict=True)), strict=True))
+    trained = {name: column for name, column in columns.items() if column[0].requires_grad}
+    constants = {name: column for name, column in columns.items() if name not in trained}
+    if not trained:
+        update = _update(method, {name: torch.stack(column) for name, column in constants.items()})
+        return [LowRank(up, down) for up, down in zip(update.up.unbind(), update.down.unbind(), strict=True)]
+    same: list[str] = []
+    constant: list[int] = []
+    tensors = (t for column in trained.values() for t in column)
+    factors = _Stacked.apply(method, (*trained,), constants, same, constant, *tensors)
+    downs, ups = factors[:n], columns[same[0]] if same else factors[n:]
+    return [LowRank(up, down, constant[0]) for up, down in zip(ups, downs, strict=True)]
+
+
+def _widened(column: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = wide(column[0].dtype)
+    return column if column[0].dtype == dtype else tuple(t.to(dtype) for t in column)
 
 
 class _Stacked(torch.autograd.Function):
     """The factors of all layers from the tensors of all layers; backward keeps these tensors and no copy of them.
 
-    If the method returns one of the tensors unchanged as ``up``, it is not returned again and ``same`` holds its index.
+    Those that do not train come as ``constants``, in lists by name: what has no gradient is dearer as an argument.
+    If the method returns one of the tensors unchanged as ``up``, it is not returned again: its name is put into ``same``.
+    The update's ``constant`` is put into the list of that name.
     """
 
     @staticmethod
-    def forward(ctx: Any, method: Any, names: list[str], same: dict[str, int], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.method, ctx.names = method, names
+    def forward(
+        ctx: Any,
+        method: Any,
+        names: tuple[str, ...],
+        constants: _Columns,
+        same: list[str],
+        constant: list[int],
+        *trained: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.method, ctx.names, ctx.constants = method, names, constants
+        ctx.versions = [versions(column) for column in constants.values()]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        stacked = _stack(names, tensors)
+        ctx.save_for_backward(*trained)
+        stacked = _stack(names, trained) | {name: torch.stack(column) for name, column in constants.items()}
         update = _update(method, stacked)
-        for i, t in enumerate(stacked.values()):
-            if t is update.up:
-                same["up"] = i
+        same += [name for name, t in stacked.items() if t is update.up]
+        constant.append(update.constant)
         ctx.whole = not same
         return (*update.down.unbind(), *(update.up.unbind() if ctx.whole else ()))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, names = ctx.saved_tensors, ctx.names
-        n = len(tensors) // len(names)
-        needs = [any(ctx.needs_input_grad[3 + i * n : 3 + (i + 1) * n]) for i in range(len(names))]
-        stacked = {
-            name: t.requires_grad_(needed) for (name, t), needed in zip(_stack(names, tensors).items(), needs, strict=True)
-        }
+        names, constants = ctx.names, ctx.constants
+        if [versions(column) for column in constants.values()] != ctx.versions:
+            raise RuntimeError(
+                f"a tensor of an adapter ({', '.join(constants)}) was written to or replaced between forward and backward, "
+                "which needs what it was: change it after the backward"
+            )
+        stacked = {name: t.requires_grad_() for name, t in _stack(names, ctx.saved_tensors).items()}
+        fixed = {name: torch.stack(column) for name, column in constants.items()}
         with torch.enable_grad():
-            update = _update(ctx.method, stacked)
+            update = _update(ctx.method, stacked | fixed)
         outputs = (update.down, update.up) if ctx.whole else (update.down,)
+        n = len(update.down)
         grad_outputs = [_stacked_or_zero(grads[i * n : (i + 1) * n], out) for i, out in enumerate(outputs)]
-        inputs = [t for t in stacked.values() if t.requires_grad]
-        grad_inputs = iter(torch.autograd.grad(outputs, inputs, grad_outputs))
-        # A layer without influence on the loss gets None, not zeros, on which an optimizer would act.
-        used = [any(grads[i * n + layer] is not None for i in range(len(outputs))) for layer in range(n)]
-        each = [
-            [g if u else None for g, u in zip(next(grad_inputs), used, strict=True)] if needed else [None] * n
-            for needed in needs
+        grad_inputs: list[Sequence[Tensor | None]] = [
+            t.unbind() for t in torch.autograd.grad(outputs, [*stacked.values()], grad_outputs)
         ]
-        return (None, None, None, *(g for column in each for g in column))
+        # A layer without influence on the loss gets None, not zeros, on which an optimizer would act.
+        unused = [layer for layer in range(n) if all(grads[i * n + layer] is None for i in range(len(outputs)))]
+        if unused:
+            grad_inputs = [[None if i in unused else g for i, g in enumerate(column)] for column in grad_inputs]
+        return (None, None, None, None, None, *(g for column in grad_inputs for g in column))
 
 
-def _stack(names: list[str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def _stack(names: Sequence[str], tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
     n = len(tensors) // len(names)
     return {name: torch.stack(tensors[i * n : (i + 1) * n]) for i, name in enumerate(names)}
 

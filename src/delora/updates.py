@@ -101,6 +101,8 @@ def _size(t: Tensor) -> float:
 class LowRank(Update):
     """W' = W + up @ down, with ``up [out, k]`` and ``down [k, in]``.
 
+    The last ``constant`` of the k terms do not depend on anything that trains: a layer does not compute their gradient.
+
     >>> LowRank(up=torch.ones(2, 1), down=torch.ones(1, 3)).merge(torch.zeros(2, 3))
     tensor([[1., 1., 1.],
             [1., 1., 1.]])
@@ -108,6 +110,7 @@ class LowRank(Update):
 
     up: Tensor
     down: Tensor
+    constant: int = 0
 
     def merge(self, W: Tensor) -> Tensor:
         return torch.addmm(W, self.up, self.down)
@@ -115,13 +118,14 @@ class LowRank(Update):
     def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
         if x.is_floating_point():
             up, down = self._in(x.dtype)
-            return host.with_branch(x, down, up, dropout)
+            return host.with_branch(x, down, up, dropout, self.constant)
         return self.onto(host.layer(x), host, dropout, x)
 
     def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both factors in the dtype that is computed in."""
         even = self.evened() if dtype == torch.float16 else self
-        return even.up.to(dtype), even.down.to(dtype)
+        up, down = even.up, even.down
+        return up if up.dtype == dtype else up.to(dtype), down if down.dtype == dtype else down.to(dtype)
 
     def evened(self) -> LowRank:
         """The same product of factors that are of one size, column by row.
@@ -137,7 +141,8 @@ class LowRank(Update):
             # Where one factor is zero, as at the start of training, its gradient is the other's, which must stay.
             one = torch.where(u > 0, 1 / u.clamp_min(1), d.clamp_min(1))
             to_up = torch.where((u > 0) & (d > 0), (d / u).sqrt(), one)
-        return LowRank(self.up * to_up.to(self.up.dtype)[..., None, :], self.down * (1 / to_up).to(self.up.dtype)[..., None])
+        to_down = (1 / to_up).to(self.up.dtype)[..., None]
+        return LowRank(self.up * to_up.to(self.up.dtype)[..., None, :], self.down * to_down, self.constant)
 
     @torch.no_grad()
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,13 +163,13 @@ class LowRank(Update):
         """y + up down drop(x), for an output y of the layer."""
         # Token ids do not tell the dtype to compute in; the layer's output does.
         up, down = self._in(x.dtype if x.is_floating_point() else y.dtype)
-        return host.branch(y, x, down, up, dropout)
+        return host.branch(y, x, down, up, dropout, self.constant)
 
     def scaled(self, strength: float) -> LowRank:
-        return LowRank(self.up, self.down * strength)
+        return LowRank(self.up, self.down * strength, self.constant)
 
     def rows(self, start: int, stop: int) -> LowRank:
-        return LowRank(self.up[start:stop], self.down)
+        return LowRank(self.up[start:stop], self.down, self.constant)
 
     def largest(self, size: float) -> float:
         return size + _size(self.up) * _size(self.down)

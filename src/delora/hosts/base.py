@@ -295,8 +295,8 @@ def is_bare(layer: nn.Module) -> bool:
     False
     """
     d = layer.__dict__
-    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return "forward" not in d and not any(d[name] for name in hooks)
+    hooks = d["_forward_pre_hooks"] or d["_forward_hooks"] or d["_backward_pre_hooks"] or d["_backward_hooks"]
+    return not hooks and "forward" not in d
 
 
 class Norm(Host):
@@ -350,13 +350,16 @@ class MatrixHost(Host):
         """``y + up h``, for the layer's output y, the k features h of `project` and ``up [out, k]``."""
         raise NotImplementedError
 
-    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
-        """``y + up down drop(x)``, for the layer's output y, which may be overwritten."""
+    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float, constant: int = 0) -> Tensor:
+        """``y + up down drop(x)``, for the layer's output y, which may be overwritten.
+
+        The last ``constant`` of the k terms do not depend on anything that trains: their gradient need not be computed.
+        """
         return self.add(y, self.project(x, down, dropout), up)
 
-    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
-        """The layer's output plus ``up down drop(x)``."""
-        return self.branch(self.layer(x), x, down, up, dropout)
+    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float, constant: int = 0) -> Tensor:
+        """The layer's output plus ``up down drop(x)``, with ``constant`` as in `branch`."""
+        return self.branch(self.layer(x), x, down, up, dropout, constant)
 
     def with_rows(self, x: Tensor, rows: PerRow) -> Tensor:
         """The layer's output plus its own ``up down x`` for each row of x: all features are computed, a row keeps its own."""

@@ -45,17 +45,19 @@ class Linear(MatrixHost):
         close = torch.finfo(W.dtype).eps ** 0.5
         return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, rtol=close, atol=close)
 
-    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+    def branch(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor, dropout: float, constant: int = 0) -> Tensor:
         if not can_add_in_place(y, x):
             return super().branch(y, x, down, up, dropout)
         # A hook may have kept the layer's output.
-        return add_low_rank(y if is_bare(self.layer) and not is_view(y) else y.clone(), x, down, up, dropout)
+        return add_low_rank(y if is_bare(self.layer) and not is_view(y) else y.clone(), x, down, up, dropout, constant)
 
-    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float) -> Tensor:
+    def with_branch(self, x: Tensor, down: Tensor, up: Tensor, dropout: float, constant: int = 0) -> Tensor:
         layer = self.layer
-        if type(self) is Linear and is_bare(layer) and can_fuse(x, layer.weight, layer.bias):
-            return linear(x, layer.weight, layer.bias, down, up, dropout)
-        return super().with_branch(x, down, up, dropout)
+        if type(self) is Linear and is_bare(layer):
+            weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+            if weight is not None and can_fuse(x, weight, bias):
+                return linear(x, weight, bias, down, up, dropout, constant)
+        return super().with_branch(x, down, up, dropout, constant)
 
     def with_rows(self, x: Tensor, rows: PerRow) -> Tensor:
         y = self.layer(x)

@@ -108,7 +108,8 @@ class DeLoRA:
             lam0 = p["lam0"] if self.start == "subtract" else p["lam"]
             up = torch.cat([up, p["B0"]], dim=-1)  # [out, 2r]
             down = torch.cat([down, -self._fold(lam0, p["A0"], p["B0"], columns)], dim=-2)  # [2r, in]
-        return LowRank(up if columns is not None else p["c"][..., None] * up, down)
+        constant = self.r if self.start == "subtract" else 0  # a start that is a copy is scaled by what trains
+        return LowRank(up if columns is not None else p["c"][..., None] * up, down, constant)
 
     def _fold(self, lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
         """(lam / r) Xi A diag(c), shape [r, in]: all scales go into the small factor, so the layer runs like LoRA."""
