@@ -18,6 +18,7 @@ from typing import Any
 from delora.formats.files import write_atomically
 from paper.standins import fashion as clothes
 from paper.studies import chat, digits, engine, fashion, sentences, verdicts
+from paper.studies import cut as cuts
 from paper.studies.verdicts import CHANCE, Gain, Verdict, strength
 
 CLAIMS, STARTS = Path("paper/docs/claims.md"), Path("paper/docs/starts.md")
@@ -254,7 +255,7 @@ def start_tasks() -> dict[str, Task]:
 
 def starts() -> str:
     tasks = start_tasks()
-    lines = [STARTS_HEAD, *_near(tasks), *_judged(), *_widest(tasks), *_rank(), *_turning(tasks["digits"].rows)]
+    lines = [STARTS_HEAD, *_near(tasks), *_judged(), *_widest(tasks), *_rank(), *_cut(), *_turning(tasks["digits"].rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -383,6 +384,49 @@ def _rank() -> list[str]:
         *table,
         "",
         f"Rule, fixed before: {verdict.rule[0].lower()}{verdict.rule[1:]} **{_word(verdict).capitalize()}**: {verdict.parts[0][0]}.",
+        "",
+    ]
+
+
+def cut_tasks() -> dict[str, list[dict[str, Any]]]:
+    """The runs of every task whose adapters were all exported at lower ranks, by the task's name in words."""
+    by_task = {"turned digits": whole("cut", digits)}
+    by_task |= {name: whole(f"cut-{key}", sentences) for key, name in SENTENCES.items()}
+    return {name: rows for name, rows in by_task.items() if rows}
+
+
+def _cut() -> list[str]:
+    table = [
+        "| task | rate | " + " | ".join(["exact, rank 16", *(f"rank {r}" for r in cuts.RANKS[:-1]), "no change"]) + " |",
+        "|---|---|" + "---|" * (len(cuts.RANKS) + 1),
+    ]
+    words: list[str] = []
+    for task, rows in cut_tasks().items():
+        for factor in cuts.FACTORS:
+            runs = [row for row in rows if row.get("factor", 1.0) == factor]
+            cells = [f"{100 * fmean(row['test'] for row in runs):.1f}"]
+            for rank in map(str, cuts.RANKS):
+                lost = [100 * (row["exported"][rank] - row["test"]) for row in runs]
+                error = fmean(row["errors"][rank] for row in runs)
+                cells.append(
+                    f"{fmean(lost):+.1f} ± {stdev(lost) / len(lost) ** 0.5:.1f}" + (f" ({error:.2f})" if error else "")
+                )
+            table.append(f"| {task} | {factor:g} | " + " | ".join(cells) + " |")
+        verdict = verdicts.cut(rows, task)
+        rule = f"{verdict.rule[0].lower()}{verdict.rule[1:]}"
+        words += [f"- {'yes' if holds else '**no**'}: {text}" for text, holds in verdict.parts]
+    return [
+        "## What an export of rank r costs the default start",
+        "",
+        "`subtract` subtracts its frozen start, so that its change has rank 2r, 16 here. `export.peft(rank=r)` writes the nearest change of rank r. "
+        f"Test scores [%] of the exact adapter, what an export of a lower rank loses (± standard error, {len(cuts.SEEDS)} new seeds), and in brackets "
+        "the mean of |error| / |change| over the layers, at the base rate and four times that:",
+        "",
+        *table,
+        "",
+        f"Rule for rank 8, fixed before the runs: {rule}",
+        "",
+        *words,
         "",
     ]
 
