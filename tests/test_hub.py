@@ -84,6 +84,46 @@ print(json.dumps(seen))
 """
 
 
+COMMANDS = """
+import signal
+from typer.testing import CliRunner
+from delora import cli
+from tests.cases import shake
+from tests.serving import ask, model, tokenizer
+
+model().save_pretrained("base"), tokenizer().save_pretrained("base")
+made = [shake(delora.inject(model(), delora.DeLoRA(r=2), ["q_proj"])) for _ in range(2)]
+commits = [delora.push(each, "me/llama") for each in made]
+old = f"me/llama@{commits[0]}"
+def said(*command):
+    done = CliRunner().invoke(cli.app, [str(part) for part in command])
+    return f"{done.exit_code} {done.output} {done.exception or ''}"
+base, at = ("--model", "base"), ("--model", "base", "--out")
+ids = torch.tensor([[3, 5, 7, 9]])
+def gives(other, made):
+    with torch.no_grad():
+        return torch.allclose(other(ids).logits, made(ids).logits, atol=1e-4)
+seen["inspect"] = said("inspect", "me/llama")
+written = [("export", old, *at, "peft"), ("merge", "me/llama", *at, "whole"), ("convert", old, "new", *base)]
+seen["said"] = [said(*command) for command in written]
+seen["export"] = gives(delora.load(model(), "peft"), made[0])
+seen["merge"] = gives(type(made[0]).from_pretrained("whole"), made[1])
+seen["convert"] = gives(delora.load(model(), "new"), made[0])
+absent = [("inspect", "me/none"), ("inspect", "me/llama@nowhere"), ("inspect", "none@one"), ("inspect", "base@one")]
+seen["missing"] = [said(*command) for command in (*absent, ("merge", "me/none", *at, "other"), ("serve", "me/none", *base))]
+names = ["me/llama", f"old={old}"]
+command = [sys.executable, "-m", "delora.cli", "serve", *names, *base, "--name", "tiny", "--port", "0"]
+import subprocess
+with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    seen["serving"] = server.stdout.readline()
+    address = seen["serving"].split()[-1].removesuffix("/v1")
+    asked = [{"model": name, "prompt": "a", "max_tokens": 1} for name in ("llama", "old")]
+    seen["status"] = [ask(address, "/v1/completions", one)[0] for one in asked]
+    server.send_signal(signal.SIGINT)
+print(json.dumps(seen))
+"""
+
+
 def ran(code, place, *arguments, **env):
     own = {
         "HF_HOME": str(place / "home"),
@@ -91,7 +131,7 @@ def ran(code, place, *arguments, **env):
         "OMP_NUM_THREADS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    own["PYTHONPATH"] = str(Path(delora.__file__).parents[1].resolve())
+    own["PYTHONPATH"] = os.pathsep.join(map(str, (Path(delora.__file__).parents[1].resolve(), Path(__file__).parents[1])))
     python = [sys.executable, "-c", BEGINNING + code, *arguments]
     done = subprocess.run(python, env=os.environ | own | env, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -162,6 +202,27 @@ def test_errors_are_in_words(world):
     assert "repo = 'mine': must be a name such as 'user/name'" in seen["no name"][1]
     assert seen["no adapter"][0] == "AdapterError"
     assert offline["missing"][0] == offline["push"][0] == "HubError"
+
+
+@pytest.mark.slow
+def test_commands_take_a_repository_and_a_revision_of_it(tmp_path):
+    with serving() as (_, address):
+        seen, printed = ran(COMMANDS, tmp_path, HF_ENDPOINT=address, HF_HUB_OFFLINE="0")
+    assert seen["inspect"].startswith("0 ")
+    assert "delora(r=2" in seen["inspect"]
+    assert [words[0] for words in seen["said"]] == ["0", "0", "0"]
+    assert seen["export"] is seen["merge"] is seen["convert"] is True
+    assert not any(words.startswith("0") for words in seen["missing"])
+    none, revision, no_name, folder, merge, serve = (" ".join(words.split()) for words in seen["missing"])
+    assert (
+        none.count("the Hub did not provide") == merge.count("the Hub did not provide") == serve.count("the Hub did not") == 1
+    )
+    assert "nowhere" in revision or "Revision" in revision
+    assert "none is no repository on the Hub, whose name is as 'user/name'" in no_name
+    assert "base is no repository on the Hub, but a folder" in folder
+    assert seen["serving"].startswith("Serving tiny, llama, old at http://")
+    assert seen["status"] == [200, 200]
+    assert Handler.token not in printed
 
 
 def test_no_token_is_in_any_word(world):

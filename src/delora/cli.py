@@ -74,8 +74,13 @@ RecipeName = Annotated[
 Changes = Annotated[
     list[str] | None, typer.Argument(help="Changes to the recipe as key=value, such as train.epochs=1.", show_default=False)
 ]
-AdapterFolder = Annotated[
-    Path, typer.Argument(help="The adapter's folder: delora's own, or PEFT's (LORA or DELORA).", show_default=False)
+AdapterPlace = Annotated[
+    str,
+    typer.Argument(
+        metavar="ADAPTER",
+        help="The adapter's folder, delora's own or PEFT's; or user/name on the Hub, also user/name@revision.",
+        show_default=False,
+    ),
 ]
 ModelName = Annotated[
     str, typer.Option("--model", help="The base model: a packaged model's name, a folder, or a name on the Hub.")
@@ -196,7 +201,14 @@ def report(
 
 @app.command()
 def evaluate(
-    folder: Annotated[Path, typer.Argument(help="The folder of an adapter or of a whole model.", show_default=False)],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER",
+            help="The folder of an adapter or of a whole model; or an adapter on the Hub: user/name, user/name@revision.",
+            show_default=False,
+        ),
+    ],
     recipe: Annotated[
         str, typer.Option("--recipe", help="The recipe with the base model and the test examples.", show_default=False)
     ],
@@ -210,19 +222,19 @@ def evaluate(
     task = tasks.find(experiment.task)
     from delora.evaluation.text import standard_error
 
-    scores, n = task.evaluate(experiment, folder)
+    scores, n = task.evaluate(experiment, _local(adapter))
     texts = [
         f"{name} {score:.2f}"
         if name.startswith(task.NOT_SHARES)
         else f"{name} {100 * score:.1f}" + (f" ± {100 * standard_error(score, n):.1f}" if name == "accuracy" else "") + " %"
         for name, score in scores.items()
     ]
-    out.print(f"{folder}: test {', '.join(texts)} ({n:,} examples)", markup=False)
+    out.print(f"{adapter}: test {', '.join(texts)} ({n:,} examples)", markup=False)
 
 
 @app.command()
 def generate(
-    adapter: AdapterFolder,
+    adapter: AdapterPlace,
     prompt: Annotated[
         str, typer.Argument(help="The prompt, with the subject's token, such as 'a photo of qwe dog on the beach'.")
     ],
@@ -249,20 +261,21 @@ def generate(
     from delora.evaluation.pictures import write
     from delora.formats.native import load, require_adapter
 
-    require_adapter(adapter)
+    where = _local(adapter)
+    require_adapter(where)
     pipe = pipeline(model)
-    load(pipe.unet, adapter, methods=_own(method))
+    load(pipe.unet, where, methods=_own(method))
     with _refusals():
         write(strengths(pipe, prompt, values, seed, count, steps, guidance), file)
     out.print(f"Written to {file}: strengths {strength}, {count} pictures each", markup=False)
 
 
 @app.command()
-def inspect(adapter: AdapterFolder) -> None:
+def inspect(adapter: AdapterPlace) -> None:
     """Show what an adapter does to each layer. The base model is not needed."""
     from delora.evaluation.adapters import describe
 
-    description = describe(adapter)
+    description = describe(_local(adapter))
     # Two lines in a narrow header leave room for the layers' names.
     header = [name if number == 0 else name.replace(" ", "\n") for number, name in enumerate(description.header)]
     _print(header, description.rows, description.title)
@@ -271,20 +284,20 @@ def inspect(adapter: AdapterFolder) -> None:
 
 
 @app.command()
-def merge(adapter: AdapterFolder, model: ModelName, folder: OutFolder, method: OwnMethod = None) -> None:
+def merge(adapter: AdapterPlace, model: ModelName, folder: OutFolder, method: OwnMethod = None) -> None:
     """Merge an adapter into the weights of its base model, and write a plain transformers model."""
     _empty(folder)
     _quiet()
     from delora.training.models import adapted, save_merged
 
     with _refusals():
-        save_merged(adapted(adapter, model, _own(method)), folder)
+        save_merged(adapted(_local(adapter), model, _own(method)), folder)
     out.print(f"Written to {folder}: a plain transformers model", markup=False)
 
 
 @app.command()
 def export(
-    adapter: AdapterFolder,
+    adapter: AdapterPlace,
     model: ModelName,
     folder: OutFolder,
     kind: Annotated[
@@ -317,7 +330,7 @@ def export(
     from delora.export import gguf, peft, vllm
     from delora.training.models import adapted
 
-    loaded = adapted(adapter, model, _own(method))
+    loaded = adapted(_local(adapter), model, _own(method))
     form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
     with _refusals():
         if kind == "gguf":
@@ -335,7 +348,7 @@ def export(
 
 @app.command()
 def convert(
-    adapter: AdapterFolder,
+    adapter: AdapterPlace,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
     model: Annotated[
         str | None,
@@ -351,9 +364,10 @@ def convert(
     _quiet()
     from delora.training.models import adapted, converted, named_base
 
-    loaded = adapted(adapter, model or named_base(adapter), _own(method))
+    where = _local(adapter)
+    loaded = adapted(where, model or named_base(where), _own(method))
     with _refusals():
-        what = converted(loaded, adapter, folder)
+        what = converted(loaded, where, folder)
     out.print(f"Written to {folder}: {what}", markup=False)
 
 
@@ -363,7 +377,9 @@ def serve(
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[NAME=]FOLDER...", help="Adapters, and the names that requests call them by.", show_default=False
+            metavar="[NAME=]ADAPTER...",
+            help="Adapters, in folders or on the Hub (user/name, user/name@revision), and what requests call them.",
+            show_default=False,
         ),
     ] = None,
     host: Annotated[
@@ -395,10 +411,10 @@ def serve(
     folders = {}
     for text in adapters or []:
         called, _, rest = text.rpartition("=")
-        folder = Path(rest)
-        called = called or folder.resolve().name
+        called = called or Path(rest if Path(rest).exists() else rest.partition("@")[0]).resolve().name
         if called in folders:
-            raise typer.BadParameter(f"two adapters are called {called!r}: name them, as in a={folder}")
+            raise typer.BadParameter(f"two adapters are called {called!r}: name them, as in a={rest}")
+        folder = _local(rest)
         require_adapter(folder)
         folders[called] = folder
     if shelf is not None and not shelf.is_dir():
@@ -451,6 +467,15 @@ def _own(methods: list[str] | None) -> list[type]:
     from delora import outside
 
     return [outside.method(name) for name in methods or []]
+
+
+def _local(adapter: str) -> Path:
+    """The folder of an adapter, which is fetched if it is ``user/name`` or ``user/name@revision`` on the Hub, and no folder."""
+    from delora.integrations.hub import local
+
+    name, _, revision = (adapter, "", "") if Path(adapter).exists() else adapter.partition("@")
+    with _refusals():
+        return local(name, revision or None)
 
 
 def _empty(folder: Path) -> None:

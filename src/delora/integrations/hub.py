@@ -135,17 +135,26 @@ def load(
     >>> torch.equal(again(torch.eye(4)), model(torch.eye(4)))
     True
     """
-    if isinstance(folder, str) and not Path(folder).exists() and REPOSITORY.fullmatch(folder):
-        folder = _downloaded(folder, revision)
-    elif revision is not None:
-        raise ValueError(f"revision={revision!r}: {folder} is no repository on the Hub, but a folder, which has no revisions")
-    return native.load(model, folder, name, allow_other_base=allow_other_base, methods=methods)
+    return native.load(model, local(folder, revision), name, allow_other_base=allow_other_base, methods=methods)
 
 
-def _downloaded(repo: str, revision: str | None) -> Path:
-    """The folder in the Hub's cache with a repository's adapter."""
-    with _in_words(f"there is no folder {repo}, and the Hub did not provide such a repository") as hub:
-        return Path(hub.snapshot_download(repo, revision=revision, allow_patterns=[*OURS, *PEFTS]))
+def local(place: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The folder on this machine: the place itself; or, if there is no such file or folder, the Hub's cache with a repository.
+
+    Raises:
+        HubError: the Hub did not provide it.
+        ValueError: a revision of a folder.
+
+    >>> local(".")
+    PosixPath('.')
+    """
+    if isinstance(place, str) and not Path(place).exists() and REPOSITORY.fullmatch(place):
+        with _in_words(f"there is no folder {place}, and the Hub did not provide such a repository") as hub:
+            return Path(hub.snapshot_download(place, revision=revision, allow_patterns=[*OURS, *PEFTS]))
+    if revision is not None:
+        what = "but a folder, which has no revisions" if Path(place).exists() else "whose name is as 'user/name'"
+        raise ValueError(f"revision={revision!r}: {place} is no repository on the Hub, {what}")
+    return Path(place)
 
 
 def push(
