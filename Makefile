@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/delora train quickstart
 	$(BIN)/delora inspect runs/quickstart/adapter
 
-test: .venv/ready
+test: .venv/ready .venv/deepspeed
 	$(BIN)/pytest
 
 # vLLM reads our exports.  It has its own environment of 3.4 GB, with vLLM's build for CPUs; a model's pictures and sounds are
@@ -36,6 +36,11 @@ zoo: .venv/ready .venv/timm
 # Apart from the others: timm needs torchvision, which does not import beside this torch; tests/zoo/timms.py does without it.
 .venv/timm: .venv/ready
 	$(BIN)/pip install --quiet --no-deps --target .venv/timm timm==1.0.31
+
+# Apart from the others: transformers, accelerate and Lightning import DeepSpeed wherever they find it.  Nothing is compiled.
+.venv/deepspeed: .venv/ready
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target .venv/deepspeed \
+	    deepspeed==0.19.8 hjson==3.1.0 py-cpuinfo==9.0.0
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

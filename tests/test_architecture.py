@@ -17,7 +17,7 @@ from delora import tasks
 
 SOURCE = Path(__file__).parents[1] / "src" / "delora"
 LEVELS = [
-    {"errors", "version", "torch_private", "ambient", "sharded", "meeting", "frozen", "updates", "lowrank"},
+    {"errors", "version", "torch_private", "ambient", "zero", "sharded", "meeting", "frozen", "updates", "lowrank"},
     {"methods", "hosts"},
     {"reading", "together", "layer", "parts"},
     {"models", "ties", "targets", "injection", "optimizing", "pretrained", "quantisers"},

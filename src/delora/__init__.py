@@ -5,7 +5,7 @@ From the ground up; imports only point to what stands above them in this list:
 ======================================================  =======================================================================
 ``frozen`` ``updates`` ``lowrank`` ``ambient``          what may be asked of a weight; how one layer changes, in two equal
                                                         computations, whatever torch's modes
-``sharded`` ``meeting``                                 tensors in parts over several processes, and what these do together
+``zero`` ``sharded`` ``meeting``                        tensors in parts over several processes, and what these do together
 ``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
 ``layer`` ``parts`` ``together`` ``reading``            `Adapted`: a frozen layer with named adapters, and who reads its weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out

@@ -1,4 +1,4 @@
-"""Puts aside what is set around a call: autocast, inference mode, the caller's default dtype and device."""
+"""Puts aside what is set around a call: autocast, inference mode, ``zero.Init``, the caller's default dtype and device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
+
+from delora.zero import outside_init
 
 __all__ = ["apart", "put_aside"]
 
@@ -26,6 +28,7 @@ def put_aside() -> Iterator[None]:
     dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(outside_init())
         for kind in DEVICES:
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))

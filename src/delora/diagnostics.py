@@ -21,8 +21,9 @@ from delora.layer import Placed
 from delora.meeting import collective, meet
 from delora.methods.base import bound, reachable
 from delora.models import adapters
-from delora.sharded import whole
+from delora.sharded import numbers
 from delora.updates import LowRank
+from delora.zero import full_shape
 
 __all__ = ["LayerReport", "Recorder", "column_norms", "distances", "inspect", "report", "singular_values"]
 
@@ -59,7 +60,7 @@ def _changed(adapter: Placed) -> tuple[float, float, Tensor | None] | None:
     """
     if adapter.whole:
         base, new = dict(adapter.base.named_parameters()) | dict(adapter.base.named_buffers()), adapter.at_strength()
-        pairs = [(whole(base[k]).double(), t.double()) for k, t in new.items() if t.is_floating_point()]
+        pairs = [(numbers(base[k]).double(), t.double()) for k, t in new.items() if t.is_floating_point()]
         return _norm(new - old for old, new in pairs), _norm(old for old, _ in pairs), None
     host, W = adapter.host, adapter.frozen
     with host.held():
@@ -155,9 +156,9 @@ def report(adapter: Placed) -> LayerReport:
     return LayerReport(
         method=str(adapter.method),
         shape=adapter.host.shape if not adapter.whole else None,
-        parameters=sum(p.numel() for p in adapter.parameters()),
+        parameters=sum(full_shape(p).numel() for p in adapter.parameters()),
         r=getattr(adapter.method, "r", None),
-        lam=None if lam is None else whole(lam.detach()).item(),
+        lam=None if lam is None else numbers(lam).item(),
         distance=change,
         relative=None if change is None else _share(change, base),
         bound=limit,

@@ -35,6 +35,7 @@ from delora.sharded import drawn, spread
 from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
+from delora.zero import in_engine
 
 __all__ = [
     "activate",
@@ -350,10 +351,17 @@ def refuse_parallel(model: nn.Module, what: str) -> None:
 
     >>> refuse_parallel(nn.Linear(2, 2), "inject")
     """
+    initialized = in_engine(model)
     while (inside := inner(model)) is not None:
+        initialized |= type(model).__name__ == "DeepSpeedEngine"
         if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             raise ValueError(
                 f"{what} of a {type(model).__name__}: it knows the parameters already, and new ones would not be kept equal "
                 f"between processes; call delora.{what} first, then wrap the model"
             )
         model = inside
+    if initialized:
+        raise ValueError(
+            f"{what} of a model that deepspeed.initialize was given: its optimizer knows the parameters already, and would not "
+            f"train others; call delora.{what} first, then deepspeed.initialize"
+        )

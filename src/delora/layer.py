@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from delora.frozen import Frozen, Known, given
 from delora.hosts import Host, Quantised, Slice, Slot, any_host, host, quantised_host
-from delora.hosts.base import ELSEWHERE, brought
+from delora.hosts.base import ELSEWHERE, brought, run_changed
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
 from delora.methods.full import Full
 from delora.reading import ReadWeight, reading
-from delora.sharded import agreed, fill, gathered, is_sharded, like, whole
+from delora.sharded import agreed, exact, fill, gathered, is_dtensor, like, numbers, whole
 from delora.together import built, unsaved
 from delora.updates import LowRank, Update, wide
 
@@ -109,9 +109,7 @@ class Adapter(Kept):
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: those that train, those that stay fixed, and those measured from W."""
-        known = self._parameters | self._buffers
-        # A replica of nn.DataParallel has its tensors as plain attributes.
-        return {name: t for name in self.names if (t := known.get(name, self.__dict__.get(name))) is not None}
+        return {name: getattr(self, name) for name in self.names}
 
     def numbers(self) -> dict[str, Tensor]:
         """All tensors by name, each whole, also where several processes hold parts of them."""
@@ -183,7 +181,8 @@ class Adapter(Kept):
         value: Tensor = getattr(layer, name)
 
         def compute() -> Tensor:
-            update = Placed(self, layer).update()
+            with _here(self):
+                update = self.update(host)
             if name == host.weight_name:
                 return host.as_weight(update.merge(host.weight())).to(host.dtype)  # a quantised layer's value holds codes
             new = update.bias(host.bias())
@@ -230,7 +229,7 @@ class Copy(Kept):
             self.module = _trainable(layer)
         elif redraw:
             for name, tensor in layer.state_dict(keep_vars=True).items():
-                fill(self.saved()[name], whole(tensor.detach()))
+                fill(self.saved()[name], numbers(tensor))
 
     def at_strength(self, layer: nn.Module) -> dict[str, Tensor]:
         """W + strength (W' - W) for every floating-point tensor of the layer, in the layer's dtype."""
@@ -246,7 +245,7 @@ class Copy(Kept):
         layer = host.layer
         if self.strength == 0:
             return layer(*args, **kwargs)
-        parts = any(is_sharded(t) for t in self.module.parameters())
+        parts = any(map(is_dtensor, self.module.parameters()))
         if self.strength == 1 and not parts and _dtype(self.module) == _dtype(layer):
             return self.module(*args, **kwargs)
         if on_meta(self.module):
@@ -254,7 +253,7 @@ class Copy(Kept):
                 f"a {type(layer).__name__} that was trained whole {ELSEWHERE.partition(':')[0]}: it runs there at strength 1 "
                 "and in its layer's own dtype only; delora.merge the model before it is sent elsewhere"
             )
-        return torch.func.functional_call(self.module, self.at_strength(layer), args, kwargs)
+        return run_changed(self.module, self.at_strength(layer), args, kwargs)
 
     def extra_repr(self) -> str:
         return f"{self.method}, strength={self.strength}"
@@ -289,7 +288,8 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path, part in module.named_modules(remove_duplicate=False):
         for registry in (part.__dict__.get("_former_parameters", {}), part._parameters, part._buffers):
-            tensors |= {f"{path}.{key}" if path else key: t for key, t in registry.items() if t is not None}
+            # By their names, because in a forward DeepSpeed gathers what is looked up, for the module that runs.
+            tensors |= {f"{path}.{key}" if path else key: t for key in registry if (t := registry[key]) is not None}
     return tensors
 
 
@@ -345,7 +345,7 @@ class Placed:
     def update(self) -> Update:
         """The change of the layer at the current strength."""
         assert isinstance(self.adapter, Adapter)
-        with _here(self.adapter):
+        with _here(self.adapter), exact(self.adapter):
             return self.adapter.update(self.host)
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from delora.methods import LoRA
 from delora.methods.base import is_number
 from delora.models import active_adapter, adapted_layers, adapters, refuse_inside, states, unwrapped
 from delora.quantisers import account
-from delora.sharded import fill, is_sharded, settle, whole
+from delora.sharded import fill, is_sharded, kept, numbers, settle, whole
 from delora.ties import owners, untie
 from delora.together import watched
 from delora.torch_private import only_here
@@ -142,7 +142,7 @@ def _put(layer: nn.Module, tensors: Mapping[str, Tensor | None]) -> dict[str, Te
         registry: Any = owner._buffers if key in owner._buffers else owner._parameters
         there = old[name] = registry.get(key)
         if is_sharded(there) and tensor is not None:  # what divided it keeps this very parameter
-            old[name] = there.detach().clone()
+            old[name] = kept(there)
             fill(there, tensor)
         else:
             registry[key] = tensor
@@ -155,7 +155,9 @@ def _put_in_place(layer: nn.Module, tensors: dict[str, Tensor]) -> None:
         path, _, key = name.rpartition(".")
         registry = layer.get_submodule(path)._parameters
         new, old = tensors[name], registry.get(key)
-        fits = old is not None and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+        fits = (
+            old is not None and not is_sharded(old) and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
+        )
         del old
         if fits and only_here(registry, key):
             with torch.no_grad():
@@ -299,7 +301,7 @@ def _blended(layer: str, terms: list[tuple[float, Placed]]) -> Adapter | Copy:
     if first.whole:
         new = Copy(first.base)
         base = dict(first.base.named_parameters()) | dict(first.base.named_buffers())
-        base = {key: whole(t.detach()) for key, t in base.items()}
+        base = {key: numbers(t) for key, t in base.items()}
         total = {key: t.detach().to(wide(t.dtype)).clone() if t.is_floating_point() else t for key, t in base.items()}
         for w, placed in terms:
             for key, t in placed.at_strength().items():

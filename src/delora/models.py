@@ -77,7 +77,7 @@ def refuse_inside(model: nn.Module, what: str, *contexts: str) -> None:
 
 # The wrappers that put a module inside another one, by the name that they give it there. None of these names is in a file.
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")  # which call it "module"
+PARALLEL = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")  # which call it "module"
 
 
 def inner(module: nn.Module) -> nn.Module | None:

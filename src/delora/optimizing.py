@@ -12,6 +12,7 @@ from delora.layer import Adapter, Copy
 from delora.methods.base import is_number
 from delora.models import adapted_layers, adapters, states
 from delora.sharded import settle
+from delora.zero import full_shape
 
 __all__ = ["Summary", "param_groups", "summary"]
 
@@ -53,7 +54,7 @@ def param_groups(
     for parameter in model.parameters():
         if parameter.requires_grad:
             kind = "lam" if id(parameter) in lam else "head" if id(parameter) in head else "adapter"
-            groups.setdefault((kind, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((kind, len(full_shape(parameter)) > 1), []).append(parameter)
     if not groups:
         raise ValueError("nothing in this model trains: delora.inject or delora.activate an adapter first")
     rate = {"adapter": lr, "head": lr if head_lr is None else head_lr, "lam": lr if lam_lr is None else lam_lr}
@@ -116,11 +117,11 @@ def summary(model: nn.Module) -> Summary:
     in_adapters = {id(p) for layer in layers.values() for p in layer.adapters.parameters()}
     counts: dict[str, list[int]] = {}
     for placed in adapters(model).values():
-        n = sum(p.numel() for p in placed.parameters() if p.requires_grad)
+        n = sum(full_shape(p).numel() for p in placed.parameters() if p.requires_grad)
         counts.setdefault(str(placed.method), []).append(n)
     rows = tuple((method, len(ns), sum(ns)) for method, ns in counts.items())
     rest = [p for p in model.parameters() if id(p) not in in_adapters]
-    trainable, total = sum(p.numel() for p in rest if p.requires_grad), sum(p.numel() for p in rest)
+    trainable, total = (sum(full_shape(p).numel() for p in ps) for ps in ([p for p in rest if p.requires_grad], rest))
     kinds: dict[str, tuple[int, int, int]] = {}
     for look in quantised_layers(model):
         total += look.weights() - look.counted()

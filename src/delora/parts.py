@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast
 from weakref import WeakKeyDictionary
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.hosts import Host, Slice, Slot
+from delora.hosts.base import run_changed
 from delora.layer import Adapter, Kept, Placed
 from delora.lowrank import traced, without_autocast
 from delora.sharded import gathered, like
@@ -121,31 +122,7 @@ class Parts(Kept):
     def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         layer = host.layer
         with _alone(layer):
-            changed = self.tensors(layer)
-            if "_hf_hook" in layer.__dict__:
-                with _inside_of_hook(layer, changed):
-                    return layer(*args, **kwargs)
-            return torch.func.functional_call(layer, changed, args, kwargs)
-
-
-@contextmanager
-def _inside_of_hook(layer: Any, changed: Mapping[str, Tensor]) -> Iterator[None]:
-    """A context in which the layer's forward has these parameters: put there after accelerate's hook has brought its own."""
-    forward = layer._old_forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        kept = {key: layer._parameters[key] for key in changed}
-        layer._parameters.update(changed)
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            layer._parameters.update(kept)
-
-    layer._old_forward = run
-    try:
-        yield
-    finally:
-        layer._old_forward = forward
+            return run_changed(layer, self.tensors(layer), args, kwargs)
 
 
 def _weight(W: Tensor, updates: list[tuple[Slice, Update]]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tensors that several processes hold in parts: the DTensors of FSDP2.
+"""Tensors that several processes hold in parts: the DTensors of FSDP2, and what DeepSpeed divides (`delora.zero`).
 
 Reading such a tensor is a call that all its processes make together: each of them gets the whole of it.
 """
@@ -13,13 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from delora import zero
+
 __all__ = [
     "agreed",
     "drawn",
+    "exact",
     "fill",
     "gathered",
+    "is_dtensor",
     "is_sharded",
+    "kept",
     "like",
+    "numbers",
+    "partners",
     "processes",
     "refuse_flat",
     "settle",
@@ -28,7 +35,12 @@ __all__ = [
 ]
 
 
-def _is_dtensor(t: Any) -> bool:
+def is_dtensor(t: Any) -> bool:
+    """Whether a tensor is divided by torch, which computes with it as with a whole one.
+
+    >>> is_dtensor(torch.ones(2))
+    False
+    """
     module = sys.modules.get("torch.distributed.tensor")  # without it, there is none
     return module is not None and isinstance(t, module.DTensor)
 
@@ -44,7 +56,16 @@ def is_sharded(t: Any) -> bool:
     >>> is_sharded(torch.ones(2)), is_sharded(None)
     (False, False)
     """
-    return _is_dtensor(t)
+    return is_dtensor(t) or zero.is_divided(t) or isinstance(t, zero.Part)
+
+
+def numbers(t: Tensor) -> Tensor:
+    """The whole tensor, detached, as exact as it is kept: for files and measures.
+
+    >>> numbers(nn.Parameter(torch.ones(2)))
+    tensor([1., 1.])
+    """
+    return whole(t.detach()) if is_dtensor(t) else zero.numbers(t)
 
 
 def whole(t: Tensor) -> Tensor:
@@ -52,11 +73,14 @@ def whole(t: Tensor) -> Tensor:
 
     Each process computes the gradient of its part of the batch; the parameter gets their mean, as FSDP2 and DDP give it.
 
+    Raises:
+        RuntimeError: a gradient is wanted of a parameter that DeepSpeed gathers in the forward of its model only.
+
     >>> t = torch.ones(2)
     >>> whole(t) is t
     True
     """
-    if _is_dtensor(t):
+    if is_dtensor(t):
         d: Any = t
         if not (t.requires_grad and torch.is_grad_enabled()):
             full: Tensor = d.detach().full_tensor()
@@ -67,6 +91,13 @@ def whole(t: Tensor) -> Tensor:
         full = d.full_tensor(grad_placements=[Partial()] * mesh.ndim)
         full.register_hook(lambda grad: grad / mesh.size())  # gloo knows no mean
         return full
+    if zero.is_away(t):
+        if t.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "a parameter that DeepSpeed's ZeRO-3 divides was read with gradients outside of its engine's forward, where "
+                "it gathers none: run the engine that deepspeed.initialize returned, or read it under torch.no_grad()"
+            )
+        return zero.numbers(t)
     return t
 
 
@@ -77,8 +108,8 @@ def like(value: Tensor, old: Tensor) -> Tensor:
     >>> like(torch.ones(2), torch.zeros(2)).tolist()
     [1.0, 1.0]
     """
-    if not _is_dtensor(old):
-        return value
+    if not is_dtensor(old):
+        return zero.apart(value, old) if zero.is_divided(old) else value
     from torch.distributed.tensor import DTensor, Replicate
 
     d: Any = old
@@ -95,11 +126,20 @@ def fill(old: Tensor, value: Tensor) -> None:
     >>> t.tolist()
     [1.0, 1.0]
     """
-    if _is_dtensor(old):
-        part: Any = value if _is_dtensor(value) else like(value, old)
+    if is_dtensor(old):
+        part: Any = value if is_dtensor(value) else like(value, old)
         old.to_local().copy_(part.to_local())  # type: ignore[attr-defined]
     else:
-        old.data.copy_(value)
+        zero.fill(old, value)
+
+
+def kept(t: Tensor) -> Tensor:
+    """A copy of what this process holds of a tensor that is divided, for `fill` to write back.
+
+    >>> kept(torch.ones(2)).tolist()
+    [1.0, 1.0]
+    """
+    return zero.kept(t) if zero.is_divided(t) else t.detach().clone()
 
 
 def agreed(value: Tensor, base: Any) -> Tensor:
@@ -108,7 +148,9 @@ def agreed(value: Tensor, base: Any) -> Tensor:
     >>> agreed(torch.ones(2), torch.zeros(2)).tolist()
     [1.0, 1.0]
     """
-    return _everywhere(value, base).to_local() if _is_dtensor(base) else value
+    if zero.is_divided(base):
+        return zero.broadcast(value, base)
+    return _everywhere(value, base).to_local() if is_dtensor(base) else value
 
 
 def _everywhere(value: Tensor, base: Any) -> Any:
@@ -121,18 +163,20 @@ def _everywhere(value: Tensor, base: Any) -> Any:
 def spread(module: nn.Module, base: Tensor) -> None:
     """Let a module's tensors be those of the first of the processes that hold parts of ``base``, on all of them.
 
-    Its parameters become DTensors that every process holds whole, so that their gradients are those of the whole batch.
+    With FSDP2 its parameters become DTensors that every process holds whole, so that their gradients are those of the whole
+    batch; DeepSpeed divides them when it is given the model.
 
     >>> spread(nn.Linear(2, 2), torch.ones(2))  # which is whole
     """
-    if not _is_dtensor(base):
+    if not is_sharded(base):
         return
     for part in module.modules():
         for name, p in part._parameters.items():
-            if p is not None and not _is_dtensor(p):
-                part._parameters[name] = nn.Parameter(_everywhere(p, base), requires_grad=p.requires_grad)
+            if p is not None and not is_sharded(p):
+                value = _everywhere(p, base) if is_dtensor(base) else agreed(p, base)
+                part._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
         for name, t in part._buffers.items():
-            if t is not None and not _is_dtensor(t):
+            if t is not None and not is_dtensor(t):
                 part._buffers[name] = agreed(t, base)
 
 
@@ -157,10 +201,29 @@ def gathered(layer: nn.Module) -> Iterator[None]:
     >>> with gathered(nn.Linear(2, 2)):
     ...     pass
     """
-    parts = {name: p for name, p in layer._parameters.items() if is_sharded(p)}
+    # By their names, because in a forward DeepSpeed gathers what is looked up, for the module that runs.
+    parameters = {name: layer._parameters[name] for name in layer._parameters}
+    with _in_place(layer, {name: p for name, p in parameters.items() if is_dtensor(p) or zero.is_away(p)}):
+        yield
+
+
+@contextmanager
+def exact(module: nn.Module) -> Iterator[None]:
+    """A context in which what DeepSpeed holds of a module's own parameters is whole and as exact as it is kept, to be read.
+
+    >>> with exact(nn.Linear(2, 2)):
+    ...     pass
+    """
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    with _in_place(module, {name: p for name, p in parameters.items() if zero.is_away(p) or zero.is_narrowed(p)}):
+        yield
+
+
+@contextmanager
+def _in_place(layer: nn.Module, parts: dict[str, Any]) -> Iterator[None]:
     try:
         for name, p in parts.items():
-            layer._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=False)  # type: ignore[union-attr]
+            layer._parameters[name] = nn.Parameter(numbers(p), requires_grad=False)
         yield
     finally:
         layer._parameters.update(parts)
@@ -172,30 +235,45 @@ def processes(tensors: Iterable[Any]) -> tuple[int, ...]:
     >>> processes([torch.ones(2)])
     ()
     """
+    return _ranks(tensors, copies=False)
+
+
+def partners(tensors: Iterable[Any]) -> tuple[int, ...]:
+    """The ranks of the processes that train one of the tensors together, in parts or as copies, as far as it tells.
+
+    >>> partners([torch.ones(2)])
+    ()
+    """
+    return _ranks(tensors, copies=True)
+
+
+def _ranks(tensors: Iterable[Any], copies: bool) -> tuple[int, ...]:
     ranks: set[int] = set()
-    seen = set()
+    groups = set()
     for t in tensors:
-        if _is_dtensor(t) and id(t.device_mesh) not in seen:
-            seen.add(id(t.device_mesh))
-            ranks |= set(t.device_mesh.mesh.flatten().tolist())
+        group = t.device_mesh if is_dtensor(t) else zero.group(t, copies)
+        if group is not None and id(group) not in groups:
+            groups.add(id(group))
+            ranks |= set(group.mesh.flatten().tolist() if is_dtensor(t) else torch.distributed.get_process_group_ranks(group))
     return tuple(sorted(ranks))
 
 
 def refuse_flat(model: nn.Module, what: str) -> None:
-    """Raise a ValueError if a model's weights are divided in a way in which no layer's can be told: by FSDP1, by ZeRO-3, or by
-    tensor parallelism.
+    """Raise a ValueError if a model's weights are divided in a way in which no layer's can be told: by FSDP1, by tensor
+    parallelism, or by ZeRO-3 with one of its rarer settings.
 
     >>> refuse_flat(nn.Linear(2, 2), "delora.save")
     """
-    if next((p for p in model.parameters() if hasattr(p, "ds_id") and not p.numel()), None) is not None:
-        raise ValueError(
-            f"{what} of a model that DeepSpeed's ZeRO-3 divides among processes, so that its weights are empty: shard with "
-            "torch.distributed.fsdp.fully_shard (FSDP2) instead, or call it inside deepspeed.zero.GatheredParameters"
-        )
+    for name, p in model.named_parameters():
+        if (how := zero.unknown(p)) is not None:
+            raise ValueError(
+                f"{what} of a model in which DeepSpeed's ZeRO-3 keeps {name} {how}: that is not known here; leave the setting "
+                "out of its configuration"
+            )
     fsdp = _fsdp()
     known = {part for module in model.modules() if isinstance(module, fsdp) for part in module.modules()}
     for module in model.modules():
-        if module not in known and any(_is_dtensor(p) for p in module._parameters.values()):
+        if module not in known and any(is_dtensor(p) for p in module._parameters.values()):
             raise ValueError(
                 f"{what} of a model with tensor parallel layers (a {type(module).__name__}): each process computes a part of "
                 "their output, which an adapter does not; load it without tp_plan, and shard it with fully_shard"
@@ -209,10 +287,11 @@ def refuse_flat(model: nn.Module, what: str) -> None:
 
 
 def settle(model: nn.Module) -> None:
-    """Free what FSDP2 has gathered for a forward and kept: what is read and written is each process's part.
+    """Free what FSDP2 or DeepSpeed has gathered for a forward and kept: what is read and written is each process's part.
 
     >>> settle(nn.Linear(2, 2))
     """
     for module in model.modules():
         if isinstance(module, _fsdp()):
             module.reshard()
+        zero.settle(module)

@@ -14,6 +14,7 @@ from delora.layer import Adapted, look
 from delora.methods import Full, Method
 from delora.methods.base import checked_replace, edits_output
 from delora.models import places, walk
+from delora.zero import full_shape, outlined
 
 __all__ = ["Patterns", "fresh_heads", "rank_limit", "resolve", "told"]
 
@@ -74,7 +75,7 @@ def _all_linear(
         if name in routers:
             left_out[name] = f"it chooses among {routers[name]} experts"
             continue
-        own = [key for key, p in base._parameters.items() if p is not None and p.ndim > 1]
+        own = [key for key, p in base._parameters.items() if p is not None and len(full_shape(p)) > 1]
         if getattr(kind, "linear", False):
             try:
                 host(base)
@@ -101,7 +102,7 @@ def _all_linear(
             why = f"a {type(base).__name__} is no linear layer" if kind else f"a {type(base).__name__} keeps its weights itself"
             left_out[name] = why
     for key, p in model._parameters.items():
-        if p is not None and p.ndim > 1:
+        if p is not None and len(full_shape(p)) > 1:
             left_out[key] = "the model itself owns it, and no layer"
     return chosen, left_out
 
@@ -200,7 +201,7 @@ def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
     """What ``targets="all-linear"`` left out, by kind of layer and reason, with its share of the model's weights."""
     found: dict[str, Any] = {**model._parameters, **places(model)}
     owned = {name: _owned(found[name]) for name in left_out}
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(full_shape(p).numel() for p in model.parameters())
     total += sum(each.weights() - each.counted() for each in quantised_layers(model))
     kinds: dict[tuple[str, str], list[str]] = {}
     for name, why in left_out.items():
@@ -210,14 +211,17 @@ def told(model: nn.Module, left_out: Mapping[str, str]) -> str:
     for (kind, why), names in kinds.items():
         parts = [owned[n] for n in names]
         tensors = [p for part in parts for p in (part._parameters.values() if isinstance(part, nn.Module) else [part])]
-        count = sum(p.numel() for p in tensors if p is not None)
+        count = sum(full_shape(p).numel() for p in tensors if p is not None)
         count += sum(q.weights() - q.counted() for p in parts if isinstance(p, nn.Module) and (q := quantised_host(p)))
         lines.append(f"{len(names)} {kind} ({count / total:.1%} of the weights; {why}), such as {names[0]!r}")
     return 'targets="all-linear" left out: ' + "; ".join(lines)
 
 
 def _owned(place: Any) -> Any:
-    return place.part() if isinstance(place, Slot) else place.base if isinstance(place, Adapted) else place
+    if isinstance(place, Slot):
+        with outlined(place.owner):
+            return place.part()
+    return place.base if isinstance(place, Adapted) else place
 
 
 def _outer(name: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from delora.lowrank import traced, without_autocast
 from delora.meeting import differs
 from delora.reading import Reading, readers
-from delora.sharded import processes
+from delora.sharded import partners, processes
 from delora.torch_private import checkpoint_part, is_compiled, saved_tensors_hooks, unhook, versions
 from delora.updates import LowRank, wide
 
@@ -76,6 +76,7 @@ class Together:
         self.finished = False  # whether a whole forward has run since the adapter was made active
         self.parts = False  # whether processes hold parts of the adapters between forwards
         self.groups = _Groups()
+        self.compared: tuple[int, ...] = ()  # the processes that are known to have drawn the same adapters
         self.recomputed: _Updates = {}  # for what is left of a second run
 
     def __getstate__(self) -> dict[str, Any]:
@@ -117,21 +118,23 @@ class Together:
         return self.recomputed.pop(adapter, None)
 
     def _divided(self, active: list[Any]) -> bool:
-        """Whether processes hold parts of the adapters. All must then have drawn the same: each gave its part of its own."""
+        """Whether processes hold parts of the adapters. All that train them together must have drawn the same."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return False
-        ranks = processes(p for adapter in active for p in adapter.parameters())
+        tensors = [p for adapter in active for p in adapter.parameters()]
+        ranks = partners(tensors)
         if not ranks:
             return False
         state = self.model.__dict__.get("_delora")
-        other = differs(ranks, "the first forward", "" if state is None else state.drawn)
-        if other is not None:
+        drawn = "" if state is None else state.drawn
+        if ranks != self.compared and (other := differs(ranks, "the first forward", drawn)) is not None:
             raise ValueError(
-                f"process {other} drew other adapters than process {torch.distributed.get_rank()}, and each holds a part of "
-                "its own: call torch.manual_seed with one number on all of them before delora.inject, or inject after "
-                "fully_shard"
+                f"process {other} drew other adapters than process {torch.distributed.get_rank()}, and they train them as one: "
+                "call torch.manual_seed with one number on all of them before delora.inject, or inject after fully_shard or "
+                "zero.Init"
             )
-        return True
+        self.compared = ranks
+        return bool(processes(tensors))
 
     def _tell(self) -> None:
         layers = set(self.layers.values())

@@ -59,7 +59,7 @@ from delora.models import (
     unwrapped,
 )
 from delora.pretrained import SavePretrained
-from delora.sharded import fill, whole
+from delora.sharded import fill, numbers
 from delora.ties import share_copies
 from delora.version import __version__
 
@@ -112,7 +112,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], name: str | None = No
             kept = {_inside(layer, key): t for key, t in a.saved().items()}
         else:
             kept = {f"{layer}.{key}": t for key, t in a.saved().items()}
-        tensors |= {key: whole(t.detach()).cpu().contiguous() for key, t in kept.items()}
+        tensors |= {key: numbers(t).cpu().contiguous() for key, t in kept.items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")

@@ -125,8 +125,8 @@ def write(
     for layer, copy in whole.items():
         tensors |= {f"{layer}.{key}": t for key, t in copy.at_strength().items()}
     for layer, module in _also_taken(root, weights, whole).items():
-        tensors |= {f"{layer}.{key}": t for key, t in module.state_dict().items()}
-    tensors = {key: form.cast(sharded.whole(t.detach())) for key, t in tensors.items()}
+        tensors |= {f"{layer}.{key}": t for key, t in module.state_dict(keep_vars=True).items()}
+    tensors = {key: form.cast(sharded.numbers(t)) for key, t in tensors.items()}
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")

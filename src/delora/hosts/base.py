@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from delora import zero
 from delora.frozen import Frozen, mark, memory
 from delora.sharded import gathered, is_sharded, like, whole
 from delora.torch_private import is_view
@@ -30,6 +31,7 @@ __all__ = [
     "host_class",
     "host_type",
     "is_bare",
+    "run_changed",
 ]
 
 
@@ -76,18 +78,23 @@ class Host:
     @property
     def shape(self) -> tuple[int, int]:
         """The shape [out, in] of the matrix. Like ``dtype`` and ``device`` it is known without reading the weight."""
-        out, inp = self.matrix().shape
+        with zero.outlined(self.module):
+            out, inp = self.matrix().shape
         return out, inp
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of `rows`: the one that the layer computes in."""
-        return self.matrix().dtype
+        with zero.outlined(self.module):
+            return self.matrix().dtype
 
     @property
     def device(self) -> torch.device:
         """Where `rows` are: where the layer computes, also if a hook keeps its weights elsewhere between its calls."""
-        return torch.device(self.module._hf_hook.execution_device) if _is_offloaded(self.module) else self.matrix().device
+        if _is_offloaded(self.module):
+            return torch.device(self.module._hf_hook.execution_device)
+        with zero.outlined(self.module):
+            return self.matrix().device
 
     def held(self) -> AbstractContextManager[Any]:
         """A context in which the weights are where the layer computes; around several calls of `rows`, they come there once."""
@@ -187,6 +194,8 @@ class Host:
         if W is not None:
             new[self.weight_name] = _parameter(self.as_weight(W), old, fresh=True)
         if b is not None:
+            if self.layer.bias is None and zero.is_divided(old):
+                raise ValueError("it has no bias, and DeepSpeed divides its weight: it cannot be given one")
             new["bias"] = _parameter(b, old if self.layer.bias is None else self.layer.bias)
         return new
 
@@ -299,6 +308,51 @@ def is_bare(layer: nn.Module) -> bool:
     return not hooks and "forward" not in d
 
 
+def run_changed(layer: Any, changed: Mapping[str, Tensor], args: Any, kwargs: Any = None) -> Any:
+    """The output of a layer with other tensors in place of parameters and buffers.
+
+    They are put there after hooks have brought the layer's own ones, if accelerate or DeepSpeed set such.
+
+    Raises:
+        ValueError: DeepSpeed gathers the parameters of modules inside the layer, when these run.
+
+    >>> run_changed(nn.Linear(2, 1, bias=False), {"weight": torch.ones(1, 2)}, (torch.ones(2),)).tolist()
+    [2.0]
+    """
+    if "_hf_hook" in layer.__dict__:
+        place = "_old_forward"
+    elif any(map(zero.is_divided, layer.parameters())):
+        if inside := [name for name in changed if "." in name]:
+            raise ValueError(
+                f"DeepSpeed's ZeRO-3 gathers {inside[0]} of a {type(layer).__name__} where that is used, so that the module "
+                "cannot run with other weights: trained whole, it runs at strength 1 and in the dtype of its base only"
+            )
+        place = "forward"
+    else:
+        return torch.func.functional_call(layer, dict(changed), args, kwargs)
+    forward, of_its_own = getattr(layer, place), layer.__dict__.get(place)
+    registries: list[Any] = [layer._parameters, layer._buffers]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kept = [(registry, {key: registry[key] for key in changed if key in registry}) for registry in registries]
+        for registry, own in kept:
+            registry.update({key: changed[key] for key in own})
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for registry, own in kept:
+                registry.update(own)
+
+    layer.__dict__[place] = run
+    try:
+        return layer(*args, **(kwargs or {}))
+    finally:
+        if of_its_own is None:
+            del layer.__dict__[place]
+        else:
+            layer.__dict__[place] = of_its_own
+
+
 class Norm(Host):
     """``nn.LayerNorm``: the scale of every channel is the matrix [channels, 1], the shift is the bias.
 
@@ -371,7 +425,8 @@ class MatrixHost(Host):
     def run(self, x: Tensor, W: Tensor) -> Tensor:
         """The layer's output with W in place of its own matrix."""
         weight = self.as_weight(W).to(self.dtype)
-        return torch.func.functional_call(self.layer, {self.weight_name: weight}, (x,))
+        output: Tensor = run_changed(self.layer, {self.weight_name: weight}, (x,))
+        return output
 
 
 # Hosts by full class name, for libraries that may not be loaded; each is registered when its first layer is looked up.

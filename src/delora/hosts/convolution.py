@@ -35,14 +35,14 @@ class Convolution(MatrixHost):
         return self.layer.weight.flatten(1)
 
     def as_weight(self, W: Tensor) -> Tensor:
-        return W.reshape(self.layer.weight.shape)
+        return W.reshape(-1, self.layer.in_channels, *self.layer.kernel_size)
 
     def channels_last(self, y: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
         channels = -1 - self.dims
         return fn(y.movedim(channels, -1)).movedim(-1, channels)
 
     def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
-        kernel = down.reshape(-1, *self.layer.weight.shape[1:])  # [k, in, *kernel]
+        kernel = down.reshape(-1, self.layer.in_channels, *self.layer.kernel_size)  # [k, in, *kernel]
         return torch_private.conv(self.layer, F.dropout(x, dropout) if dropout else x, kernel)
 
     def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from delora.frozen import mark
 from delora.hosts.base import Host
 from delora.updates import wide
+from delora.zero import full_shape, outlined
 
 __all__ = ["Layout", "Parameters", "Slice", "Slot", "parameters", "slots"]
 
@@ -107,7 +108,7 @@ class Parameters:
             # Numbers of one byte mean nothing without their scale.
             if not isinstance(W, Tensor) or not W.is_floating_point() or W.element_size() == 1:
                 continue
-            if W.ndim == (3 if layout.experts is True else 2):
+            if len(full_shape(W)) == (3 if layout.experts is True else 2):
                 found[key] = layout
         return found
 
@@ -141,7 +142,8 @@ def slots(module: nn.Module) -> dict[str, Slot]:
     """
     found = {}
     for key, layout in parameters(module).items():
-        count = len(layout.apart(module, getattr(module, key))) if layout.experts else 0
+        with outlined(module):
+            count = len(layout.apart(module, getattr(module, key))) if layout.experts else 0
         for slot in [Slot(module, key, layout, i) for i in range(count)] or [Slot(module, key, layout)]:
             found[slot.name] = slot
     return found
