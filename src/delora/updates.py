@@ -279,8 +279,9 @@ class NearIdentity(Side):
         if len(up) == 1:
             return x + x @ down[0].T @ up[0].T
         parts = x.unflatten(-1, up.shape[:2])  # [..., n, m]
-        h = torch.einsum("...nm,nkm->...nk", parts, down)
-        return (parts + torch.einsum("...nk,nmk->...nm", h, up)).flatten(-2)
+        rows = parts.reshape(-1, *parts.shape[-2:]).transpose(0, 1)  # [n, tokens, m]
+        h = torch.bmm(rows, down.mT)
+        return (parts + torch.bmm(h, up.mT).transpose(0, 1).reshape(parts.shape)).flatten(-2)
 
     def transposed(self) -> NearIdentity:
         return NearIdentity(self.down.mT, self.up.mT)

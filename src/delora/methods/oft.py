@@ -60,5 +60,6 @@ class OFT:
         upper = free.new_zeros(n, s, s).index_put((torch.arange(n, device=free.device)[:, None], row, column), free)
         Q = upper - upper.mT
         eye = torch.eye(s, dtype=free.dtype, device=free.device)
-        R = torch.linalg.solve(eye + Q, eye - Q)  # I - Q and (I + Q)^-1 commute
+        # (I + Q)^-1 (I - Q). No singular value of I + Q is below 1; the gradient of an inverse needs products alone.
+        R = 2 * torch.linalg.inv(eye + Q) - eye
         return TwoSided(right=BlockDiagonal(R.mT))
