@@ -289,6 +289,44 @@ def matrices_that_parents_use(rank: int, folder: str) -> None:
     same(tensors(delora.merge(one)), tensors(delora.merge(two)))
 
 
+def transformers_trainer(rank: int, folder: str) -> None:
+    """The Trainer with a configuration of DeepSpeed, which from_pretrained reads, too: it divides the model as it is loaded."""
+    deepspeed()
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    if rank == 0:
+        torch.manual_seed(0)
+        sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+        off = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        BertForSequenceClassification(BertConfig(**sizes, **off)).save_pretrained(f"{folder}/base")
+    torch.distributed.barrier()
+
+    def adapted() -> nn.Module:
+        model = BertForSequenceClassification.from_pretrained(f"{folder}/base")
+        torch.manual_seed(1)
+        return delora.inject(model, DeLoRA(r=2), ["query", "value"], also_train=["classifier"])
+
+    one, labels = adapted(), torch.tensor([0, 1, 1, 0])
+    optimizer = torch.optim.SGD(delora.param_groups(one, lr=0.3))
+    for _ in range(4):
+        one(ids(), labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    options = dict(optim="sgd", lr_scheduler_type="constant", learning_rate=0.3, max_grad_norm=0.0, max_steps=4)
+    options |= dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", average_tokens_across_devices=False)
+    auto = {key: "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")}
+    divided = CONFIG | auto | {"zero_optimization": {"stage": 3}}
+    arguments = TrainingArguments(f"{folder}/run", per_device_train_batch_size=2, deepspeed=divided, **options)
+    two = adapted()
+    assert is_divided(two.bert.encoder.layer[0].attention.self.query.base.weight)
+    rows = [{"input_ids": ids()[i], "labels": labels[i]} for i in range(4)]  # all of them in each step
+    Trainer(two, arguments, train_dataset=rows).train()
+    after = tensors(two)
+    for name, t in tensors(one).items():
+        torch.testing.assert_close(after[name], t, rtol=1e-4, atol=1e-6)
+    assert delora.distances(delora.load(one, delora.save(two, f"{folder}/trained"))) == delora.distances(two)
+
+
 CASES = [("DeLoRA", way) for way in WAYS] + [("DoRA", "3"), ("EtherPlus", "3 init"), ("OFT", "3")]
 
 
@@ -305,6 +343,6 @@ def test_zero_does_what_one_process_does(tmp_path):
     laws |= {f"draws {w}": (draws_that_differ_are_refused, (w,)) for w in ("2", "3")}
     for law in (biases, checkpointed_and_accumulated, shared_weights_are_not_torn):
         laws[law.__name__] = law, ()
-    for law in (made_inside_zero_init, matrices_that_parents_use):
+    for law in (made_inside_zero_init, matrices_that_parents_use, transformers_trainer):
         laws[law.__name__] = law, (folder,)
     all_hold(laws, tmp_path)
