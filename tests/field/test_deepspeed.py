@@ -314,7 +314,7 @@ def transformers_trainer(rank: int, folder: str) -> None:
         optimizer.zero_grad()
     options = dict(optim="sgd", lr_scheduler_type="constant", learning_rate=0.3, max_grad_norm=0.0, max_steps=4)
     options |= dict(use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no", average_tokens_across_devices=False)
-    auto = {key: "auto" for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping")}
+    auto = dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping"), "auto")
     divided = CONFIG | auto | {"zero_optimization": {"stage": 3}}
     arguments = TrainingArguments(f"{folder}/run", per_device_train_batch_size=2, deepspeed=divided, **options)
     two = adapted()
