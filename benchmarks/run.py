@@ -96,6 +96,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 CHAIN = tuple(f"layers.{i}" for i in range(100))
 LLAMA = Shape("Llama shape (d 768, 4 layers), all linears, 512 tokens", llama, hidden(1, 512, 768), ALL)
 ROBERTA = Shape("RoBERTa shape (d 768, 4 layers), q and v, 256 tokens", roberta, hidden(1, 256, 768), ("query", "value"))
+STARTS: tuple[Any, ...] = ("subtract", "soft")
 TINY = Shape("chain of 100 layers (d 64), 16 tokens", lambda: Chain(100, 64), hidden(1, 16, 64), CHAIN)
 LAYER = Shape("one layer (d 768), 2048 tokens", lambda: Chain(1, 768), hidden(1, 2048, 768), ("layers.0",))
 
@@ -190,6 +191,11 @@ def built(shape: Shape, names: list[str], r: int, dtype: torch.dtype, dropout: f
         drops = dropout if name not in ("ETHER+", "OFT") else 0.0
         models[name] = variants(r)[name](copy.deepcopy(base), list(shape.targets), drops).train()
     return models
+
+
+def tokens(count: int) -> Shape:
+    """The Llama shape with another number of tokens."""
+    return replace(LLAMA, name=LLAMA.name.replace("512", str(count)), inputs=hidden(1, count, 768))
 
 
 def output(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
@@ -353,37 +359,43 @@ def handling(seconds: float) -> list[Row]:
     big = peft.LoraConfig(r=8, target_modules=every)
     folder = Path(tempfile.mkdtemp())
     peft.get_peft_model(copy.deepcopy(thousand), big).save_pretrained(str(folder / "peft"))
-    delora.save(delora.inject(copy.deepcopy(thousand), DeLoRA(r=8, start="soft"), every), folder / "ours")
+    for start in STARTS:
+        delora.save(delora.inject(copy.deepcopy(thousand), DeLoRA(r=8, start=start), every), folder / start)
     pairs = {
         "inject into 1,000 layers": (
             clock(lambda: copy.deepcopy(thousand), lambda m: peft.get_peft_model(m, big)),
-            clock(lambda: copy.deepcopy(thousand), lambda m: delora.inject(m, DeLoRA(r=8, start="soft"), every)),
+            lambda start: clock(lambda: copy.deepcopy(thousand), lambda m: delora.inject(m, DeLoRA(r=8, start=start), every)),
         ),
         "load into 1,000 layers": (
             clock(lambda: copy.deepcopy(thousand), lambda m: peft.PeftModel.from_pretrained(m, str(folder / "peft"))),
-            clock(lambda: copy.deepcopy(thousand), lambda m: delora.load(m, folder / "ours")),
+            lambda start: clock(lambda: copy.deepcopy(thousand), lambda m: delora.load(m, folder / start)),
         ),
         "merge 4096 x 4096": (
             clock(
                 lambda: peft.get_peft_model(wide.make(), peft.LoraConfig(r=8, target_modules=["0"])),
                 lambda m: m.merge_and_unload(),
             ),
-            clock(lambda: delora.inject(wide.make(), DeLoRA(r=8, start="soft"), ["0"]), delora.merge),
+            lambda start: clock(lambda: delora.inject(wide.make(), DeLoRA(r=8, start=start), ["0"]), delora.merge),
         ),
     }
     rows = []
     for what, (theirs, own) in pairs.items():
-        theirs(), own()
-        ratios = []
-        start = time.perf_counter()
-        while len(ratios) < 3 or time.perf_counter() - start < seconds:
+        runs = {start: own(start) for start in STARTS}
+        theirs(), *(run() for run in runs.values())
+        ratios: dict[str, list[float]] = {start: [] for start in STARTS}
+        begin = time.perf_counter()
+        while len(ratios[STARTS[0]]) < 3 or time.perf_counter() - begin < seconds:
             reference = theirs()
-            ratios.append(own() / reference)
-        low, median, high = statistics.quantiles(ratios, n=4)
-        rows.append(Row(what, "", "DeLoRA soft", median, low, high, len(ratios)))
-    sizes = {name: sum(f.stat().st_size for f in (folder / name).glob("*.safetensors")) for name in ("peft", "ours")}
-    ratio = sizes["ours"] / sizes["peft"]
-    return [*rows, Row("adapter file, r 8", "tensors alone", "DeLoRA soft", ratio, ratio, ratio, 1)]
+            for start, run in runs.items():
+                ratios[start].append(run() / reference)
+        for start, each in ratios.items():
+            low, median, high = statistics.quantiles(each, n=4)
+            rows.append(Row(what, "", f"DeLoRA {start}", median, low, high, len(each)))
+    sizes = {name: sum(f.stat().st_size for f in (folder / name).glob("*.safetensors")) for name in ("peft", *STARTS)}
+    for start in STARTS:
+        ratio = sizes[start] / sizes["peft"]
+        rows.append(Row("adapter file, r 8", "tensors alone", f"DeLoRA {start}", ratio, ratio, ratio, 1))
+    return rows
 
 
 def import_time() -> float:
@@ -405,27 +417,31 @@ def measure(full: bool, seconds: float) -> list[Row]:
     rows += steps(LLAMA, names, 2 * seconds)
     rows += steps(LLAMA, main, seconds, dtype=torch.bfloat16)
     rows += steps(LLAMA, main, seconds, dropout=0.1)
+    for r in (64, 256):
+        rows += steps(LLAMA, main, seconds, r=r)
+    rows += steps(LLAMA, main, seconds, r=64, dtype=torch.bfloat16)
+    rows += steps(tokens(128), names, seconds, dtype=torch.bfloat16)
+    rows += steps(LLAMA, main, seconds, checkpointed=True)
     rows += steps(ROBERTA, main, seconds)
     rows += steps(LAYER, main, seconds)
     rows += steps(TINY, main, seconds)
     rows += steps(TINY, main, seconds, fused=True)
     if full:
-        rows += steps(LLAMA, main, seconds, checkpointed=True)
-        for tokens in (256, 1024, 4096):
-            shape = replace(LLAMA, name=LLAMA.name.replace("512", str(tokens)), inputs=hidden(1, tokens, 768))
-            rows += steps(shape, main, seconds)
+        for count in (256, 1024, 4096):
+            rows += steps(tokens(count), main, seconds)
         for depth in (10, 400):
             name, every = f"chain of {depth} layers (d 64), 16 tokens", tuple(f"layers.{i}" for i in range(depth))
             rows += steps(replace(TINY, name=name, make=partial(Chain, depth, 64), targets=every), main, seconds)
-        for r in (16, 64):
+        for r in (16, 128):
             rows += steps(LLAMA, main, seconds, r=r)
+        for r in (16, 64):
             rows += steps(LAYER, main, seconds, r=r)
     rest = [name for name in names if name != "frozen"]
     rows += saved(LLAMA, rest)
     rows += saved(LLAMA, [n for n in main if n != "frozen"], dtype=torch.bfloat16)
     rows += saved(LLAMA, [n for n in main if n != "frozen"], dropout=0.1)
-    for tokens in (1, 16, 64):
-        rows += mixed(seconds, tokens)
+    for count in (1, 16, 64):
+        rows += mixed(seconds, count)
     rows += one_token(seconds) + one_token(seconds, torch.bfloat16)
     return rows + handling(seconds)
 
