@@ -336,7 +336,8 @@ def mark(tensors: Iterable[Tensor]) -> object:
         if n:
             # A step of n over the golden ratio comes by all parts of the tensor.
             at = torch.arange(SAMPLE, device=t.device) * max(1, round(n * 0.618)) % n
-            entries.append(plain[torch.unravel_index(at, plain.shape)].tolist())
+            few = plain.view(-1)[at] if plain.is_contiguous() else plain[torch.unravel_index(at, plain.shape)]
+            entries.append(few.tolist())
         entries += [t.shape, t.dtype, t.device, *versions([t])]
     return entries
 
