@@ -3,6 +3,7 @@
 ===============  =============================================================================
 ``checkpoints``  a checkpoint's manifest, what is wrong with it, and the newest whole one
 ``trainer``      `AdapterTrainer`, and `AdapterCheckpoints` over any Trainer of transformers or TRL
+``fsdp``         FSDP2 under transformers' Trainer
 ``monitor``      `Monitor`: distance, bound used, lam and angles in the Trainer's own loggers
 ``hub``          `delora.push`, `delora.load` and `delora.card`: the Hugging Face Hub
 ``lightning``    `LightningAdapter`: the same checkpoints for Lightning

@@ -23,15 +23,17 @@ from transformers.trainer_utils import TrainOutput
 
 from delora.formats.files import AdapterError, read_json, write_atomically
 from delora.formats.native import load, save
+from delora.integrations import fsdp
 from delora.integrations.checkpoints import damage, last_checkpoint, require_same, write_manifest
 from delora.integrations.monitor import first
 from delora.models import active_adapter, adapted_layers, adapters
 from delora.optimizing import param_groups
 from delora.references import reference
+from delora.sharded import fill, whole
 
 __all__ = ["AdapterCheckpoints", "AdapterTrainer"]
 
-REST = "outside.safetensors"
+REST, OPTIMIZER, SCHEDULER = "outside.safetensors", "optimizer.pt", "scheduler.pt"
 LOADER = "create_model_from_path"  # in the modules of TRL's trainers
 # Not among them: how many steps are trained in all, which a resume may change.
 SETTINGS = (
@@ -68,12 +70,14 @@ class AdapterCheckpoints(Base):
     - The optimizer is the one of ``args.optim``, whichever that is, over the groups of `delora.param_groups`:
       ``args.learning_rate`` for the adapter, ``lam_lr`` for the strengths, ``head_lr`` for the modules trained whole.
     - The best model is that of the best checkpoint (``load_best_model_at_end``).
+    - Under FSDP2 (``fsdp=True``) all processes save and load together, a checkpoint is that of one process, and training goes
+      on from it with any number of them.
     - A trainer of TRL that needs a reference model (DPO, KTO, GRPO, RLOO) gets `delora.reference` of the model, if none is
       given: it would load another base from its file.
 
     Raises:
-        TypeError: the class is derived in the other order. ValueError: the model has no active adapter, or an argument would
-        have no effect.
+        TypeError: the class is derived in the other order. ValueError: the model has no active adapter, an argument would have
+        no effect, or the model would be sharded by DeepSpeed or FSDP1, or by FSDP2 beside its reference.
 
     >>> class Mine(AdapterCheckpoints, Trainer):
     ...     pass
@@ -109,17 +113,35 @@ class AdapterCheckpoints(Base):
             super().__init__(*args, **kwargs)
         if self.model is not None:
             active_adapter(self._injected)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "checkpoints of the adapter alone are not yet to be had under FSDP and DeepSpeed: take the Trainer without "
-                "AdapterCheckpoints there"
-            )
+        self._require_shards()
         if self.optimizer is not None and (lam_lr is not None or head_lr is not None or lam_weight_decay):
             raise ValueError(
                 "lam_lr, head_lr and lam_weight_decay are for the optimizer of args.optim, not for one that is given: use "
                 "delora.param_groups for that one"
             )
         first(self.callback_handler)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and self.accelerator.distributed_type == "MULTI_CPU":
+            fsdp.shard_on_a_cpu(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
+
+    def _require_shards(self) -> None:
+        """Raise a ValueError if the model would be sharded in a way in which no adapter is saved; else name its blocks."""
+        plugin = fsdp.plugin_of(self.accelerator)
+        if self.is_deepspeed_enabled or (plugin is not None and plugin.fsdp_version != 2):
+            raise ValueError(
+                f"no checkpoints of the adapter alone are to be had under {'FSDP1' if plugin else 'DeepSpeed'}: shard with "
+                'FSDP2 (fsdp=True, fsdp_config={"version": 2}), or take the Trainer without AdapterCheckpoints'
+            )
+        if plugin is not None and getattr(self, "ref_model", None) is not None:
+            raise ValueError(
+                "a reference model under FSDP2 has not been run: train in DDP (without fsdp), or take the trainer without "
+                "AdapterCheckpoints"
+            )
+        if plugin is not None and plugin.transformer_cls_names_to_wrap is None and self.model is not None:
+            plugin.transformer_cls_names_to_wrap = fsdp.blocks(self._injected)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -190,6 +212,36 @@ class AdapterCheckpoints(Base):
             return TrainOutput(self.state.global_step, math.nan, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir)  # the Trainer's own would gather the base model
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        optimizer, schedule = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        state = fsdp.whole_state(optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER))
+            torch.save(schedule.state_dict(), Path(output_dir, SCHEDULER))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        optimizer, schedule = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        state = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", weights_only=True)
+        try:
+            optimizer.load_state_dict(fsdp.divided_state(state, optimizer))
+        except ValueError as error:
+            raise AdapterError(f"{checkpoint}: {error}") from error
+        schedule.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
@@ -210,13 +262,14 @@ class AdapterCheckpoints(Base):
         return cast(dict[str, Any], json.loads(json.dumps(values, default=str)))  # as the manifest will have them
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            folder = Path(output_dir or self._folder)
+        folder = Path(output_dir or self._folder)
+        if self.args.should_save or self.is_fsdp_enabled:
             save(self._injected, folder)
-            if rest := _rest(self._injected):
-                write_atomically(folder / REST, to_bytes({k: t.detach().cpu().contiguous() for k, t in rest.items()}))
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            rest = {key: whole(t.detach()).cpu().contiguous() for key, t in _rest(self._injected).items()}
+            if rest and self.args.should_save:
+                write_atomically(folder / REST, to_bytes(rest))
+        if self.args.should_save and self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint = Path(resume_from_checkpoint)
@@ -224,7 +277,7 @@ class AdapterCheckpoints(Base):
             raise AdapterError(f"{checkpoint} is not whole: {broken}")
         if self._optim in UNRESUMED:
             raise AdapterError(f"{checkpoint}: {self._optim} {UNRESUMED[self._optim]}; train anew without it")
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state*.pth"):
+        for name in (OPTIMIZER, SCHEDULER, "rng_state*.pth"):
             if not any(checkpoint.glob(name)):
                 raise AdapterError(
                     f"{checkpoint} holds no {name} (save_only_model?): training cannot go on from it; delora.load its adapter "
@@ -312,6 +365,5 @@ def _take(model: nn.Module, checkpoint: Path) -> None:
             f"{checkpoint}: other parameters train outside of the adapters there than here: {', '.join(sorted(other)[:5])}"
         )
     load(model, checkpoint, active_adapter(model))
-    with torch.no_grad():
-        for name, t in saved.items():
-            rest[name].copy_(t)
+    for name, t in saved.items():
+        fill(rest[name], t.to(rest[name].device))

@@ -23,7 +23,7 @@ from delora.data.examples import Example, Splits, TextTask
 from delora.evaluation import text
 from delora.formats.native import is_adapter
 from delora.models import adapters
-from delora.training import delivery
+from delora.training import delivery, parallel
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import classifier, drawn, loading, skeleton
@@ -115,7 +115,8 @@ def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> R
 
     def score() -> dict[str, Any]:
         predicted = text.predict(model, tokenizer, splits.test, task, max_tokens)
-        write_json(context.folder / PREDICTIONS, predicted.tolist())
+        if parallel.first():
+            write_json(context.folder / PREDICTIONS, predicted.tolist())
         scores = text.scores(predicted, splits.test, task)
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
         return best | {"test": scores[task.reported], "scores": scores}

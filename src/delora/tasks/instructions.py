@@ -29,7 +29,7 @@ from delora.evaluation import harness
 from delora.evaluation.language import perplexity
 from delora.formats.files import read_json
 from delora.formats.native import is_adapter
-from delora.training import delivery
+from delora.training import delivery, parallel
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton, language_tokenizer
@@ -49,6 +49,7 @@ __all__ = [
     "run",
 ]
 
+PARALLEL = True
 NEXT = "next.json"
 METRIC = "likelihood"
 OTHER = 200  # sentences of a domain, for the perplexity
@@ -166,13 +167,16 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         context,
         model,
         metric=None,
+        tokens=True,
         train_dataset=Encoded(data.train, tokenizer, experiment),
         eval_dataset=Encoded(data.held_out, tokenizer, experiment),
         data_collator=DataCollatorForSeq2Seq(tokenizer),
     )
 
     def score() -> dict[str, Any]:
-        write_json(context.folder / NEXT, predicted(model, tokenizer, data.held_out[:COMPARED], experiment))
+        tokens = predicted(model, tokenizer, data.held_out[:COMPARED], experiment)
+        if parallel.first():
+            write_json(context.folder / NEXT, tokens)
         loss = next(line["eval_loss"] for line in reversed(trainer.state.log_history) if "eval_loss" in line)
         likelihood = math.exp(-loss)
         scores = {METRIC: likelihood} | scored(model, tokenizer, experiment, data)
@@ -306,17 +310,19 @@ def base(experiment: Settings) -> nn.Module:
 def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
     """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal next tokens.
 
-    In float32 all must be equal, and the mean loss to 0.8 %. In bfloat16, where merging rounds the weights, the loss alone.
+    In float32 all must be equal, and the mean loss to 0.8 %. In bfloat16, of the weights, which merging rounds, or of the
+    computation, the loss alone.
     """
     trained, part = read_json(run / NEXT), data.held_out[:COMPARED]
-    weights, count = experiment.train.weights, len(trained["tokens"])
+    exact = experiment.train.weights == experiment.train.precision == "fp32"
+    count = len(trained["tokens"])
     tokenizer = language_tokenizer(experiment.model)
 
     def same(kind: str, model: Any) -> int:
         again = predicted(model, tokenizer, part, experiment)
         equal = sum(a == b for a, b in zip(again["tokens"], trained["tokens"], strict=True))
         off = abs(again["loss"] / trained["loss"] - 1)
-        if off > torch.finfo(torch.bfloat16).eps or (weights == "fp32" and equal < count):
+        if off > torch.finfo(torch.bfloat16).eps or (exact and equal < count):
             raise RunError(
                 f"{out / kind} is not what was trained: its loss differs by {100 * off:.1f} %, "
                 f"its prediction in {count - equal} of {count} tokens"

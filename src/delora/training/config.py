@@ -263,7 +263,8 @@ class Experiment(Strict):
     ``task`` names a module of `delora.tasks`, or one of your own; ``model`` a packaged model, a folder, or a model on the
     Hugging Face Hub. With ``seeds`` every variant runs once for each of them, and ``seed`` is not used. ``row`` is the line of
     a table for variants that name none. ``factor`` is what a sweep multiplied the rates by, for its report.
-    ``parallel`` says how several processes, if torchrun started several, share the work: "ddp", each a part of every batch.
+    ``parallel`` says how several processes, if torchrun started several, share the work: each has a part of every batch, and
+    of the model's weights all ("ddp") or a part ("fsdp2").
 
     >>> adapter = AdapterSettings.model_validate({"targets": ["query"]})
     >>> mine = Experiment(task="mytasks.tickets", name="mine", out="runs/mine", model="bert", adapter=adapter, seeds=[0, 1])
@@ -279,7 +280,7 @@ class Experiment(Strict):
     factor: Annotated[float, Field(gt=0)] | None = None
     out: Annotated[str, Field(min_length=1)]
     model: str
-    parallel: Literal["none", "ddp"] = "none"
+    parallel: Literal["none", "ddp", "fsdp2"] = "none"
     about: About = About()
     adapter: AdapterSettings
     train: Train = Train()

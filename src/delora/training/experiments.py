@@ -148,9 +148,12 @@ def fit(
     model: Any,
     metric: str | None,
     watch: Sequence[TrainerCallback] = (),
+    tokens: bool = False,
     **data: Any,
 ) -> RunTrainer:
     """Train in the run's folder, from its last checkpoint if there is one.
+
+    ``tokens``: the loss is the mean over the tokens of a batch that have labels, not over its examples.
 
     With a ``metric``, every epoch is validated and the best one is kept; without, the last one. The Trainer's ``diverged`` is
     the step at which the loss was no longer finite, or None.
@@ -158,11 +161,12 @@ def fit(
     train, folder, bar = experiment.train, context.folder, Bar(experiment.name, context.console)
     trainer = RunTrainer(
         model,
-        arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data),
+        arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens),
         callbacks=[Metrics(folder / METRICS), bar, *watch],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
         lam_weight_decay=train.lam_weight_decay,
+        tokens=tokens,
         **data,
     )
     checkpoint = last_checkpoint(folder / "checkpoints", partial(context.console.print, markup=False), metric is not None)
@@ -177,7 +181,9 @@ def fit(
     return trainer
 
 
-def arguments(experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool) -> TrainingArguments:
+def arguments(
+    experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool, tokens: bool = False
+) -> TrainingArguments:
     """The arguments of transformers' Trainer.
 
     Raises:
@@ -221,7 +227,7 @@ def arguments(experiment: Experiment, folder: Path, examples: int, metric: str |
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to="none",
-        **parallel.arguments(experiment),
+        **parallel.arguments(experiment, tokens),
     )
 
 
@@ -266,7 +272,7 @@ def conclude(
     """
     figures: dict[str, Any] = {"diverged": trainer.diverged}
     if trainer.diverged is None:
-        if parallel.first():
+        if parallel.first() or experiment.parallel == "fsdp2":  # all hold a part; the first writes
             delora.save(model, context.folder / ADAPTER)
         parallel.wait()
         figures |= score() | reached(model, context.folder / ADAPTER)

@@ -48,7 +48,7 @@ def join(experiment: Experiment, able: bool) -> None:
     if n == 1:
         return
     if experiment.parallel == "none":
-        raise ConfigError(f'{experiment.name}: {n} processes were started, but parallel = "none": set parallel=ddp')
+        raise ConfigError(f'{experiment.name}: {n} processes were started, but parallel = "none": set parallel=ddp or fsdp2')
     if not able:
         raise ConfigError(f"{experiment.name}: the task {experiment.task} runs in one process only: start it without torchrun")
     for _, run in experiment.runs():
@@ -79,16 +79,18 @@ def agreed(value: Any) -> Any:
     return values[0]
 
 
-def arguments(experiment: Experiment) -> dict[str, Any]:
-    """What transformers' TrainingArguments are told of it."""
+def arguments(experiment: Experiment, tokens: bool = False) -> dict[str, Any]:
+    """What transformers' TrainingArguments are told of it. ``tokens``: the loss is the mean over tokens, not examples."""
     if processes() == 1:
         return {}
+    shards = {"fsdp": True, "fsdp_config": {"version": 2}} if experiment.parallel == "fsdp2" else {}
     return {
+        **shards,
         # A batch of the recipe is divided among the processes, whatever their number.
         "accelerator_config": {"split_batches": True},
-        # The loss is the mean over the examples, of which each process has as many. With True, transformers multiplies it by
-        # the number of processes also where the model does not divide by what it is told (BERT's classifiers).
-        "average_tokens_across_devices": False,
+        # Of examples each process has as many. With True, transformers multiplies a mean over them by the number of processes
+        # also where the model does not divide by what it is told (BERT's classifiers).
+        "average_tokens_across_devices": tokens,
         "ddp_find_unused_parameters": False,
         "ddp_backend": None if torch.accelerator.is_available() else "gloo",
     }

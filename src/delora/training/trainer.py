@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from delora.diagnostics import Recorder
@@ -32,18 +34,74 @@ class Diverged(RuntimeError):
 
 
 class RunTrainer(AdapterTrainer):
-    """The Trainer of a run: it prints nothing, and knows where it diverged, and its best epoch."""
+    """The Trainer of a run: it prints nothing, and knows where it diverged, and its best epoch.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Of several processes each has a part of every batch, and the losses are those of the whole batch. ``tokens``: the loss is
+    the mean over tokens, of which the parts have different numbers; else over examples.
+    """
+
+    def __init__(self, *args: Any, tokens: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.diverged: int | None = None
+        self.tokens = tokens
+        self.evaluated: list[tuple[float, int]] = []  # the losses of batches, and their numbers of examples
         self.remove_callback(PrinterCallback)  # the Trainer's own printing of every log
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
+            # By autocast, as in one process: Accelerate's policy would round what trains, and the loss.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            self._injected.forward = convert_outputs_to_fp32(self.accelerator.autocast()(self._injected.forward))
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()
         if parallel.processes() > 1:  # no attribute of a DataLoader can be set anew
             loader.batch_sampler.__class__ = parallel.Slices
         return loader
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The mean over the examples of this process's part of a batch; or of tokens, its share of the mean over the batch,
+        times the number of processes, over which the mean is taken."""
+        if not self.tokens or parallel.processes() == 1:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = inputs["labels"][..., 1:].ne(-100).sum()
+        total = self.accelerator.reduce(count, "sum") if num_items_in_batch is None else num_items_in_batch
+        if not count:  # a mean over no tokens is not a number, whatever it is multiplied by
+            inputs = {**inputs, "labels": torch.zeros_like(inputs["labels"])}
+        loss, outputs = super().compute_loss(model, inputs, True)  # the model's own mean; not all do as num_items_in_batch says
+        loss = loss * (count * parallel.processes() / total)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        n = parallel.processes()
+        if n > 1 and loss is not None:
+            rows = len(next(iter(inputs.values())))
+            filled = self.accelerator.gradient_state
+            last = filled.end_of_dataloader and filled.remainder > 0
+            count = filled.remainder if last else n * rows
+            if count < n * rows:  # Accelerate fills up the last batch with other examples
+                loss = self._loss_of_first(model, inputs, min(max(count - rows * self.args.process_index, 0), rows), count)
+            loss = self.accelerator.reduce(loss, "mean")
+            self.evaluated.append((loss.item(), count))
+        return loss, logits, labels
+
+    @torch.no_grad()
+    def _loss_of_first(self, model: nn.Module, inputs: Any, mine: int, count: int) -> Tensor:
+        """The loss of the first ``mine`` examples of this process's part: their mean over processes is that of ``count``."""
+        part = self._prepare_inputs({key: t[: max(mine, 1)] for key, t in inputs.items()})
+        if self.tokens and not mine:
+            part["labels"] = torch.full_like(part["labels"], -100)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, part).detach()
+        return loss if self.tokens else loss * (mine * parallel.processes() / count)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.evaluated = []
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        if self.evaluated:  # the Trainer weighs the last batch by the number of its examples, and all others by more
+            examples = sum(count for _, count in self.evaluated)
+            loss = sum(loss * count for loss, count in self.evaluated) / examples
+            output = output._replace(metrics=output.metrics | {"eval_loss": loss})
+        return output
 
     def best_epoch(self) -> int:
         """The epoch, counted from 1, with the best validation score."""
