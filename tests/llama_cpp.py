@@ -96,7 +96,7 @@ class Server:
         self.server = xllamacpp.Server(p)
 
     def logprobs(
-        self, ids: list[int], scales: list[float], top: int, vocabulary: int = 0, n: int = 4
+        self, ids: list[int] | str, scales: list[float], top: int, vocabulary: int = 0, n: int = 4
     ) -> tuple[list[int], Tensor]:
         """Up to n greedy tokens, and the log-probabilities [n, vocabulary] from which they were taken, NaN but for the top.
 

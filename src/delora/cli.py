@@ -318,10 +318,18 @@ def export(
         int | None,
         typer.Option(help="For --kind vllm: what vLLM is started with. Default: 16, vLLM's own.", show_default=False),
     ] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="For --kind gguf: the model's own GGUF file, to merge into a copy of it, also for Ollama.", show_default=False
+        ),
+    ] = None,
     method: OwnMethod = None,
 ) -> None:
     """Write an adapter for other programs: as a LoRA in PEFT's format, for vLLM, or for llama.cpp."""
     _empty(folder)
+    if base is not None and kind != "gguf":
+        raise typer.BadParameter(f"--base is for --kind gguf, not for {kind}")
     if max_lora_rank is not None and kind != "vllm":
         raise typer.BadParameter(f"--max-lora-rank is for --kind vllm, not for {kind}")
     _quiet()
@@ -334,7 +342,8 @@ def export(
     form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
     with _refusals():
         if kind == "gguf":
-            written = f"{gguf(loaded, folder, **form)}: a LoRA for llama.cpp"
+            what = "a LoRA for llama.cpp" if base is None else "the model, merged, with a Modelfile for Ollama"
+            written = f"{gguf(loaded, folder, base=base, **form)}: {what}"
         elif kind == "vllm":
             most = 16 if max_lora_rank is None else max_lora_rank
             written = (

@@ -6,6 +6,8 @@
 ``peft``         Hugging Face PEFT's format: `delora.export.peft`; `delora.load` reads it
 ``diffusers``    the LoRA files of image programs: `delora.export.diffusers`
 ``gguf``         llama.cpp's LoRA adapters: `delora.export.gguf`
+``gguf_merged``  a model's own GGUF file with the change in its weights
+``gguf_names``   what llama.cpp calls models and weights, and their order
 ``vllm``         what vLLM reads right of PEFT's format: `delora.export.vllm`
 ``nearest``      the factors of an export: of a bounded rank, in a narrower dtype
 ``bases``        how a file knows its base's weights: by two numbers

@@ -10,14 +10,15 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from delora.formats import gguf_merged
 from delora.formats.files import write_atomically
+from delora.formats.gguf_names import Family, family_of, names_of, ordered
 from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
 from delora.meeting import collective, writes
@@ -28,32 +29,6 @@ __all__ = ["write"]
 FILE = "adapter.gguf"
 
 
-@dataclass(frozen=True)
-class Family:
-    """A kind of model: llama.cpp's name of it, and whether it keeps the rows of q and k in an order of its own.
-
-    In the order of "llama" the two halves of a head that are rotated together alternate (`LlamaModel.permute`).
-    """
-
-    name: str
-    permutes: bool = False
-
-
-# By transformers' class, as the converters register them (conversion/llama.py, qwen.py, gemma.py, phi.py).
-FAMILIES = {
-    "LlamaForCausalLM": Family("llama", permutes=True),
-    "MistralForCausalLM": Family("llama", permutes=True),
-    "Qwen2ForCausalLM": Family("qwen2"),
-    "Qwen3ForCausalLM": Family("qwen3"),
-    "GemmaForCausalLM": Family("gemma"),
-    "Gemma2ForCausalLM": Family("gemma2"),
-    "Gemma3ForCausalLM": Family("gemma3"),
-    "Gemma3ForConditionalGeneration": Family("gemma3"),  # its language model
-    "PhiForCausalLM": Family("phi2"),
-    "Phi3ForCausalLM": Family("phi3"),
-}
-
-
 @collective
 @torch.no_grad()
 def write(
@@ -62,26 +37,33 @@ def write(
     name: str | None = None,
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write an adapter, at its current strength, as a LoRA for llama.cpp, and return the path of the file.
 
     ``llama-server -m MODEL.gguf --lora adapter.gguf`` reads it, for a model of any quantisation. A request says its strength:
     ``"lora": [{"id": 0, "scale": 0.5}]``.
 
+    With ``base`` the change is merged instead: ``model.gguf`` is a copy of that file with the adapted layers' weights, also of
+    changes that are not low-rank and of modules that are trained whole, and a ``Modelfile`` is beside it:
+    ``ollama create mine -f Modelfile``.
+
     Needs the ``gguf`` package: ``pip install "delora[gguf]"``.
 
     Args:
         model: a language model of transformers with an adapter: Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2, Gemma 3, Phi or
             Phi 3 (also 3.5 and 4).
-        folder: where to write ``adapter.gguf``; it is created if it does not exist.
+        folder: where to write ``adapter.gguf``, or ``model.gguf``; it is created if it does not exist.
         name: the adapter's name; the active one if None.
         rank: the highest rank to write; a change of a higher one is written as the nearest of this rank, which is told. None
             writes each exactly.
-        dtype: the dtype of the factors, float32, float16 or bfloat16; None for float32.
+        dtype: the dtype of the factors, float32, float16 or bfloat16; None for float32. With ``base``, of the merged matrices;
+            None for that file's own, and float16 where they are quantised.
+        base: the model's own GGUF file, of any quantisation, to merge into. It is left as it is.
 
     Raises:
-        ValueError: the model is of another kind, or the file cannot hold the change of a layer so that llama.cpp reads it
-            right. Nothing is written then.
+        ValueError: the model is of another kind, ``base`` is the file of another model, or a file cannot hold the change of a
+            layer so that llama.cpp reads it right. Nothing is written then.
 
     Warns:
         UserWarning: layers are not exact beyond rounding; the file's field ``delora.approximation`` has their errors.
@@ -97,31 +79,28 @@ def write(
     """
     form = Approximation(rank, torch.float32 if dtype is None else dtype)
     root: Any = unwrapped(model)
-    family = next((FAMILIES[kind.__name__] for kind in type(root).__mro__ if kind.__name__ in FAMILIES), None)
-    if family is None:
-        raise ValueError(
-            f"how llama.cpp holds a {type(root).__name__} is not known here, only {', '.join(FAMILIES)}: delora.export.peft "
-            "writes what llama.cpp's own convert_lora_to_gguf.py reads, or delora.merge writes the change into the weights"
-        )
+    family = family_of(root)
     chosen = adapters(model, name)
+    if base is not None:
+        if rank is not None:
+            raise ValueError(f"rank = {rank}: with base, weights are written, which have no rank; leave one of them out")
+        return gguf_merged.write(root, chosen, family, Path(base), Path(folder), dtype)
     whole = next((layer for layer, placed in chosen.items() if placed.whole), None)
     if whole is not None:
         raise ValueError(
-            f"{whole} is trained whole, which llama.cpp's adapters cannot hold; delora.merge writes it into the weights"
+            f"{whole} is trained whole, which llama.cpp's adapters cannot hold: give base=, the model's own GGUF file, into a "
+            "copy of which all is then merged"
         )
-    names = _names(root, family, list(chosen))
+    names = names_of(root, family, [f"{layer}.weight" for layer in chosen])
     _, tensors = as_lora(chosen, form=form)
-    config = root.config.get_text_config()
     factors: dict[str, tuple[Tensor, Tensor]] = {}
-    for layer, key in names.items():
+    for weight, key in names.items():
+        layer = weight.removesuffix(".weight")
         if (down := tensors.get(f"{layer}.lora_embedding_A")) is not None:
             factors[key] = (down.T, tensors[f"{layer}.lora_embedding_B"])  # read by rows, as the embedding itself
             continue
         down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
-        if family.permutes and layer.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if layer.endswith("q_proj") else config.num_key_value_heads
-            up = up.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-        factors[key] = (down, up)
+        factors[key] = (down, ordered(root, family, weight, up))
     data = _file(family, factors, form)
     form.tell(stacklevel=4)
     folder = Path(folder)
@@ -130,36 +109,6 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / FILE, data)
     return folder / FILE
-
-
-def _names(root: Any, family: Family, layers: list[str]) -> dict[str, str]:
-    """The names of layers in llama.cpp.
-
-    Raises:
-        ValueError: one has none, or one that llama.cpp would apply to something else.
-    """
-    import gguf
-
-    kind = next(kind for kind, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
-    table = gguf.get_tensor_name_map(kind, root.config.get_text_config().num_hidden_layers)
-    embeddings, head = root.get_input_embeddings(), root.get_output_embeddings()
-    tied = head is None or head.weight is embeddings.weight or gguf.MODEL_TENSOR.OUTPUT not in gguf.MODEL_TENSORS[kind]
-    names = {}
-    for layer in layers:
-        plain = layer.replace("model.language_model.", "model.", 1)
-        key = table.get_name(f"{plain}.weight", try_suffixes=(".weight",))
-        if key is None:
-            raise ValueError(
-                f"{layer} has no name in llama.cpp's {family.name!r} models: leave it out of targets, or delora.merge writes "
-                "its change into the weights"
-            )
-        if tied and key in ("token_embd.weight", "output.weight"):
-            raise ValueError(
-                f"{layer}: embedding and head of this model are one matrix in llama.cpp, which cannot adapt one of them alone: "
-                "leave it out of targets, or delora.merge writes its change into the weights"
-            )
-        names[layer] = key
-    return names
 
 
 def _file(family: Family, factors: Mapping[str, tuple[Tensor, Tensor]], form: Approximation) -> bytes:
