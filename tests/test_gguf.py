@@ -342,7 +342,7 @@ def test_a_real_chat_model(tmp_path, monkeypatch):
     server = Server(base, file, delora.export.gguf(model, tmp_path / "unordered"))
     ids = tokenizer("The harbour was quiet in the morning, and the fishermen").input_ids
     greedy = {}
-    for scale in (0, 0.5, 1):
+    for scale in (0, 0.5, 1.5, 1):
         tokens, theirs = server.logprobs(ids, [scale, 0], 200, model.config.vocab_size, n=8)
         delora.strength(model, scale)
         mine = model(torch.tensor([ids + tokens])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
