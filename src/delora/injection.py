@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from delora.hosts import Slot, quantised_layers, slots
-from delora.layer import Adapted, Adapter, Copy, attach
+from delora.layer import Adapted, Adapter, Copy, attach, check_parallel
 from delora.meeting import collective
 from delora.methods import Full, Method
 from delora.methods.base import has_dropout, is_number
@@ -31,7 +31,7 @@ from delora.models import (
 )
 from delora.parts import Parts
 from delora.pretrained import guard, unguard
-from delora.sharded import drawn, spread
+from delora.sharded import drawn, is_dtensor, is_parallel, spread
 from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
@@ -170,16 +170,23 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
     """
     modules = dict(walk(model))
     whole = _by_module(places(model), built)
+    for layer, made in whole.items():
+        module = modules[layer]
+        try:
+            check_parallel(made, module.base if isinstance(module, Adapted) else module)
+        except TypeError as error:
+            raise TypeError(f"{layer}: {error}; to leave it out: exclude=[{layer!r}]") from error
     for look in quantised_layers(model):  # also those without an adapter: gradients pass through them
         look.settle()
     if "_delora" not in model.__dict__:
         model.__dict__["_delora"] = State([n for n, p in model.named_parameters() if p.requires_grad], ties=declared(model))
     model.__dict__["_delora"].left_out = left_out
+    parallel = [p for m in model.modules() if is_parallel(m) for p in m._parameters.values() if is_dtensor(p)]
     swap(model, {modules[layer]: Adapted(modules[layer]) for layer in whole if not isinstance(modules[layer], Adapted)})
     for layer, module in adapted_layers(model).items():
         if layer in whole:
-            if (base := next(module.base.parameters(), None)) is not None:
-                spread(whole[layer], base)
+            if (base := next(iter(parallel or list(module.base.parameters())), None)) is not None:
+                spread(whole[layer], base, plain=bool(parallel))
             module.adapters[name] = whole[layer].train(module.training)
     model.requires_grad_(False)
     rename_declared(model)

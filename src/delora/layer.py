@@ -18,11 +18,11 @@ from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
 from delora.methods.full import Full
 from delora.reading import ReadWeight, reading
-from delora.sharded import agreed, exact, fill, gathered, is_dtensor, like, numbers, whole
+from delora.sharded import agreed, exact, fill, gathered, in_plan, is_dtensor, is_parallel, like, numbers, whole
 from delora.together import built, unsaved
 from delora.updates import LowRank, Update, wide
 
-__all__ = ["STOP", "Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "is_stop", "look", "on_meta"]
+__all__ = ["STOP", "Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "check_parallel", "is_stop", "look", "on_meta"]
 
 
 class Kept(nn.Module):
@@ -435,6 +435,8 @@ def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0,
         if isinstance(layer, Slot):
             raise TypeError("a matrix in a parameter cannot be trained whole: name its module")
         for part in layer.modules():
+            if in_plan(part):  # a copy would go on computing with the tensors of the original
+                raise ValueError(f"a tensor parallel {type(part).__name__} cannot be trained whole: give it an adapter")
             if (codes := quantised_host(part)) is not None:
                 raise ValueError(
                     f"a {codes.kind} layer cannot be trained whole: codes take no gradient; give it an adapter, or load the "
@@ -448,6 +450,27 @@ def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0,
             what = "has no bias" if update.mergeable else "is no layer whose output could be edited"
             raise TypeError(f"cannot adapt it by {type(method).__name__}: a parameter {what}")
     return made
+
+
+def check_parallel(made: Kept, layer: Any) -> None:
+    """Find out whether a layer can have this adapter where each process computes a part of it.
+
+    Raises:
+        TypeError: its change is anything but up down.
+
+    >>> check_parallel(attach(Full(), nn.Linear(4, 3)), nn.Linear(4, 3))  # which is computed as a whole
+    """
+    if not is_parallel(layer):
+        return
+    with torch.no_grad():
+        fits = isinstance(made, Adapter) and not edits_output(made.method)
+        fits = fits and isinstance(Placed(made, layer).update(), LowRank)
+    if not fits:
+        how = f"by {type(made.method).__name__}" if isinstance(made, Adapter) else "by its parameters"
+        raise TypeError(
+            f"cannot adapt a tensor parallel {type(layer).__name__} {how}: each process computes a part of it, which is known "
+            "for layers whose change is up down alone (DeLoRA, LoRA)"
+        )
 
 
 _OF_HOOKS = ("_hf_hook", "_old_forward")  # what accelerate sets on a module is that module's alone

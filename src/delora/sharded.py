@@ -17,11 +17,14 @@ from delora import zero
 
 __all__ = [
     "agreed",
+    "divided_dims",
     "drawn",
     "exact",
     "fill",
     "gathered",
+    "in_plan",
     "is_dtensor",
+    "is_parallel",
     "is_sharded",
     "kept",
     "like",
@@ -57,6 +60,39 @@ def is_sharded(t: Any) -> bool:
     (False, False)
     """
     return is_dtensor(t) or zero.is_divided(t) or isinstance(t, zero.Part)
+
+
+def in_plan(module: nn.Module) -> bool:
+    """Whether torch's ``parallelize_module`` or transformers' ``tp_plan`` has put hooks around a module, or its own forward.
+
+    >>> in_plan(nn.Linear(2, 2))
+    False
+    """
+    return bool(module.__dict__.get("_distribute_module_applied") or module.__dict__.get("_is_hooked"))
+
+
+def is_parallel(module: nn.Module) -> bool:
+    """Whether each process computes a part of a layer: tensor parallelism.
+
+    >>> is_parallel(nn.Linear(2, 2))
+    False
+    """
+    return in_plan(module) and any(map(is_dtensor, module._parameters.values()))
+
+
+def divided_dims(t: Any) -> list[int] | None:
+    """The dimensions in which processes divide a tensor evenly, at most one; None if they divide it otherwise.
+
+    >>> divided_dims(torch.ones(2))
+    []
+    """
+    if not is_dtensor(t):
+        return []
+    from torch.distributed.tensor import Replicate, Shard
+
+    if t.device_mesh.ndim != 1 or type(t.placements[0]) not in (Shard, Replicate):
+        return None
+    return [p.dim for p in t.placements if type(p) is Shard]
 
 
 def numbers(t: Tensor) -> Tensor:
@@ -160,11 +196,12 @@ def _everywhere(value: Tensor, base: Any) -> Any:
     return distribute_tensor(value.detach().to(base.device), mesh, [Replicate()] * mesh.ndim)
 
 
-def spread(module: nn.Module, base: Tensor) -> None:
+def spread(module: nn.Module, base: Tensor, plain: bool = False) -> None:
     """Let a module's tensors be those of the first of the processes that hold parts of ``base``, on all of them.
 
     With FSDP2 its parameters become DTensors that every process holds whole, so that their gradients are those of the whole
-    batch; DeepSpeed divides them when it is given the model.
+    batch; unless ``plain``, as all processes of a tensor parallel model compute the same batch. DeepSpeed divides them when it
+    is given the model.
 
     >>> spread(nn.Linear(2, 2), torch.ones(2))  # which is whole
     """
@@ -173,7 +210,7 @@ def spread(module: nn.Module, base: Tensor) -> None:
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None and not is_sharded(p):
-                value = _everywhere(p, base) if is_dtensor(base) else agreed(p, base)
+                value = _everywhere(p, base) if is_dtensor(base) and not plain else agreed(p, base)
                 part._parameters[name] = nn.Parameter(value, requires_grad=p.requires_grad)
         for name, t in part._buffers.items():
             if t is not None and not is_dtensor(t):
@@ -259,8 +296,8 @@ def _ranks(tensors: Iterable[Any], copies: bool) -> tuple[int, ...]:
 
 
 def refuse_flat(model: nn.Module, what: str) -> None:
-    """Raise a ValueError if a model's weights are divided in a way in which no layer's can be told: by FSDP1, by tensor
-    parallelism, or by ZeRO-3 with one of its rarer settings.
+    """Raise a ValueError if a model's weights are divided in a way in which no layer's can be told: by FSDP1, by FSDP2 and
+    tensor parallelism at once, or by ZeRO-3 with one of its rarer settings.
 
     >>> refuse_flat(nn.Linear(2, 2), "delora.save")
     """
@@ -273,10 +310,11 @@ def refuse_flat(model: nn.Module, what: str) -> None:
     fsdp = _fsdp()
     known = {part for module in model.modules() if isinstance(module, fsdp) for part in module.modules()}
     for module in model.modules():
-        if module not in known and any(is_dtensor(p) for p in module._parameters.values()):
+        if any(is_dtensor(p) for p in module._parameters.values()) and is_parallel(module) == (module in known):
+            how = "both tensor parallel and sharded" if module in known else "divided among processes in a way not known here"
             raise ValueError(
-                f"{what} of a model with tensor parallel layers (a {type(module).__name__}): each process computes a part of "
-                "their output, which an adapter does not; load it without tp_plan, and shard it with fully_shard"
+                f"{what} of a model with a {type(module).__name__} that is {how}: divide the model by fully_shard, or by "
+                "tp_plan or parallelize_module, and by no other"
             )
         if type(module).__name__ == "FullyShardedDataParallel" and module.training_state.name != "SUMMON_FULL_PARAMS":  # type: ignore[union-attr]
             raise ValueError(

@@ -341,16 +341,6 @@ def fsdp1_is_refused(rank: int, folder: str) -> None:
         assert delora.distances(model) == delora.distances(adapt(net(), DeLoRA(r=2)))
 
 
-def tensor_parallel_layers_are_refused(rank: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-
-    model = net()
-    parallelize_module(model, init_device_mesh("cpu", (2,)), {"blocks.0.q": ColwiseParallel()})
-    with pytest.raises(ValueError, match=r"delora.inject of a model with tensor parallel layers \(a Linear\)"):
-        delora.inject(model, LoRA(r=2), ["q"])
-
-
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -427,7 +417,6 @@ def test_two_processes_do_what_one_does(tmp_path):
         draws_that_differ_are_refused,
         shared_weights_are_not_torn,
         without_torchs_private_store,
-        tensor_parallel_layers_are_refused,
     ):
         laws[law.__name__] = law, ()
     laws |= {law.__name__: (law, (str(tmp_path),)) for law in (distributed_checkpoints, only_all_together, fsdp1_is_refused)}

@@ -8,6 +8,7 @@
 ``linear``            ``nn.Linear``, transformers' ``Conv1D``
 ``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``embedding``         ``nn.Embedding``
+``parallel``          linear layers and embeddings of which each process computes a part
 ``packed``            matrices that a module keeps as parameters of its own: ``nn.MultiheadAttention``
 ``experts``           those of transformers' mixtures of experts
 ``quantised``         linear layers of bitsandbytes, torchao, quanto, HQQ, GPTQ and AWQ
@@ -24,6 +25,7 @@ from delora.hosts.embedding import Embedding
 from delora.hosts.experts import of_transformers
 from delora.hosts.linear import Conv1D, Linear
 from delora.hosts.packed import Layout, Parameters, Slice, Slot, parameters, slots
+from delora.hosts.parallel import ParallelEmbedding, ParallelLinear
 from delora.hosts.quantised import Quantised, quantised_host, quantised_layers
 
 __all__ = [
@@ -38,6 +40,8 @@ __all__ = [
     "Linear",
     "MatrixHost",
     "Norm",
+    "ParallelEmbedding",
+    "ParallelLinear",
     "Parameters",
     "Quantised",
     "Slice",

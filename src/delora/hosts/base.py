@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from delora import zero
 from delora.frozen import Frozen, mark, memory
-from delora.sharded import gathered, is_sharded, like, whole
+from delora.sharded import gathered, is_parallel, is_sharded, like, whole
 from delora.torch_private import is_view
 from delora.updates import PerRow, Update, wide
 
@@ -19,6 +19,7 @@ __all__ = [
     "BY_NAME",
     "BY_WEIGHT",
     "ELSEWHERE",
+    "PARALLEL",
     "Host",
     "Hosts",
     "MatrixHost",
@@ -431,6 +432,8 @@ class MatrixHost(Host):
 
 # Hosts by full class name, for libraries that may not be loaded; each is registered when its first layer is looked up.
 BY_NAME: dict[str, type[MatrixHost]] = {}
+# Hosts of layers of which each process computes a part, by that of a layer that one computes alone.
+PARALLEL: dict[type[MatrixHost], type[MatrixHost]] = {}
 # Hosts of layers that keep their type and have a weight of another kind, by the full name of a class of that weight.
 BY_WEIGHT: dict[str, type[MatrixHost]] = {}
 
@@ -473,6 +476,8 @@ class Hosts:
     def __call__(self, layer: nn.Module) -> MatrixHost:
         make = host_class(layer)
         if make is None:
+            if is_parallel(layer):
+                raise TypeError(f"cannot adapt a {type(layer).__name__} that is tensor parallel: only Linear, Embedding can be")
             if (codes := codes_of(layer)) is not None:
                 raise TypeError(f"cannot adapt a {type(layer).__name__}: it keeps {codes}, {_seems_quantised(type(layer))}")
             names = {kind.__name__ for kind in self.registry} | {n.rpartition(".")[2] for n in BY_NAME}
@@ -513,7 +518,8 @@ def host_class(layer: nn.Module) -> type[MatrixHost] | None:
         for base in type(weight).__mro__:
             if (known := BY_WEIGHT.get(f"{base.__module__}.{base.__qualname__}")) is not None:
                 return known
-    return host_type(type(layer))
+    known = host_type(type(layer))
+    return PARALLEL.get(known) if known is not None and is_parallel(layer) else known
 
 
 def codes_of(layer: nn.Module) -> str | None:
