@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -184,14 +184,18 @@ def broadcast(value: Tensor, t: Any) -> Tensor:
     return value
 
 
-@contextmanager
-def outlined(module: nn.Module) -> Iterator[None]:
+def outlined(module: nn.Module) -> AbstractContextManager[None]:
     """A context in which parameters that are empty have their shape, dtype and device, but no numbers.
 
     >>> with outlined(nn.Linear(2, 2)):
     ...     pass
     """
-    away = {name: p for name, p in module._parameters.items() if is_away(p)} if _loaded() else {}
+    return _outlined(module) if _loaded() else nullcontext()  # asked in every forward
+
+
+@contextmanager
+def _outlined(module: nn.Module) -> Iterator[None]:
+    away = {name: p for name, p in module._parameters.items() if is_away(p)}
     for name, p in away.items():
         assert p is not None
         outline = torch.zeros(1, dtype=p.dtype, device=p.device).expand(full_shape(p))

@@ -163,6 +163,8 @@ def in_bfloat16(rank: int, folder: str, way: str) -> None:
             assert torch.equal(runs(ids()), base)
         losses = mean([loss.float() for loss in run(runs, own(rank, ids()))])
         assert losses[-1] < 0.5 * losses[0]
+        rounded = torch.float32 if way == "3 init" else torch.bfloat16
+        assert all(p.dtype == rounded for p in two.parameters() if p.requires_grad)
         saved = delora.save(runs, f"{folder}/bf16-{way}-{method.start}")
         delora.load(one, saved)
         stored = load_file(next(saved.glob("*.safetensors")))
