@@ -301,7 +301,7 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
     for _, each in runs:
         require_sizes(each.model_dump(), each.name)
     parallel.join(experiment, getattr(task, "PARALLEL", False))  # a bare module, too, need not say it
-    with exclusive(out) if parallel.first() else nullcontext():
+    with parallel.together(), exclusive(out) if parallel.first() else nullcontext():
         data = [check(task, each) for _, each in runs]
         if fresh and parallel.first():
             discard(out)

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.data_loader import BatchSamplerShard
 
+from delora.errors import UserError
+from delora.meeting import ProcessError
 from delora.training.config import ConfigError, Experiment
 
-__all__ = ["Slices", "agreed", "arguments", "first", "join", "processes", "wait"]
+__all__ = ["Slices", "agreed", "arguments", "first", "join", "processes", "together", "wait"]
 
 
 def processes() -> int:
@@ -58,6 +61,28 @@ def join(experiment: Experiment, able: bool) -> None:
                 "same part of every batch"
             )
     PartialState(cpu=not torch.accelerator.is_available())
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A context in which an error in words says that another process has ended, where torch says that a connection has.
+
+    Raises:
+        ProcessError: another of the processes ended, or does not answer any more.
+
+    >>> with together():
+    ...     pass
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if processes() == 1 or isinstance(error, UserError) or not lost:
+            raise
+        raise ProcessError(
+            "another process of this run has ended, or does not answer: what it printed says why. Start the command again: the "
+            f"run goes on from its last checkpoint ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def wait() -> None:
