@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,12 @@ class Kept(nn.Module):
     def each(self, name: str, layer: Any) -> Iterator[tuple[str, Any, Any]]:
         """What is adapted, by its name, with its adapter and what that changes: the layer itself, or matrices of its own."""
         yield name, self, layer
+
+    def at(self, strength: float) -> Self:
+        """The same adapter, which shares its tensors, at another strength."""
+        other = copy.copy(self)
+        other.strength = strength
+        return other
 
     def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:
         """What computes the changed tensor of the layer for one who reads it by this name; None if it does not change."""

@@ -7,10 +7,11 @@ adapter in there.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -65,6 +66,18 @@ class Parts(Kept):
     def each(self, name: str, layer: Any) -> Iterator[tuple[str, Any, Any]]:
         for slot, part in self._slots(layer):
             yield f"{name}.{slot.name}", part, slot
+
+    def at(self, strength: float) -> Self:
+        """The same adapters, which share their tensors, at another strength."""
+        other, parts = copy.copy(self), nn.ModuleDict()
+        for key, part in self.parts.items():
+            if isinstance(part, Adapter):
+                parts[key] = part.at(strength)
+            else:
+                experts = cast("Iterable[tuple[str, Adapter]]", cast(nn.ModuleDict, part).items())
+                parts[key] = nn.ModuleDict({i: each.at(strength) for i, each in experts})
+        other._modules = self._modules | {"parts": parts}
+        return other
 
     def refresh(self, layer: nn.Module, redraw: bool) -> None:
         """Measure the matrices again and, if ``redraw``, initialise the other tensors again, too."""

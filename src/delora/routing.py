@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.ambient import apart, put_aside
+from delora.hosts import of_transformers
 from delora.layer import Adapted, Adapter, Copy, Placed
 from delora.lowrank import traced
 from delora.meeting import meet
@@ -20,6 +21,9 @@ from delora.parts import Parts
 from delora.updates import Affine, Edited, LowRank, PerRow
 
 __all__ = ["Rows", "routed", "serving"]
+
+# What transformers gives a module of experts: the tokens, the experts chosen for each, and their weights.
+TOKENS = (["hidden_states", "top_k_index", "top_k_weights"], ["hidden_states", "router_indices", "routing_weights"])
 
 Key = tuple[str, float | None] | None  # an adapter's name and strength (None: the adapter's own), or None: no adapter
 
@@ -88,14 +92,12 @@ class _Route:
     of each adapter for themselves."""
 
     def __init__(self, name: str, layer: Adapted, rows: Rows) -> None:
-        self.name, self.rows = name, rows
-        if any(isinstance(adapter, Parts) for adapter in layer.adapters.values()):
-            raise ValueError(
-                f"the adapters of {name} change its own parameters (experts, a packed projection), which are the same for all "
-                "rows: run the rows of each adapter for themselves"
-            )
-        self.adapters = {key: cast("Adapter | Copy", module) for key, module in layer.adapters.items()}
-        low = {key: Placed(_at(adapter, 1.0), layer.base).low_rank() for key, adapter in self.adapters.items()}
+        self.name, self.layer, self.rows = name, layer, rows
+        self.adapters = {key: cast("Adapter | Copy | Parts", module) for key, module in layer.adapters.items()}
+        low = {
+            key: None if isinstance(adapter, Parts) else Placed(adapter.at(1.0), layer.base).low_rank()
+            for key, adapter in self.adapters.items()
+        }
         changes = {key: change for key, change in low.items() if change is not None}
         self.number = {key: i for i, key in enumerate(changes, start=1)}  # 0: no change
         if changes:
@@ -103,24 +105,27 @@ class _Route:
             self.kind, self.gathers = type(host), host.linear
             self.length = 1 if host.lookup else 2 if host.linear else None  # dimensions before that of the features, or None
             self.up, self.down = _stacked(list(changes.values()), host.dtype)
+        self.keys: list[Key] = []  # what each row of the batch runs with in this layer
         self.changes: list[PerRow] = []  # one for each number of rows that is possible
-        self.groups: list[tuple[Tensor, Adapter | Copy | None]] = []  # of one batch, the rows of each adapter
+        self.groups: list[tuple[Tensor, Key]] = []  # of one batch, the rows of each adapter
+        self.takes_tokens = any(isinstance(a, Parts) for a in self.adapters.values()) and _takes_tokens(layer.base)
         self.batch_first = False  # whether a call has shown that the first dimension of what this layer gets is the batch
 
     def use(self, keys: list[Key]) -> None:
-        mine = [key if key is not None and key[0] in self.adapters else None for key in keys]
+        self.keys = mine = [key if key is not None and key[0] in self.adapters else None for key in keys]
         if all(key is None or key[0] in self.number for key in mine):
             self.groups = []
             self._gather(mine)
             return
         self.changes = []
-        self.groups = [
-            (
-                torch.tensor([i for i, other in enumerate(mine) if other == key]),
-                None if key is None else _at(self.adapters[key[0]], key[1]),
-            )
-            for key in dict.fromkeys(mine)
-        ]
+        self.groups = [(torch.tensor([i for i, other in enumerate(mine) if other == key]), key) for key in dict.fromkeys(mine)]
+
+    def _adapter(self, key: Key) -> Adapter | Copy | Parts | None:
+        """The adapter of some rows, at their strength."""
+        if key is None:
+            return None
+        adapter = self.adapters[key[0]]
+        return adapter if key[1] is None else adapter.at(key[1])
 
     def _gather(self, keys: list[Key]) -> None:
         self.changes = []
@@ -141,8 +146,9 @@ class _Route:
 
     def read(self, name: str, weight: Tensor) -> Tensor:
         """What a module gets that reads the weight of this layer: none is right for all rows, if their changes differ."""
-        if not self.groups and not any(bool(change.index.any()) for change in self.changes):
-            return weight
+        first = self.keys[0]
+        if all(key == first for key in self.keys):
+            return _read(self._adapter(first), self.layer.base, name, weight)
         raise ValueError(
             f"{self.name}: the module around this layer reads its weight, and the rows of a mixed batch have none in common; "
             "run the rows of each adapter for themselves"
@@ -197,18 +203,39 @@ class _Route:
             raise ValueError(f"{self.name} got no tensor whose rows could be told apart")
         at = self._rows_of(x)
         parts = []
-        for rows, (_, adapter) in zip(at, self.groups, strict=True):
+        for rows, (_, key) in zip(at, self.groups, strict=True):
+            adapter = self._adapter(key)
             run = base if adapter is None else Placed(adapter, base)
-            parts.append(run(*_split(args, len(x), rows, self.name), **_split(kwargs, len(x), rows, self.name)))
+            with self._inside(key, len(rows)):
+                parts.append(run(*_split(args, x, rows, self.name), **_split(kwargs, x, rows, self.name)))
         return _joined(parts, torch.cat(at).argsort(), self.name)
 
+    @contextmanager
+    def _inside(self, key: Key, count: int) -> Iterator[None]:
+        """A context in which the layers inside this one get so many rows, all with one adapter."""
+        routes = [route for name, route in self.rows.routes.items() if name.startswith(f"{self.name}.")]
+        if not routes:
+            yield
+            return
+        names, keys = self.rows.names, [route.keys for route in routes]
+        try:
+            self.rows.names = [None if key is None else key[0]] * count
+            for route in routes:
+                route.use([key] * count)
+            yield
+        finally:
+            self.rows.names = names
+            for route, before in zip(routes, keys, strict=True):
+                route.use(before)
+
     def _rows_of(self, x: Tensor) -> list[Tensor]:
-        """The rows of each group in a batch in which every row may be repeated."""
+        """The rows of each group in a batch in which every row may be repeated, or of which this layer gets the tokens."""
         names = len(self.rows.names)
         times = len(x) // names if x.dim() else 0
-        if times not in (1, self.rows.num_beams) or times * names != len(x):
+        if not times or times * names != len(x) or (times not in (1, self.rows.num_beams) and not self.takes_tokens):
             raise self._other_rows(x)
-        self._is_batch_first(x, 2 if x.is_floating_point() else 1)
+        if not self.takes_tokens:
+            self._is_batch_first(x, 2 if x.is_floating_point() else 1)
         each = torch.arange(times)
         return [(rows[:, None] * times + each).flatten().to(x.device) for rows, _ in self.groups]
 
@@ -216,7 +243,8 @@ class _Route:
         """If all adapters edit the layer's output, one edit of all rows: the layer itself runs once, for whatever arguments."""
         found: list[Any] = []
         host: Any = None
-        for _, adapter in self.groups:
+        for _, key in self.groups:
+            adapter = self._adapter(key)
             if adapter is None:
                 found.append(None)
                 continue
@@ -265,11 +293,7 @@ class _Ready:
 
     def read(self, name: str, value: Tensor) -> Tensor:
         """The weight or bias with the change in it, for a module that reads it."""
-        if isinstance(self.adapter, Copy):
-            changed: Tensor = self.adapter.at_strength(self.layer.base).get(name, value)
-            return changed
-        compute = self.adapter.read(self.layer.base, name)
-        return value if compute is None else cast(Tensor, compute())
+        return _read(self.adapter, self.layer.base, name, value)
 
 
 class _Caught:
@@ -279,13 +303,22 @@ class _Caught:
         return fn
 
 
-def _at(adapter: Adapter | Copy, strength: float | None) -> Adapter | Copy:
-    """The adapter, which shares its tensors, at another strength."""
-    if strength is None or strength == adapter.strength:
-        return adapter
-    other = copy.copy(adapter)
-    other.strength = strength
-    return other
+def _read(adapter: Adapter | Copy | Parts | None, base: nn.Module, name: str, value: Tensor) -> Tensor:
+    """A tensor of a layer with the change of an adapter in it, for a module that reads it."""
+    if adapter is None:
+        return value
+    if isinstance(adapter, Copy):
+        changed: Tensor = adapter.at_strength(base).get(name, value)
+        return changed
+    compute = adapter.read(base, name)
+    return value if compute is None else compute()
+
+
+def _takes_tokens(module: nn.Module) -> bool:
+    """Whether a module takes the tokens of all rows, one row after the other, in its first dimension: transformers' experts,
+    of those few kinds excepted that are given the tokens of each expert apart."""
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+    return bool(of_transformers(module)) and arguments in TOKENS
 
 
 def _stacked(changes: list[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -301,22 +334,27 @@ def _stacked(changes: list[LowRank], dtype: torch.dtype) -> tuple[Tensor, Tensor
     return up, down
 
 
-def _split(value: Any, count: int, rows: Tensor, name: str) -> Any:
-    """Of every tensor among arguments these rows; a tensor of one row is for all of them."""
-    if isinstance(value, Tensor) and value.dim() and len(value) == count:
+def _split(value: Any, x: Tensor, rows: Tensor, name: str) -> Any:
+    """Of every tensor among arguments these rows of as many as ``x`` has; a tensor of one row is for all of them."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == len(x):
+        if value is not x and value.dim() == 2 and x.dim() == 3 and list(value.shape) == list(x.shape[:2]) == 2 * [len(x)]:
+            raise ValueError(
+                f"{name} gets a tensor of shape {list(value.shape)} and has as many rows as tokens: whether it is of the rows "
+                "or of all pairs of tokens cannot be told; pad this batch by a token"
+            )
         return value[rows]
     if isinstance(value, dict):
-        return {key: _split(part, count, rows, name) for key, part in value.items()}
+        return {key: _split(part, x, rows, name) for key, part in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_split(part, count, rows, name) for part in value)
+        return type(value)(_split(part, x, rows, name) for part in value)
     if value is None or isinstance(value, (bool, int, float, str)) or (isinstance(value, Tensor) and value.numel() == 1):
         return value
     if isinstance(value, Tensor) and len(value) == 1:
         return value
     got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
     raise ValueError(
-        f"{name} is changed by an adapter whose change is not low-rank, and gets {got}, which cannot be split into the rows of "
-        "each adapter: run these adapters one after the other"
+        f"{name} is changed by an adapter whose change is not low-rank, or one of parameters, and gets {got}, which cannot be "
+        "split into the rows of each adapter: run these adapters one after the other"
     )
 
 
