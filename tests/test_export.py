@@ -202,7 +202,7 @@ def test_diffusers_draws_what_the_nearest_weights_draw(tmp_path, kohya):
 @pytest.mark.parametrize("kohya", [False, True])
 def test_diffusers_draws_the_picture_of_every_strength(tmp_path, kohya):
     pipe, seen = adapted(tiny_diffusion.pipeline(), DeLoRA(r=2, lam=4.0)), []
-    for strength in (0, 1.5):
+    for strength in (0, 0.5, 1, 1.5):
         delora.strength(pipe.unet, strength)
         delora.export.diffusers(pipe, tmp_path / str(strength), kohya=kohya)
         fresh = tiny_diffusion.pipeline()

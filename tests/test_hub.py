@@ -266,10 +266,11 @@ def test_transformers_load_adapter_reads_our_export(method, tmp_path):
     )
     base, x = LlamaForCausalLM(config).eval(), torch.arange(10).reshape(2, 5)
     model = shake(delora.inject(copy.deepcopy(base), method, ["q_proj", "down_proj"])).eval()
-    delora.strength(model, 0.7)
-    theirs = copy.deepcopy(base)
-    theirs.load_adapter(str(delora.export.peft(model, tmp_path)))
-    torch.testing.assert_close(theirs(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
-    assert (model(x).logits - base(x).logits).abs().max() > 1e-2
-    theirs.disable_adapters()
-    torch.testing.assert_close(theirs(x).logits, base(x).logits)
+    for strength in (0, 0.5, 1, 1.5):
+        delora.strength(model, strength)
+        theirs = copy.deepcopy(base)
+        theirs.load_adapter(str(delora.export.peft(model, tmp_path / str(strength))))
+        torch.testing.assert_close(theirs(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+        assert ((model(x).logits - base(x).logits).abs().max() > 1e-2) == (strength > 0)
+        theirs.disable_adapters()
+        torch.testing.assert_close(theirs(x).logits, base(x).logits)

@@ -61,7 +61,7 @@ def alone(folder, name, prompt, strength=1.0, max_tokens=12):
 
 
 def test_each_request_gets_what_its_adapter_gives_alone(engine, client, folder):
-    cases = [(name, s, PROMPT + " x" * i) for i, name in enumerate(["base", *ADAPTERS] * 2) for s in (1.0, 0.5)]
+    cases = [(name, s, PROMPT + " x" * i) for i, name in enumerate(["base", *ADAPTERS]) for s in (1.0, 0.5, 0.0, 1.5)]
     cases = [case for case in cases if case[0] != "base" or case[1] == 1.0]
 
     def request(case):
