@@ -55,6 +55,18 @@ def test_variants_change_what_they_name_and_nothing_else():
     assert (head.adapter.build(), head.adapter.targets, head.seed) == (Full(), ["classifier"], 3)
 
 
+def test_reach_takes_the_place_of_lam_and_lam_that_of_reach():
+    assert base("adapter.reach=0.1").runs()[0][1].adapter.build() == DeLoRA(r=4, reach=0.1, start="paired")
+    recipe = copy.deepcopy(BASE)
+    recipe["variants"] = [{"name": "reach", "adapter": {"reach": 0.2}}, {"name": "lam", "adapter": {"lam": 3.0}}]
+    (_, reach), (_, lam) = parse(recipe).runs()
+    assert (reach.adapter.build().lam, reach.adapter.build().reach) == (None, 0.2)
+    assert (lam.adapter.build().lam, lam.adapter.build().reach) == (3.0, None)
+    both = BASE | {"adapter": BASE["adapter"] | {"reach": 0.1}}
+    with pytest.raises(ConfigError, match="lam = 12 and reach = 0.1: both say how strong the change is"):
+        parse(copy.deepcopy(both))
+
+
 def test_an_experiment_survives_being_written():
     experiment = base()
     assert parse(experiment.model_dump(mode="json")) == experiment

@@ -218,6 +218,69 @@ def test_bad_hyperparameters_are_refused_in_words(make, words):
     assert words in str(error.value)
 
 
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("r", [2, 8, 32])
+@pytest.mark.parametrize(("out", "inp"), [(300, 400), (900, 150)])
+def test_random_directions_come_to_reach(start, norm, r, out, inp):
+    """Whatever the width, rank, norm and start. A term's size deviates by sqrt(1 / in), 8 %, and a mean of 64 by 1 %."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(inp, out)
+    torch.nn.init.normal_(layer.weight, std=3.0)
+    layer.weight.data[:, ::3] *= 0.1  # columns of different norms
+    layer.weight.data[::4] *= 3.0
+    model = torch.nn.Sequential(layer)
+    method = DeLoRA(r=r, reach=0.1, norm=norm, start=start, softness=1e-6)
+    delora.inject(model, method, ["0"])
+    assert inspect(model)["0"].reach == pytest.approx(0.1, rel=1e-5)
+    adapter, distances = model[0].adapter, []
+    with torch.no_grad():
+        for _ in range(32):
+            for name in {"A", "B", "A0", "B0"} & adapter.tensors().keys():
+                getattr(adapter, name).normal_()
+            distances.append(delora.distances(model)["0"])
+    assert sum(distances) / len(distances) == pytest.approx(0.1, rel=0.03)
+
+
+def test_reach_and_lam_are_two_ways_to_say_one_thing():
+    assert (DeLoRA().lam, DeLoRA().reach) == (8.0, None)
+    with pytest.raises(ValueError, match="both say how strong"):
+        DeLoRA(lam=3.0, reach=0.1)
+    with pytest.raises(ValueError, match="above 0"):
+        DeLoRA(reach=0.0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 64))
+    delora.inject(model, DeLoRA(r=4, lam=3.0), ["0", "1"], overrides={"1": {"reach": 0.2}})
+    reports = inspect(model)
+    assert reports["0"].lam == 3.0
+    assert reports["1"].reach == pytest.approx(0.2, rel=1e-5)
+
+
+def test_a_matrix_of_zeros_has_no_reach():
+    layer = torch.nn.Linear(4, 4)
+    torch.nn.init.zeros_(layer.weight)
+    with pytest.raises(ValueError, match="W is zero"):
+        delora.inject(torch.nn.Sequential(layer), DeLoRA(r=2, reach=0.1), ["0"])
+
+
+def test_reach_is_kept_by_files_and_by_models_that_get_their_weights_later(tmp_path):
+    torch.manual_seed(0)
+    weights = torch.nn.Sequential(torch.nn.Linear(8, 8)).state_dict()
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    delora.inject(model, DeLoRA(r=2, reach=0.1, norm="none"), ["0"])
+    model.load_state_dict(weights, assign=True)
+    model.to_empty(device="cpu") if any(p.is_meta for p in model.parameters()) else None
+    model.load_state_dict(weights)
+    model(torch.ones(1, 8))
+    assert inspect(model)["0"].reach == pytest.approx(0.1, rel=1e-5)
+    delora.save(model, tmp_path)
+    again = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    again.load_state_dict(weights)
+    delora.load(again, tmp_path)
+    assert again[0].adapter.method == DeLoRA(r=2, reach=0.1, norm="none")
+    assert inspect(again)["0"].lam == inspect(model)["0"].lam
+
+
 def test_a_method_is_a_value():
     assert DeLoRA(r=8, lam=4) == DeLoRA(r=8, lam=4.0)
     assert len({DeLoRA(), DeLoRA(), LoRA()}) == 2

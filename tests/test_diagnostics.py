@@ -113,7 +113,7 @@ def test_the_recorder_follows_training():
     assert 0 < rows[-1]["spectral"] <= rows[-1]["distance"]
     assert 0 < rows[-1]["bound_used"] < 1
     expected = [r.reachable / model.get_submodule(name).base.weight.norm() for name, r in inspect(model).items() if r.lam]
-    assert rows[-1]["reachable"] == pytest.approx(sum(expected).item() / len(expected))
+    assert rows[-1]["reach"] == pytest.approx(sum(expected).item() / len(expected))
 
 
 def test_turns_are_angles_in_degrees():

@@ -253,7 +253,7 @@ def test_the_monitor_logs_to_every_logger_wherever_it_stands(kind, late, tmp_pat
     trainer.train()
     steps = [row for row in log.rows if "loss" in row]
     assert len(steps) == 4
-    names = {"distance", "bound_used", "lam", "turn_A", "turn_B", "spectral", "reachable"}
+    names = {"distance", "bound_used", "lam", "turn_A", "turn_B", "spectral", "reach"}
     assert all({f"delora/{name}" for name in names} <= set(row) for row in steps)
     layers = delora.distances(model)
     assert steps[-1]["delora/distance"] == pytest.approx((layers["net.q"] + layers["net.v"]) / 2)

@@ -153,7 +153,7 @@ def test_the_page_its_figures_and_its_numbers(tmp_path, folders):
 
 def test_curves_are_thinned_and_keep_every_validation(tmp_path, folders):
     folder = make(folders(), 0.5)
-    rows = [{"step": s, "loss": 1.0, "distance": s / 1e4, "bound_used": 0.5, "reachable": 0.3} for s in range(1, 5001)]
+    rows = [{"step": s, "loss": 1.0, "distance": s / 1e4, "bound_used": 0.5, "reach": 0.3} for s in range(1, 5001)]
     rows += [{"step": s, "validation_accuracy": 0.5} for s in (777, 4999)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run,) = runs(tmp_path)

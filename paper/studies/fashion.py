@@ -236,7 +236,7 @@ def trace(run: Path) -> list[dict[str, Any]]:
         if "distance" in row and row["step"] // 100:
             point = {"step": 100 * (row["step"] // 100), "distance": row["distance"]}
             bound = {"bound": row["distance"] / row["bound_used"]} if row.get("bound_used") else {}
-            expected = {"reachable": row["reachable"]} if "reachable" in row else {}
+            expected = {"reachable": row["reach"]} if "reach" in row else {}
             points.setdefault(point["step"], point | bound | expected)
     return list(points.values())
 

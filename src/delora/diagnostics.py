@@ -111,7 +111,7 @@ class LayerReport:
 
     ``effective_rank`` is exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
     ``bound`` is the bound of ``distance`` that the method guarantees, ``bound_used`` is distance / bound; ``reachable`` is
-    the distance for orthogonal terms, which training reaches long before the bound.
+    the distance for orthogonal terms, which training reaches long before the bound, and ``reach`` divides it by |W|.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 3)), delora.LoRA(r=2), ["0"])
@@ -130,6 +130,7 @@ class LayerReport:
     bound: float | None
     bound_used: float | None
     reachable: float | None
+    reach: float | None
     spectral: float | None
     effective_rank: float | None
 
@@ -148,7 +149,8 @@ def report(adapter: Placed) -> LayerReport:
     lam = getattr(adapter, "lam", None)
     unscaled = bound(adapter.method, adapter.numbers()) if not adapter.whole else None
     limit = None if unscaled is None else unscaled.item() * adapter.strength
-    expected = reachable(adapter.method, adapter.numbers()) if not adapter.whole else None
+    size = reachable(adapter.method, adapter.numbers()) if not adapter.whole else None
+    expected = None if size is None else size.item() * adapter.strength
     effective = None
     if spectrum is not None:
         share = spectrum / spectrum.sum().clamp_min(torch.finfo(spectrum.dtype).tiny)
@@ -163,7 +165,8 @@ def report(adapter: Placed) -> LayerReport:
         relative=None if change is None else _share(change, base),
         bound=limit,
         bound_used=change / limit if change is not None and limit else None,
-        reachable=None if expected is None else expected.item() * adapter.strength,
+        reachable=expected,
+        reach=None if expected is None else _share(expected, adapter.frozen.norm().item()),
         spectral=None if spectrum is None else spectrum[0].item(),
         effective_rank=effective,
     )
@@ -200,7 +203,7 @@ def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
 class Recorder:
     """Metrics of the active adapter's weight changes over a training run: ``recorder.record() -> {metric: value}``.
 
-    The values are means over the layers: ``distance``, ``spectral`` and ``reachable`` (all relative to |W|_F),
+    The values are means over the layers: ``distance``, ``spectral`` and ``reach`` (all relative to |W|_F),
     ``bound_used`` and ``lam``, as far as the method has them. ``turn_A`` and ``turn_B`` are the angles, in degrees, by
     which the rows of A and the columns of B turned since the last record; vectors of length zero are left out.
 
@@ -242,8 +245,7 @@ class Recorder:
             r = report(adapter)
             spectral = None if r.spectral is None else r.spectral / base
             rows.append({"distance": r.relative, "spectral": spectral})
-            expected = None if r.reachable is None else _share(r.reachable, base)
-            rows[-1] |= {"bound_used": r.bound_used, "reachable": expected, "lam": r.lam}
+            rows[-1] |= {"bound_used": r.bound_used, "reach": r.reach, "lam": r.lam}
         now = self._directions()
         turns = {key: _degrees(self.directions[key], now[key]) for key in now}
         self.directions = now

@@ -530,6 +530,9 @@ class Adapted(nn.Module):
             return self.route(self, *args, **kwargs)
         if self.active is None:
             return self.base(*args, **kwargs)
+        if traced():
+            adapter: Any = self.adapters[self.active]
+            return adapter(adapter.kind(self.base), *args, **kwargs)
         modules = self._modules  # read directly: looking a module up as an attribute takes as long as a small product
         adapter = cast(Any, modules["adapters"])._modules[self.active]
         return adapter(adapter.kind(modules["base"]), *args, **kwargs)

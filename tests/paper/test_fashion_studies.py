@@ -71,7 +71,7 @@ def test_the_recipes_are_what_the_studies_chose(recipe):
 
 
 def test_the_trace_has_every_hundredth_step(tmp_path):
-    rows = [{"step": s, "distance": s / 1000, "bound_used": 0.5, "reachable": 0.1} for s in range(20, 321, 20)]
+    rows = [{"step": s, "distance": s / 1000, "bound_used": 0.5, "reach": 0.1} for s in range(20, 321, 20)]
     rows.append({"step": 320, "validation_loss": 1.0})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert trace(tmp_path) == [{"step": s, "distance": s / 1000, "bound": s / 500, "reachable": 0.1} for s in (100, 200, 300)]

@@ -19,7 +19,7 @@ from delora.updates import LowRank
 
 __all__ = ["Description", "describe"]
 
-HEADER = ("shape", "r", "lam", "|dW|/|W|", "bound used", "effective rank")
+HEADER = ("shape", "r", "lam", "reach", "|dW|/|W|", "bound used", "effective rank")
 PEFT_HEADER = ("shape", "r", "lam", "|dW|", "effective rank")
 
 
@@ -68,8 +68,8 @@ def _our_row(name: str, entry: Any, fields: dict[str, Any], file: Path) -> tuple
     at = f"{file}, {name!r}"
     report = get(entry, "report", dict, at, {})
     settings = fields | get(entry, "fields", dict, at, {})
-    values = [get(report, key, (int, float), at, None) for key in ("lam", "relative", "bound_used", "effective_rank")]
-    figures = [_number(value, places) for value, places in zip(values, (2, 3, 3, 1), strict=True)]
+    values = [get(report, key, (int, float), at, None) for key in ("lam", "reach", "relative", "bound_used", "effective_rank")]
+    figures = [_number(value, places) for value, places in zip(values, (2, 3, 3, 3, 1), strict=True)]
     return _shape(get(entry, "shape", list, at)), shown(settings.get("r", "–")).strip("'"), *figures
 
 

@@ -80,7 +80,7 @@ JSON, LOCK = "adapter.json", ".lock"
 TENSORS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors")
 KEYS = ("format", "schema", "method", "fields", "layers", "also_train", "base_model", "tensors", "versions", "checksum")
 LAYER_KEYS = ("shape", "method", "fields", "dropout", "strength", "base", "report")
-REPORTED = ("lam", "distance", "relative", "bound", "bound_used", "spectral", "effective_rank")
+REPORTED = ("lam", "reach", "distance", "relative", "bound", "bound_used", "spectral", "effective_rank")
 WEIGHTS = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype) and d.is_floating_point}
 
 

@@ -158,7 +158,8 @@ def as_delora(layers: dict[str, Placed]) -> Parts:
             f"{layer}.delora_w_norm": p["c"],
         }
     r, rank_pattern = by_pattern({layer: a.method.r for layer, a in layers.items()})
-    lam, lambda_pattern = by_pattern({layer: a.method.lam for layer, a in layers.items()})
+    strengths = {layer: a.method.lam or round(a.numbers()["lam"].item(), 4) for layer, a in layers.items()}  # of a new start
+    lam, lambda_pattern = by_pattern(strengths)
     config = {
         "peft_type": "DELORA",
         "r": r,

@@ -22,7 +22,7 @@ from delora.formats import cards, native
 from delora.formats import peft as peft_format
 from delora.formats.files import AdapterError, read_json
 
-__all__ = ["HubError", "card", "load", "push"]
+__all__ = ["HubError", "card", "load", "local", "push"]
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 OURS = (native.JSON, f"adapter-{'[0-9a-f]' * 16}.safetensors")

@@ -19,7 +19,7 @@ class Monitor(TrainerCallback):
     """Adds the measurements of `delora.diagnostics.Recorder` to each logged training step, for every logger of the Trainer.
 
     ``delora/distance`` is the mean of |W' - W| / |W| over the layers; beside it stand ``bound_used``, ``lam``, ``spectral``,
-    ``reachable``, and the angles ``turn_A``, ``turn_B`` (degrees since the last logged step), as far as the method has them.
+    ``reach``, and the angles ``turn_A``, ``turn_B`` (degrees since the last logged step), as far as the method has them.
 
     Args:
         budget: stop training at the first measured step at which the distance is at least this: how far from the base, and so

@@ -45,6 +45,7 @@ __all__ = [
     "kaiming",
     "measure",
     "name_of",
+    "one_of",
     "reachable",
     "reads_weight",
     "require_count",
@@ -191,8 +192,18 @@ def fields_of(method: Any) -> dict[str, Any]:
     return {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
 
 
+def one_of(method: type) -> tuple[str, ...]:
+    """The names of those fields of a method of which only one is given: naming one puts the others aside.
+
+    >>> import delora
+    >>> one_of(delora.DeLoRA), one_of(delora.LoRA)
+    (('lam', 'reach'), ())
+    """
+    return getattr(method, "one_of", ())
+
+
 def checked_replace(method: Any, changes: dict[str, Any], where: str) -> Any:
-    """``method`` with some fields changed.
+    """``method`` with some fields changed. A field of which only one of several is given replaces the others (`one_of`).
 
     Raises:
         ValueError: a field is unknown or a value is invalid; ``where`` begins the message.
@@ -207,8 +218,10 @@ def checked_replace(method: Any, changes: dict[str, Any], where: str) -> Any:
     for field in changes:
         if field not in known:
             raise ValueError(f"{where}: {type(method).__name__} has no field {field!r}; its fields are {list(known)}")
+    alternatives = one_of(type(method))
+    others = dict.fromkeys(alternatives) if changes.keys() & set(alternatives) else {}
     try:
-        return dataclasses.replace(method, **changes)
+        return dataclasses.replace(method, **others | changes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 

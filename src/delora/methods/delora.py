@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from delora.frozen import Frozen, takes_frozen
 from delora.lowrank import traced
-from delora.methods.base import TINY, kaiming, require_flags, require_positive, require_rank
+from delora.methods.base import TINY, fields_of, kaiming, require_flags, require_positive, require_rank
 from delora.updates import LowRank
 
 __all__ = ["DeLoRA", "folded"]
@@ -30,7 +30,12 @@ class DeLoRA:
 
     Args:
         r: rank of the update, at least 1.
-        lam: strength at the start, above 0.
+        lam: strength at the start, above 0, the same for all layers; 8 if ``reach`` is not given either. What it comes to
+            depends on a layer's width and on r: published strengths are for their models.
+        reach: in place of ``lam``, the share of |W|_F that the change of a layer comes to when its directions have nothing
+            left in common with those at the start, above 0. The strength of each layer follows from it, r and the norms of W,
+            whatever ``start`` and ``norm`` are: lam = reach |W| sqrt(r) / rms(c), for a start that is subtracted or copied
+            smaller by sqrt(2).
         norm: the scales c, from the frozen W: the norm of each input column ("columns", as in the authors' code and
             assumed by all published strengths), of the whole matrix ("matrix", Eq. 8 to the letter), of each output row
             ("rows"), or 1 ("none", the ablation of Table 1).
@@ -56,17 +61,25 @@ class DeLoRA:
     """
 
     r: int = 8
-    lam: float = 8.0
+    lam: float | None = None
+    reach: float | None = None
     norm: Literal["columns", "matrix", "rows", "none"] = "columns"
     start: Literal["subtract", "copy", "paired", "soft", "zero"] = "subtract"
     softness: float = 0.03
     learn_lam: bool = True
 
     stacks: ClassVar[bool] = True
+    one_of: ClassVar[tuple[str, ...]] = ("lam", "reach")
 
     def __post_init__(self) -> None:
         require_rank(self.r)
-        require_positive("lam", self.lam)
+        if self.lam is not None and self.reach is not None:
+            raise ValueError(
+                f"lam = {self.lam!r} and reach = {self.reach!r}: both say how strong the change is; give one of them (lam=None)"
+            )
+        if self.reach is None and self.lam is None:
+            object.__setattr__(self, "lam", 8.0)
+        require_positive(*(("lam", self.lam) if self.reach is None else ("reach", self.reach)))
         require_positive("softness", self.softness)
         require_flags(self)
         if self.start == "paired" and self.r % 2:
@@ -80,7 +93,7 @@ class DeLoRA:
             A[1::2], B[:, 1::2] = -A[::2], B[:, ::2]
         if self.start in ("soft", "zero"):
             B.zero_()
-        lam = W.new_full((1,), float(self.lam))
+        lam = W.new_full((1,), float(self.lam)) if self.lam is not None else self._strength(W).to(A.dtype)
         p = {"A": nn.Parameter(A), "B": nn.Parameter(B), "lam": nn.Parameter(lam) if self.learn_lam else lam}
         # Copies: tensors that share memory with the trained ones would keep the difference at zero.
         if self.start in ("subtract", "copy"):
@@ -88,6 +101,18 @@ class DeLoRA:
         if self.start == "subtract":
             p["lam0"] = lam.clone()
         return p
+
+    def __repr__(self) -> str:
+        given = {name: value for name, value in fields_of(self).items() if value is not None}
+        return f"DeLoRA({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+
+    def _strength(self, W: Frozen) -> Tensor:
+        """The lam [1] at which `reachable` is ``reach`` |W|_F."""
+        one = W.new_ones(1)
+        lam = cast(float, self.reach) * W.norm().reshape(1) / self.reachable(self.measure(W) | {"lam": one, "lam0": one})
+        if not lam.is_meta and not (lam.isfinite().all() and lam > 0):
+            raise ValueError(f"reach = {self.reach!r}: W is zero, so no strength is a share of it; give lam")
+        return lam
 
     @takes_frozen
     def measure(self, W: Frozen) -> dict[str, Tensor]:
@@ -135,7 +160,8 @@ class DeLoRA:
         """
         lam = p["lam"].abs()
         other = {"subtract": p.get("lam0", lam), "copy": lam}.get(self.start, torch.zeros_like(lam))
-        return p["c"].square().mean().sqrt() * torch.hypot(lam, other) / self.r**0.5
+        rms: Tensor = p["c"].square().mean().sqrt()
+        return rms * torch.hypot(lam, other) / self.r**0.5
 
 
 def folded(

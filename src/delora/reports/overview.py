@@ -356,8 +356,8 @@ def _points(run: Run) -> list[dict[str, Any]]:
             point["distance"] = row["distance"]
             if row.get("bound_used"):
                 point["bound"] = row["distance"] / row["bound_used"]
-            if "reachable" in row:
-                point["reachable"] = row["reachable"]
+            if "reach" in row:
+                point["reachable"] = row["reach"]
         if metric in row:
             point["score"] = row[metric]
         points.append(point)

@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
@@ -29,6 +29,7 @@ from pydantic import (
 from delora import outside
 from delora.errors import UserError
 from delora.methods import METHODS
+from delora.methods.base import one_of
 from delora.recipes import shipped
 
 __all__ = [
@@ -320,6 +321,9 @@ class Experiment(Strict):
                 # Fields that the other method lacks (lam, for LoRA) are dropped; those that both have (r) are kept.
                 kept = [*AdapterSettings.model_fields, *AdapterSettings.method_fields(method)]
                 base = plain | {"adapter": {k: v for k, v in plain["adapter"].items() if k in kept}}
+            if isinstance(adapter, dict):
+                base = base | {"adapter": dict(base["adapter"])}
+                _put_aside(base["adapter"], adapter)
             merged = _merge(base, {"name": variant.name, "row": variant.row or self.row, **changes})
             runs.append((variant, validate(merged, type(self), f"variants[{number}] ({variant.name})")))
         return runs
@@ -410,11 +414,25 @@ def assign(data: dict[str, Any], override: str) -> str:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise ConfigError(f"{override!r}: {part} is a value, not a table with keys")
+    if outer == ["adapter"]:
+        _put_aside(data, [last])
     try:
         data[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         data[last] = text.strip()
     return ".".join(parts)
+
+
+def _put_aside(adapter: dict[str, Any], changed: Iterable[str]) -> None:
+    """Take out what a changed field replaces: of lam and reach, for example, only one is given."""
+    try:
+        others = one_of(method_class(adapter.get("method", "delora")))
+    except (LookupError, TypeError, outside.OutsideError):
+        return  # what is wrong with the method is said when it is made
+    changed = set(changed)
+    for name in others:
+        if changed & set(others) and name not in changed:
+            adapter.pop(name, None)
 
 
 def _refuse_hidden(experiment: Experiment, key: str) -> None:

@@ -153,7 +153,7 @@ class Metrics(TrainerCallback):
         write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows if row).encode())
 
 
-KEPT = {key: key for key in ("step", "epoch", "seconds", "loss", "distance", "spectral", "bound_used", "reachable", "lam")}
+KEPT = {key: key for key in ("step", "epoch", "seconds", "loss", "distance", "spectral", "bound_used", "reach", "lam")}
 KEPT |= {key: key for key in ("turn_A", "turn_B", "learning_rate")}
 COST = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
