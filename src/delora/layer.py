@@ -295,7 +295,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     for path, part in module.named_modules(remove_duplicate=False):
         for registry in (part.__dict__.get("_former_parameters", {}), part._parameters, part._buffers):
             # By their names, because in a forward DeepSpeed gathers what is looked up, for the module that runs.
-            tensors |= {f"{path}.{key}" if path else key: t for key in registry if (t := registry[key]) is not None}
+            # Each is looked up once; a name assigned within the comprehension could not be compiled.
+            held = {key: registry[key] for key in registry}
+            tensors |= {f"{path}.{key}" if path else key: t for key, t in held.items() if t is not None}
     return tensors
 
 
