@@ -60,6 +60,15 @@ def alone(model):
     return model.forward
 
 
+def assert_each_is_as_alone(model, x):
+    y, together = gradients(model, model, x)
+    expected, each = gradients(model, alone(model), x)
+    torch.testing.assert_close(y, expected)
+    assert together.keys() == each.keys()
+    for name in each:
+        torch.testing.assert_close(together[name], each[name], msg=name)
+
+
 @pytest.fixture
 def x():
     return torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -70,12 +79,7 @@ def x():
 @pytest.mark.parametrize("start", STARTS)
 def test_together_is_each_alone(start, norm, learn_lam, x):
     model = chain(DeLoRA(r=2, start=start, norm=norm, learn_lam=learn_lam))
-    y, together = gradients(model, model, x)
-    expected, each = gradients(model, alone(model), x)
-    torch.testing.assert_close(y, expected)
-    assert together.keys() == each.keys()
-    for name in each:
-        torch.testing.assert_close(together[name], each[name], msg=name)
+    assert_each_is_as_alone(model, x)
 
 
 def test_layers_of_one_shape_are_built_together(x):
@@ -147,12 +151,7 @@ def test_a_change_of_structure_between_forwards_is_seen(change, x):
     if change is STRUCTURES["another dtype"]:
         model.layers[2].register_forward_pre_hook(lambda _, args: (args[0].double(),))
         model.layers[2].register_forward_hook(lambda _, args, y: y.float())
-    y, together = gradients(model, model, x)
-    expected, each = gradients(model, alone(model), x)
-    torch.testing.assert_close(y, expected)
-    assert together.keys() == each.keys()
-    for name in each:
-        torch.testing.assert_close(together[name], each[name], msg=name)
+    assert_each_is_as_alone(model, x)
 
 
 def test_a_constant_written_to_before_backward_is_refused(x):
