@@ -29,10 +29,10 @@ from delora.models import (
     unwrapped,
     walk,
 )
-from delora.parts import Parts
+from delora.parts import Parts, Several, Slices
 from delora.pretrained import guard, unguard
 from delora.sharded import drawn, is_dtensor, is_parallel, spread
-from delora.targets import Patterns, fresh_heads, rank_limit, resolve, told
+from delora.targets import Patterns, Targets, fresh_heads, rank_limit, resolve, told
 from delora.ties import declared, rename_declared, restore_declared, share_copies, with_ties
 from delora.together import unwatch, watch
 from delora.zero import in_engine
@@ -60,7 +60,7 @@ def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) 
         if isinstance(method, Full) and isinstance(base, nn.Module) and (inside := list(adapted_layers(base))):
             raise ValueError(f"{name}: {inside[0]!r} inside it is adapted already; delora.eject or delora.merge that first")
         try:
-            built[name] = attach(method, base, 0.0 if isinstance(base, Slot) else dropout)
+            built[name] = attach(method, base, 0.0 if isinstance(base, Slot) and base.key else dropout)
         except (TypeError, ValueError) as error:
             inside = list(slots(base)) if isinstance(base, nn.Module) else []
             way_in = f"; its matrices can be named: {f'{name}.{inside[0]}'!r}" if inside else ""
@@ -81,7 +81,7 @@ def _build(model: nn.Module, plan: Mapping[str, Method | Full], dropout: float) 
 def inject(
     model: nn.Module,
     method: Method | Full,
-    targets: Patterns,
+    targets: Targets,
     *,
     dropout: float = 0.0,
     also_train: Patterns = (),
@@ -95,7 +95,8 @@ def inject(
         model: any model; it is changed in place and returned.
         method: such as ``DeLoRA(r=8, lam=4.0)``.
         targets: names of layers: a list of suffixes (``["query", "value"]``, which begin after a dot), one regular
-            expression (which must match the whole name), or ``"all-linear"`` (every linear layer but the output head).
+            expression (which must match the whole name), ``"all-linear"`` (every linear layer but the output head), or a
+            dictionary of names with the slices of each (``{"qkv_proj": ["q", "v"], "o_proj": None}``; None: all of it).
         dropout: probability in [0, 1) with which entries of a layer's input are dropped where its change is computed.
         also_train: modules that are trained whole and saved with the adapter, such as ``["classifier"]``.
         exclude: names to leave out of the targets, in the same form.
@@ -130,7 +131,8 @@ def inject(
     root.__dict__["_delora"].drawn += drawn(built.values())
     if words:
         warnings.warn(words, stacklevel=3)
-    if dropout and (without := [name for name, placed in adapters(root, name).items() if isinstance(placed.base, Slot)]):
+    placed = adapters(root, name)
+    if dropout and (without := [layer for layer, a in placed.items() if isinstance(a.base, Slot) and a.base.key]):
         warnings.warn(
             f"dropout = {dropout!r} does not apply to {without[0]!r} (so for {len(without)} of {len(plan)} layers): what a "
             "module multiplies by its own parameters is not seen",
@@ -194,9 +196,9 @@ def install(model: nn.Module, built: Mapping[str, Adapter | Copy], name: str, le
     activate(model, name)
 
 
-def _by_module(named: Mapping[str, Any], built: Mapping[str, Adapter | Copy]) -> dict[str, Adapter | Copy | Parts]:
-    """The adapters by the module that they go into; those of matrices in its parameters together."""
-    whole: dict[str, Adapter | Copy | Parts] = {}
+def _by_module(named: Mapping[str, Any], built: Mapping[str, Adapter | Copy]) -> dict[str, Adapter | Copy | Several]:
+    """The adapters by the module that they go into; those of matrices in its parameters, and of its slices, together."""
+    whole: dict[str, Adapter | Copy | Several] = {}
     parts: dict[str, dict[Slot, Any]] = {}
     for name, adapter in built.items():
         if isinstance(slot := named[name], Slot):
@@ -205,9 +207,9 @@ def _by_module(named: Mapping[str, Any], built: Mapping[str, Adapter | Copy]) ->
             whole[name] = adapter
     if both := sorted(whole.keys() & parts.keys()):
         raise ValueError(
-            f"{both[0]!r} cannot have an adapter, and its parameters others, under one name: choose one of the two"
+            f"{both[0]!r} cannot have an adapter, and its parameters or slices others, under one name: choose one of the two"
         )
-    return whole | {module: Parts(each) for module, each in parts.items()}
+    return whole | {module: (Parts if next(iter(each)).key else Slices)(each) for module, each in parts.items()}
 
 
 def swap(model: nn.Module, new: Mapping[Any, nn.Module]) -> None:

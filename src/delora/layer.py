@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from delora.frozen import Frozen, Known, given
-from delora.hosts import Host, Quantised, Slice, Slot, any_host, host, quantised_host
+from delora.hosts import Host, Quantised, Slot, any_host, host, quantised_host
 from delora.hosts.base import ELSEWHERE, brought, run_changed
 from delora.lowrank import traced, without_autocast
 from delora.methods.base import Method, edits_output, initial, measure, reads_weight
@@ -22,7 +22,20 @@ from delora.sharded import agreed, exact, fill, gathered, in_plan, is_dtensor, i
 from delora.together import built, unsaved
 from delora.updates import LowRank, Update, wide
 
-__all__ = ["STOP", "Adapted", "Adapter", "Copy", "Kept", "Placed", "attach", "check_parallel", "is_stop", "look", "on_meta"]
+__all__ = [
+    "STOP",
+    "Adapted",
+    "Adapter",
+    "Changing",
+    "Copy",
+    "Kept",
+    "Placed",
+    "attach",
+    "check_parallel",
+    "is_stop",
+    "look",
+    "on_meta",
+]
 
 
 class Kept(nn.Module):
@@ -59,7 +72,49 @@ class Kept(nn.Module):
         return self
 
 
-class Adapter(Kept):
+class Changing(Kept):
+    """An adapter whose change of its layer is one `Update`."""
+
+    kind: type[Host]  # makes a look at the layer of each call
+
+    @property
+    def dropped(self) -> float:
+        """The probability with which entries of the layer's input are dropped now."""
+        raise NotImplementedError
+
+    def update(self, host: Host) -> Update:
+        """The change of a layer at the current strength, computed in float32 or wider even under autocast."""
+        raise NotImplementedError
+
+    def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
+        """The output of the layer that ``host`` looks at, with the change.
+
+        The layer itself is no argument: what moves arguments to a device (accelerate's hooks) would move it.
+        """
+        if self.strength == 0:
+            return host.layer(*args, **kwargs)
+        if not args and len(kwargs) == 1 and host.weight_name is not None:  # layer(input=x)
+            args, kwargs = tuple(kwargs.values()), {}
+        return self.update(host).forward(host, self.dropped, *args, **kwargs)
+
+    def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:
+        host = self.kind(layer)
+        if name not in ("weight", "bias") or host.weight_name is None or self.strength == 0:
+            return None
+        value: Tensor = getattr(layer, name)
+
+        def compute() -> Tensor:
+            with _here(self):
+                update = self.update(host)
+            if name == host.weight_name:
+                return host.as_weight(update.merge(host.weight())).to(host.dtype)  # a quantised layer's value holds codes
+            new = update.bias(host.bias())
+            return value if new is None else new.to(value.dtype)
+
+        return compute
+
+
+class Adapter(Changing):
     """A method's tensors for one layer, in float32 or wider whatever the dtype of the layer.
 
     >>> from delora import LoRA
@@ -72,7 +127,7 @@ class Adapter(Kept):
         """With ``blank`` the initial tensors are on the meta device, until `put` gives them values."""
         super().__init__()
         self.method = method
-        self.kind = type(host)  # makes a look at the layer of each call
+        self.kind = type(host)
         if dropout:  # a module, because some trainers look for these to turn them off (TRL, for DPO)
             self.drop = nn.Dropout(dropout)
         self.strength = 1.0
@@ -92,6 +147,10 @@ class Adapter(Kept):
     def dropout(self) -> float:
         """The probability with which entries of the layer's input are dropped in training."""
         return self.drop.p if "drop" in self._modules else 0.0
+
+    @property
+    def dropped(self) -> float:
+        return self.drop.p if "drop" in self._modules and self.drop.training else 0.0
 
     def _start(self, host: Host, blank: bool = False) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         W = Frozen(host, self.known)
@@ -167,34 +226,6 @@ class Adapter(Kept):
         The tensors that it does not give are then rounded alike: the frozen half of a start must cancel the one that trains.
         """
         return next((p.dtype for p in self._parameters.values() if p is not None and p.itemsize < self.itemsize), None)
-
-    def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
-        """The output of the layer that ``host`` looks at, with the change.
-
-        The layer itself is no argument: what moves arguments to a device (accelerate's hooks) would move it.
-        """
-        if self.strength == 0:
-            return host.layer(*args, **kwargs)
-        if not args and len(kwargs) == 1 and host.weight_name is not None:  # layer(input=x)
-            args, kwargs = tuple(kwargs.values()), {}
-        dropped = self.drop.p if "drop" in self._modules and self.drop.training else 0.0
-        return self.update(host).forward(host, dropped, *args, **kwargs)
-
-    def read(self, layer: nn.Module, name: str) -> Callable[[], Tensor] | None:
-        host = self.kind(layer)
-        if name not in ("weight", "bias") or host.weight_name is None or self.strength == 0:
-            return None
-        value: Tensor = getattr(layer, name)
-
-        def compute() -> Tensor:
-            with _here(self):
-                update = self.update(host)
-            if name == host.weight_name:
-                return host.as_weight(update.merge(host.weight())).to(host.dtype)  # a quantised layer's value holds codes
-            new = update.bias(host.bias())
-            return value if new is None else new.to(value.dtype)
-
-        return compute
 
     def extra_repr(self) -> str:
         return f"{self.method}, dropout={self.dropout}, strength={self.strength}"
@@ -318,7 +349,7 @@ class Placed:
     (2, torch.Size([3, 4]))
     """
 
-    adapter: Any  # Adapter, Copy or Parts
+    adapter: Any  # Adapter, Copy, Slices or Parts
     base: Any  # the layer, or the Slot of a matrix
 
     def __getattr__(self, name: str) -> Any:
@@ -352,7 +383,7 @@ class Placed:
 
     def update(self) -> Update:
         """The change of the layer at the current strength."""
-        assert isinstance(self.adapter, Adapter)
+        assert isinstance(self.adapter, Changing)
         with _here(self.adapter), exact(self.adapter):
             return self.adapter.update(self.host)
 
@@ -380,7 +411,7 @@ class Placed:
             ValueError: the layer's parameters cannot take a change.
         """
         host = self.host
-        if not isinstance(self.adapter, Adapter) or self.strength == 0 or isinstance(host, Quantised):
+        if not isinstance(self.adapter, Changing) or self.strength == 0 or isinstance(host, Quantised):
             return False
         host.check_change()
         update = self.update()
@@ -395,7 +426,7 @@ class Placed:
         Raises:
             ValueError: no weight of the layer can express the change.
         """
-        if not isinstance(self.adapter, (Adapter, Copy)):  # adapters of several matrices of the layer's own
+        if not isinstance(self.adapter, (Changing, Copy)):  # adapters of several matrices of the layer's own
             return dict(self.adapter.changed(self.base))
         if self.strength == 0:
             return {}
@@ -424,7 +455,9 @@ def look(method: Method | Full, layer: nn.Module | Slot) -> Host:
     (3, 4)
     """
     if isinstance(layer, Slot):
-        return Slice(layer)
+        look = layer.look()
+        look.check()
+        return look
     return any_host(layer) if not isinstance(method, Full) and edits_output(method) else host(layer)
 
 
@@ -441,7 +474,7 @@ def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0,
     """
     if isinstance(method, Full):
         if isinstance(layer, Slot):
-            raise TypeError("a matrix in a parameter cannot be trained whole: name its module")
+            raise TypeError("a matrix in a parameter, or a slice of one, cannot be trained whole: name its module")
         for part in layer.modules():
             if in_plan(part):  # a copy would go on computing with the tensors of the original
                 raise ValueError(f"a tensor parallel {type(part).__name__} cannot be trained whole: give it an adapter")
@@ -454,9 +487,10 @@ def attach(method: Method | Full, layer: nn.Module | Slot, dropout: float = 0.0,
     made = Adapter(method, look(method, layer), dropout, blank)
     if isinstance(layer, Slot) and edits_output(method):
         update, b = Placed(made, layer).update(), made.kind(layer).bias()
-        if not update.mergeable or (b is None and update.bias(None) is not None):
+        if not update.mergeable or (b is None and update.bias(None) is not None and layer.key):
             what = "has no bias" if update.mergeable else "is no layer whose output could be edited"
-            raise TypeError(f"cannot adapt it by {type(method).__name__}: a parameter {what}")
+            it = "parameter" if layer.key else "slice of a layer"
+            raise TypeError(f"cannot adapt it by {type(method).__name__}: a {it} {what}")
     return made
 
 

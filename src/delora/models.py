@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from delora.hosts import Slot, slots
+from delora.hosts import Slot, fused, host_class, slices, slots
 from delora.layer import Adapted, Placed
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "adapted_layers",
     "adapter_names",
     "adapters",
+    "by_layer",
     "clean_name",
     "inner",
     "open_context",
@@ -132,17 +133,55 @@ def walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def places(model: nn.Module) -> dict[str, nn.Module | Slot]:
-    """All that an adapter can be given to, by name: the modules, and the matrices that they keep as parameters of their own.
+    """All that an adapter can be given to, by name: the modules, the matrices in their own parameters, the slices of both.
 
     >>> list(places(nn.Sequential(nn.MultiheadAttention(4, 2))))
-    ['0', '0.in_proj_weight', '0.out_proj']
+    ['0', '0.in_proj_weight', '0.in_proj_weight.q', '0.in_proj_weight.k', '0.in_proj_weight.v', '0.out_proj']
     """
-    found: dict[str, nn.Module | Slot] = {}
+    found: dict[str, nn.Module | Slot] = _slices_of_layers(unwrapped(model), "")
     for name, module in walk(model):
+        base = module.base if isinstance(module, Adapted) else module
         found[name] = module
-        inside = slots(module.base if isinstance(module, Adapted) else module)
-        found |= {f"{name}.{key}": slot for key, slot in inside.items()}
+        for slot in slots(base).values():
+            found[f"{name}.{slot.name}"] = slot
+            found |= {f"{name}.{part.name}": part for part in slices(slot)}
+        found |= _slices_of_layers(base, f"{name}.")
     return found
+
+
+def _slices_of_layers(module: nn.Module, prefix: str) -> dict[str, nn.Module | Slot]:
+    """The slices of the fused layers that are children of a module, by name."""
+    found: dict[str, nn.Module | Slot] = {}
+    for key in fused.known(module):
+        child = module._modules.get(key)
+        if child is None:
+            continue
+        child = unwrapped(child)
+        layer = child.base if isinstance(child, Adapted) else child
+        if (kind := host_class(layer)) is not None and (how := fused(module, key, kind(layer).shape[0])) is not None:
+            found |= {f"{prefix}{key}.{slot.name}": slot for slot in slices(layer, how)}
+    return found
+
+
+def by_layer(model: nn.Module, name: str | None = None) -> dict[str, Placed]:
+    """As `adapters`, but with the adapters of all slices of one layer as one of that layer: `delora.parts.Slices`.
+
+    >>> import delora
+    >>> model = delora.inject(nn.Sequential(nn.MultiheadAttention(4, 2)), delora.LoRA(r=2), ["out_proj"])
+    >>> list(by_layer(model))
+    ['0.out_proj']
+    """
+    joined: dict[str, Placed] = {}
+    name = active_adapter(model) if name is None else name
+    modules = adapted_layers(model)
+    for each, placed in adapters(model, name).items():
+        slot = placed.base
+        if isinstance(slot, Slot) and not slot.key:
+            layer = each.removesuffix(f".{slot.name}")
+            joined[layer] = modules[layer].placed(name)
+        else:
+            joined[each] = placed
+    return joined
 
 
 def adapted_layers(model: nn.Module) -> dict[str, Adapted]:

@@ -1,13 +1,14 @@
-"""`Parts`: the adapters of matrices that a module keeps as parameters of its own.
+"""Adapters of several matrices of one layer: `Slices` of a fused one, `Parts` of a module that keeps matrices as parameters.
 
 Such a module (``nn.MultiheadAttention`` with its ``in_proj_weight``, a mixture with its experts) multiplies by them itself: it
-runs with the changed parameters in place of its own. In the model it is held by an `Adapted`, as any layer, and `Parts` is the
-adapter in there.
+runs with the changed parameters in place of its own. A fused layer runs as any layer, with one change of all its slices. In the
+model both are held by an `Adapted`, as any layer, and `Parts` or `Slices` is the adapter in there.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,18 +18,134 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from delora.hosts import Host, Slice, Slot
+from delora.hosts import Host, LayerSlice, Slice, Slot
 from delora.hosts.base import run_changed
-from delora.layer import Adapter, Kept, Placed
+from delora.layer import Adapter, Changing, Kept, Placed
 from delora.lowrank import traced, without_autocast
 from delora.sharded import gathered, like
 from delora.together import stacked
-from delora.updates import LowRank, Update, wide
+from delora.updates import LowRank, Update, joined, wide
 
-__all__ = ["Parts"]
+__all__ = ["Parts", "Several", "Slices", "joined_slices"]
 
 
-class Parts(Kept):
+class Several(Kept):
+    """Adapters of several matrices of one layer, each in ``parts`` by the name of its matrix inside."""
+
+    def __init__(self, parts: Mapping[Slot, Adapter]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        self.places = [(slot.key, slot.layout, slot.index, slot.fused, slot.cut) for slot in parts]
+        for slot, part in parts.items():
+            inside, (*path, name) = self.parts, slot.name.split(".")
+            for key in path:
+                if key not in inside:
+                    inside[key] = nn.ModuleDict()
+                inside = cast(nn.ModuleDict, inside[key])
+            inside[name] = part
+
+    def _slots(self, layer: nn.Module) -> Iterator[tuple[Slot, Adapter]]:
+        for place in self.places:
+            slot, part = Slot(layer, *place), self.parts
+            for key in slot.name.split("."):
+                part = cast(nn.ModuleDict, part._modules[key])
+            yield slot, cast(Adapter, part)
+
+    def each(self, name: str, layer: Any) -> Iterator[tuple[str, Any, Any]]:
+        for slot, part in self._slots(layer):
+            yield f"{name}.{slot.name}", part, slot
+
+    def at(self, strength: float) -> Self:
+        """The same adapters, which share their tensors, at another strength."""
+        other = copy.copy(self)
+        other._modules = self._modules | {"parts": _at(self.parts, strength)}
+        return other
+
+    def refresh(self, layer: nn.Module, redraw: bool) -> None:
+        """Measure the matrices again and, if ``redraw``, initialise the other tensors again, too."""
+        for slot, part in self._slots(layer):
+            part.refresh(slot, redraw)
+
+
+def _at(part: nn.Module, strength: float) -> nn.Module:
+    if isinstance(part, Adapter):
+        return part.at(strength)
+    return nn.ModuleDict({key: _at(inner, strength) for key, inner in part.named_children()})
+
+
+def _updates(parts: Iterable[tuple[Slot, Adapter]]) -> list[tuple[Slice, Update]]:
+    """The changes of whole matrices: those of the slices of one are joined."""
+    members = [(slot, part) for slot, part in parts if part.strength]
+    ready = {} if traced() else stacked(part for _, part in members)
+    whole: dict[Slot, list[tuple[Slot, Update]]] = {}
+    for slot, part in members:
+        whole.setdefault(slot.whole, []).append((slot, part.update(slot.look(), ready.get(part))))
+    return [(Slice(slot), joined_slices(each)) for slot, each in whole.items()]
+
+
+def joined_slices(changes: Iterable[tuple[Slot, Any]]) -> Update:
+    """The change of a whole matrix by those of its slices, or by its own.
+
+    >>> from delora.hosts import Fused, slices
+    >>> k, v = slices(nn.Linear(3, 4), Fused({"k": 2, "v": 2}))
+    >>> joined_slices([(v, LowRank(torch.ones(2, 1), torch.ones(1, 3)))]).up.flatten().tolist()
+    [0.0, 0.0, 1.0, 1.0]
+    """
+    each = list(changes)
+    slot, update = each[0]
+    if slot.fused is None:
+        return cast(Update, update)
+    fused = slot.fused
+    return joined(fused.total, [(fused.place(slot.cut), update) for slot, update in each])
+
+
+class Slices(Several, Changing):
+    """Adapters of slices of a layer's matrix, each some rows of it. Their changes are one of the layer: all run in one branch.
+
+    >>> from delora import LoRA
+    >>> from delora.hosts import Fused, slices
+    >>> from delora.layer import attach
+    >>> layer = nn.Linear(4, 6)
+    >>> adapter = Slices({slot: attach(LoRA(r=1), slot) for slot in slices(layer, Fused({"q": 4, "v": 2}))})
+    >>> {name: list(p.shape) for name, p in adapter.named_parameters()}
+    {'parts.q.A': [1, 4], 'parts.q.B': [4, 1], 'parts.v.A': [1, 4], 'parts.v.B': [2, 1]}
+    """
+
+    def __init__(self, parts: Mapping[Slot, Adapter]) -> None:
+        super().__init__(parts)
+        self.kind = type(cast(LayerSlice, next(iter(parts)).look()).of)
+        if len({part.dropout for part in parts.values()}) > 1:
+            rates = {slot.name: part.dropout for slot, part in parts.items()}
+            raise ValueError(f"the slices of one layer drop the same entries of its input, but have dropout {rates}")
+
+    def _first(self) -> Adapter:
+        return next(part for _, part in self._slots(cast(nn.Module, None)))
+
+    @property
+    def method(self) -> Any:
+        """The method of the first slice."""
+        return self._first().method
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which entries of the layer's input are dropped in training."""
+        return self._first().dropout
+
+    @property
+    def dropped(self) -> float:
+        return self._first().dropped
+
+    @property
+    def strength(self) -> float:
+        """The strength of the slices; NaN if they differ."""
+        strengths = {part.strength for _, part in self._slots(cast(nn.Module, None))}
+        return strengths.pop() if len(strengths) == 1 else math.nan
+
+    def update(self, host: Host) -> Update:
+        return joined_slices((slot, part.update(slot.look())) for slot, part in self._slots(host.layer))
+
+
+class Parts(Several):
     """Adapters of the matrices in a module's own parameters: of a parameter or, with a number after a dot, of one expert in it.
 
     >>> from delora import LoRA
@@ -42,48 +159,6 @@ class Parts(Kept):
 
     kind: ClassVar[type[Host]] = Host
 
-    def __init__(self, parts: Mapping[Slot, Adapter]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict()
-        self.layouts = {slot.key: slot.layout for slot in parts}
-        for slot, part in parts.items():
-            if slot.index is None:
-                self.parts[slot.key] = part
-                continue
-            if slot.key not in self.parts:
-                self.parts[slot.key] = nn.ModuleDict()
-            cast(nn.ModuleDict, self.parts[slot.key])[str(slot.index)] = part
-
-    def _slots(self, layer: nn.Module) -> Iterator[tuple[Slot, Adapter]]:
-        for key, layout in self.layouts.items():
-            part = self.parts[key]
-            if isinstance(part, Adapter):
-                yield Slot(layer, key, layout), part
-            else:
-                experts = cast("Iterable[tuple[str, Adapter]]", cast(nn.ModuleDict, part).items())
-                yield from ((Slot(layer, key, layout, int(i)), each) for i, each in experts)
-
-    def each(self, name: str, layer: Any) -> Iterator[tuple[str, Any, Any]]:
-        for slot, part in self._slots(layer):
-            yield f"{name}.{slot.name}", part, slot
-
-    def at(self, strength: float) -> Self:
-        """The same adapters, which share their tensors, at another strength."""
-        other, parts = copy.copy(self), nn.ModuleDict()
-        for key, part in self.parts.items():
-            if isinstance(part, Adapter):
-                parts[key] = part.at(strength)
-            else:
-                experts = cast("Iterable[tuple[str, Adapter]]", cast(nn.ModuleDict, part).items())
-                parts[key] = nn.ModuleDict({i: each.at(strength) for i, each in experts})
-        other._modules = self._modules | {"parts": parts}
-        return other
-
-    def refresh(self, layer: nn.Module, redraw: bool) -> None:
-        """Measure the matrices again and, if ``redraw``, initialise the other tensors again, too."""
-        for slot, part in self._slots(layer):
-            part.refresh(slot, redraw)
-
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         """The parameters of the layer with the change in them, by name; only those that change."""
         if "_hf_hook" in layer.__dict__:  # accelerate may keep the numbers elsewhere between calls
@@ -92,14 +167,11 @@ class Parts(Kept):
         return self._tensors(layer)
 
     def _tensors(self, layer: nn.Module) -> dict[str, Tensor]:
-        groups: dict[str, list[tuple[Slice, Adapter]]] = {}
-        for slot, part in self._slots(layer):
-            if part.strength:
-                groups.setdefault(slot.key, []).append((Slice(slot), part))
+        groups: dict[str, list[tuple[Slice, Update]]] = {}
+        for host, update in _updates(self._slots(layer)):
+            groups.setdefault(host.layer.key, []).append((host, update))
         changed: dict[str, Tensor] = {}
-        for key, members in groups.items():
-            ready = {} if traced() else stacked(part for _, part in members)
-            updates = [(host, part.update(host, ready.get(part))) for host, part in members]
+        for key, updates in groups.items():
             with without_autocast(getattr(layer, key)):
                 changed[key] = _weight(getattr(layer, key), updates)
                 for host, update in updates:

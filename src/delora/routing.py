@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -12,12 +13,12 @@ from torch import Tensor, nn
 
 from delora.ambient import apart, put_aside
 from delora.hosts import of_transformers
-from delora.layer import Adapted, Adapter, Copy, Placed
+from delora.layer import Adapted, Adapter, Changing, Copy, Placed
 from delora.lowrank import traced
 from delora.meeting import meet
 from delora.methods.base import edits_output, is_number
 from delora.models import active_adapter, adapted_layers, adapter_names, refuse_inside, states, unwrapped
-from delora.parts import Parts
+from delora.parts import Parts, Slices
 from delora.updates import Affine, Edited, LowRank, PerRow
 
 __all__ = ["Rows", "routed", "serving"]
@@ -94,6 +95,8 @@ class _Route:
     def __init__(self, name: str, layer: Adapted, rows: Rows) -> None:
         self.name, self.layer, self.rows = name, layer, rows
         self.adapters = {key: cast("Adapter | Copy | Parts", module) for key, module in layer.adapters.items()}
+        if differ := [k for k, a in self.adapters.items() if isinstance(a, Slices) and math.isnan(a.strength)]:
+            raise ValueError(f"the slices of {name} have different strengths in the adapter {differ[0]!r}: set one for all")
         low = {
             key: None if isinstance(adapter, Parts) else Placed(adapter.at(1.0), layer.base).low_rank()
             for key, adapter in self.adapters.items()
@@ -270,7 +273,7 @@ class _Ready:
 
     def __init__(self, layer: Adapted, adapter: Any) -> None:
         self.layer, self.adapter, self.update, self.is_plain = layer, adapter, None, False
-        if isinstance(adapter, Adapter) and adapter.strength != 0:
+        if isinstance(adapter, Changing) and adapter.strength != 0:
             host = adapter.kind(layer.base)
             update: Any = adapter.update(host)
             if isinstance(update, LowRank):

@@ -9,16 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from delora.hosts import Slot, codes_of, host, host_type, quantised_host, quantised_layers, slots
+from delora.hosts import Slot, codes_of, fused, host, host_class, host_type, quantised_host, quantised_layers, slots
 from delora.layer import Adapted, look
 from delora.methods import Full, Method
 from delora.methods.base import checked_replace, edits_output
 from delora.models import places, walk
 from delora.zero import full_shape, outlined
 
-__all__ = ["Patterns", "fresh_heads", "rank_limit", "resolve", "told"]
+__all__ = ["Patterns", "Targets", "fresh_heads", "rank_limit", "resolve", "told"]
 
 Patterns = str | Sequence[str]
+Targets = Patterns | Mapping[str, Sequence[str] | None]  # with a mapping, the slices of each name; None: all of it
 
 
 def _select(patterns: Patterns, names: Sequence[str], what: str, first: Collection[str] = ()) -> set[str]:
@@ -234,7 +235,7 @@ def _outer(name: str) -> Iterator[str]:
 def resolve(
     model: nn.Module,
     method: Method | Full,
-    targets: Patterns,
+    targets: Targets,
     also_train: Patterns = (),
     exclude: Patterns = (),
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
@@ -256,8 +257,11 @@ def resolve(
             f"a {type(model).__name__} has PEFT's adapters in it: give delora the model itself (model.unload(), or "
             "model.merge_and_unload() to keep their change)"
         )
-    if targets is None or (not isinstance(targets, str) and not isinstance(targets, Sequence)):
-        raise TypeError(f"targets={targets!r}: must be a list of names, a regular expression, or 'all-linear'")
+    if not isinstance(targets, (str, Sequence, Mapping)):
+        raise TypeError(
+            f"targets={targets!r}: must be a list of names, a regular expression, 'all-linear', or a dictionary of names with "
+            "the slices of each, such as {'qkv_proj': ['q', 'v']}"
+        )
     modules = dict(walk(model))
     if not modules:
         raise ValueError(
@@ -271,9 +275,21 @@ def resolve(
     left_out: dict[str, str] = {}
     if targets == "all-linear":
         chosen, left_out = _all_linear(model, method, modules, whole | out)
+    elif isinstance(targets, Mapping):
+        chosen = _of_slices(targets, named, names, modules, experts)
     else:
-        chosen = _spread(_select(targets, names, "targets", modules), experts)
+        try:
+            chosen = _spread(_select(targets, names, "targets", modules), experts)
+        except ValueError as error:
+            raise ValueError(f"{error}{_how_to_slice(targets, named)}") from error
+        if isinstance(targets, str):  # an expression that matches a matrix may match its slices, too
+            chosen -= {name for name in chosen if _whole(name, named) in chosen - {name}}
     chosen -= out
+    if cut := sorted(name for name in out if name in named and _whole(name, named) in chosen - {name}):
+        raise ValueError(
+            f"exclude takes {cut[0]!r} away, but {_whole(cut[0], named)!r} is adapted as one matrix: name the slices to adapt "
+            "in targets instead"
+        )
     if not chosen:
         reasons = f": {told(model, left_out)}" if left_out else ""
         raise ValueError(f"targets={targets!r} with exclude={exclude!r} leaves no layer to adapt{reasons}")
@@ -283,6 +299,7 @@ def resolve(
         if any(outer in whole for outer in _outer(n)) or (n in whole and any(o in chosen for o in _outer(n)))
     ]
     nested += [n for n in chosen if isinstance(slot := named[n], Slot) and n.removesuffix(f".{slot.name}") in chosen]
+    nested += [n for n in chosen if _whole(n, named) in chosen - {n}]
     if both := sorted((chosen & whole) | set(nested)):
         raise ValueError(f"{both[0]!r} is named twice: it, or a module that contains it, is also a target or in also_train")
 
@@ -301,7 +318,7 @@ def resolve(
     plan |= {first[modules[n]]: Full() for n in modules if n in whole}
     expanded: dict[str, Method | Full] = {}
     for name, each in plan.items():
-        parts = _called(name, modules) if isinstance(each, Full) else [name]
+        parts = _called(name, modules) if isinstance(each, Full) and name in modules else [name]
         expanded |= {first[named[part]]: each for part in parts}
     return expanded, left_out
 
@@ -310,9 +327,74 @@ def _experts(named: Mapping[str, nn.Module | Slot]) -> dict[str, list[str]]:
     """The names of the matrices in a parameter of three dimensions, by the parameter's name."""
     experts: dict[str, list[str]] = {}
     for name, place in named.items():
-        if isinstance(place, Slot) and place.index is not None:
+        if isinstance(place, Slot) and place.index is not None and place.fused is None:
             experts.setdefault(name.rpartition(".")[0], []).append(name)
     return experts
+
+
+def _whole(name: str, named: Mapping[str, nn.Module | Slot]) -> str:
+    """The name of the matrix that a slice is of; of anything else, its own."""
+    place = named[name]
+    return name.removesuffix(f".{place.cut}") if isinstance(place, Slot) and place.fused is not None else name
+
+
+def _of_slices(
+    targets: Mapping[str, Sequence[str] | None],
+    named: Mapping[str, nn.Module | Slot],
+    names: Sequence[str],
+    modules: Mapping[str, nn.Module],
+    experts: Mapping[str, list[str]],
+) -> set[str]:
+    """What a dictionary of names chooses: of each, the slices that it lists, or all of it."""
+    chosen: set[str] = set()
+    for key, cuts in targets.items():
+        if isinstance(cuts, str) or not isinstance(cuts, (Sequence, type(None))) or cuts == []:
+            raise TypeError(f"targets[{key!r}] = {cuts!r}: must be a list of slices, such as ['q', 'v'], or None for all of it")
+        for hit in _spread(_select([key], names, "targets", modules), experts):
+            for cut in cuts or [""]:
+                name = f"{hit}.{cut}" if cut else hit
+                if name not in named:
+                    known = [n.rpartition(".")[2] for n in named if _whole(n, named) == hit != n]
+                    has = f"its slices are {', '.join(known)}" if known else _how(hit, named)
+                    raise ValueError(f"{hit!r} has no slice {cut!r} (targets[{key!r}]): {has}")
+                chosen.add(name)
+    return chosen
+
+
+def _how_to_slice(targets: Patterns, named: Mapping[str, nn.Module | Slot]) -> str:
+    """What to add to an error about a name that may be meant as a slice's."""
+    for pattern in () if isinstance(targets, str) else targets:
+        matrix, _, cut = pattern.rpartition(".")
+        hits = [name for name in named if matrix and f".{name}".endswith(f".{matrix}")]
+        if hits and cut.isidentifier() and not any(f".{name}".endswith(f".{pattern}") for name in named):
+            if any(_whole(name, named) == hits[0] != name for name in named):
+                return ""
+            if isinstance(place := named[hits[0]], Slot) or host_class(_base(place)) is not None:
+                return f". If a slice of {hits[0]!r} is meant: {_how(hits[0], named)}"
+    return ""
+
+
+def _how(name: str, named: Mapping[str, nn.Module | Slot]) -> str:
+    """How to say which rows of a matrix are whose."""
+    place, (parent, _, key) = named[name], name.rpartition(".")
+    if isinstance(place, Slot):
+        owner, key, rows = place.owner, place.key, place.look().shape[0]
+    else:
+        look = host_class(_base(place))
+        if look is None:
+            return f"a {type(place).__name__} is no layer whose rows could be those of several matrices"
+        owner, rows = _base(named[parent]) if parent else nn.Module(), look(_base(place)).shape[0]
+    kind = type(owner).__name__
+    fits = "what is known does not fit" if key in fused.known(owner) else "it is not known whose they are"
+    return (
+        f"of the {rows} rows of the {key} of a {kind}, {fits}; say it by delora.hosts.fused.register({kind}, {{{key!r}: "
+        "delora.hosts.Fused({'q': ..., 'k': ..., 'v': ...}, repeats=1)}), with sizes in the order of the rows that add up to "
+        f"{rows} (repeats: how often they follow one another, as where each head has its own q, k and v)"
+    )
+
+
+def _base(module: Any) -> Any:
+    return module.base if isinstance(module, Adapted) else module
 
 
 def _spread(chosen: set[str], experts: Mapping[str, list[str]]) -> set[str]:

@@ -7,7 +7,7 @@ gives the new output of the layer, without the matrix W' where that is cheaper.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -27,8 +27,10 @@ __all__ = [
     "Rescaled",
     "Scaled",
     "Side",
+    "Sliced",
     "TwoSided",
     "Update",
+    "joined",
     "wide",
 ]
 
@@ -528,3 +530,97 @@ class Scaled(Update):
     def low_rank(self, W: Frozen) -> LowRank | None:
         factors = given(self.inner.low_rank, W)
         return None if factors is None else factors.scaled(self.strength)
+
+
+# ---------------------------------------------------------------- changes of some rows each
+
+Rows = slice | Tensor  # of a matrix: from one to before another, or ascending indices
+
+
+@dataclass(frozen=True)
+class Sliced(Update):
+    """W' [out, in] is W with ``W[rows]`` replaced by what their own update makes of them; no row is in two parts.
+
+    ``forward`` runs the layer once and each part's update on its share of the output.
+
+    >>> half = Sliced(2, ((slice(0, 1), Affine(scale=torch.tensor([3.0]))),))
+    >>> half.merge(torch.ones(2, 2)).tolist()
+    [[3.0, 3.0], [1.0, 1.0]]
+    """
+
+    out: int
+    parts: tuple[tuple[Rows, Update], ...]
+
+    def merge(self, W: Tensor) -> Tensor:
+        for rows, update in self.parts:
+            W = W.index_copy(0, _index(rows, W), update.merge(W[rows]))
+        return W
+
+    def bias(self, b: Tensor | None) -> Tensor | None:
+        new = b
+        for rows, update in self.parts:
+            own = None if b is None else b[rows]
+            changed = update.bias(own)
+            if changed is not None and changed is not own:
+                new = changed.new_zeros(self.out) if new is None else new
+                new = new.index_copy(0, _index(rows, new), changed)
+        return new
+
+    def forward(self, host: Any, dropout: float, *args: Any, **kwargs: Any) -> Any:
+        y = host.layer(*args, **kwargs)
+        new = y
+        for rows, update in self.parts:
+            part = update.forward(host.at(rows, y, args), dropout, *args, **kwargs)
+            (dim,) = [i for i, (a, b) in enumerate(zip(y.shape, part.shape, strict=True)) if a != b] or (None,)
+            new = part if dim is None else new.index_copy(dim, _index(rows, y), part.to(y.dtype))
+        return new
+
+    def rows(self, start: int, stop: int) -> Sliced | None:
+        parts: list[tuple[Rows, Update]] = []
+        for rows, update in self.parts:
+            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
+            first, last = (int((index < n).sum()) for n in (start, stop))
+            part = update.rows(first, last)
+            if part is None:
+                return None
+            parts.append((index[first:last] - start, part))
+        return Sliced(stop - start, tuple(parts))
+
+    def largest(self, size: float) -> float:
+        return size + sum(update.largest(size) for _, update in self.parts)
+
+    @takes_frozen
+    def low_rank(self, W: Frozen) -> LowRank | None:
+        factors = [(rows, given(update.low_rank, Frozen(W.dense()[rows]))) for rows, update in self.parts]
+        if any(change is None for _, change in factors):
+            return None
+        change = joined(self.out, factors)
+        assert isinstance(change, LowRank)
+        return change
+
+
+def _index(rows: Rows, like: Tensor) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=like.device) if isinstance(rows, slice) else rows.to(like.device)
+
+
+def joined(out: int, parts: Iterable[tuple[Rows, Any]]) -> Update:
+    """The change of a matrix [out, in] of which some rows change, each part by its own update.
+
+    Low-rank parts are one low-rank change: ``up`` has their factors in their rows and zeros elsewhere, and the ranks add up.
+
+    >>> one = LowRank(torch.ones(1, 1), torch.ones(1, 3))
+    >>> joined(3, [(slice(0, 1), one), (torch.tensor([2]), one)]).up.tolist()
+    [[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]]
+    """
+    each = tuple(parts)
+    if not all(isinstance(update, LowRank) for _, update in each):
+        return Sliced(out, each)
+    ups = []
+    for rows, update in each:
+        if isinstance(rows, slice):
+            ups.append(torch.nn.functional.pad(update.up, (0, 0, rows.start, out - rows.stop)))
+        else:
+            ups.append(update.up.new_zeros(out, update.up.shape[1]).index_copy(0, rows.to(update.up.device), update.up))
+    if len(each) == 1:
+        return LowRank(ups[0], each[0][1].down)
+    return LowRank(torch.cat(ups, 1), torch.cat([update.down for _, update in each]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -12,9 +13,10 @@ from torch import nn
 
 import delora
 from delora import DeLoRA, DoRA, LoRA
-from delora.hosts import host, quantised_host
+from delora.hosts import Fused, fused, host, quantised_host
 from delora.methods.base import has_dropout, starts_at_base
-from tests.cases import METHODS, change, shake
+from delora.models import adapters
+from tests.cases import METHODS, Holder, change, shake
 from tests.contract.test_contract import EXACT, UNMERGEABLE, rounding, strength_is_a_dial
 from tests.quantised import IN, KINDS, OUT, Kind, x
 
@@ -317,3 +319,33 @@ def test_copies_and_pickles_are_as_good_as_the_library_makes_them(kind):
         shake(other)
         delora.merge(other)
     assert torch.equal(model(inputs), y)
+
+
+@pytest.fixture(
+    params=[Fused({"k": OUT // 4, "v": 3 * OUT // 4}), Fused({"k": 3, "v": 5}, repeats=OUT // 8)], ids=["together", "apart"]
+)
+def how(request, monkeypatch):
+    monkeypatch.setitem(fused.registry, Holder, {"layer": request.param})
+    return request.param
+
+
+@each_kind
+@pytest.mark.parametrize("name", ["DeLoRA subtract", "DoRA"])
+def test_slices_of_a_quantised_layer(kind, name, how, tmp_path):
+    """Each slice is a matrix of its own: the dequantised rows with the method's own change."""
+    model = shake(delora.inject(kind.model(), METHODS[name], {"layer": ["v"]}))
+    look, placed, inputs = host(model.layer.base), adapters(model)["layer.v"], x()
+    W, b, before = look.weight(), look.bias(), model(inputs)
+    rows = how.rows("v")
+    assert torch.equal(placed.host.rows(1, 4), W[rows[1:4]])
+    W[rows] = placed.update().merge(W[rows])
+    torch.testing.assert_close(before, nn.functional.linear(inputs, W, b), atol=rounding(before, 12), rtol=0)
+    delora.save(model, tmp_path)
+    assert json.loads((tmp_path / "adapter.json").read_text())["layers"]["layer.v"]["base"]["kind"] == look.kind
+    fresh = delora.load(kind.model(), tmp_path)
+    assert torch.equal(fresh(inputs), before)
+    with pytest.raises(delora.AdapterError, match="the weights of layer.v are not those"):
+        delora.load(Holder(nn.Linear(IN, OUT)), tmp_path)
+    delora.merge(model)
+    assert type(model.layer) is nn.Linear
+    torch.testing.assert_close(model.layer.weight, W, atol=rounding(W), rtol=0)

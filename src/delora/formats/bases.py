@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from delora.frozen import Frozen
-from delora.hosts import Quantised
+from delora.hosts import LayerSlice, Quantised
 
 __all__ = ["entry", "is_same", "name_of"]
 
@@ -29,7 +29,8 @@ def entry(W: Frozen) -> dict[str, Any]:
     {'dtype': 'float32', 'norm': 0.0, 'probe': 0.0}
     """
     norm, probe = W.fingerprint()
-    kind = {"kind": W.matrix.kind} if isinstance(W.matrix, Quantised) else {}
+    matrix = W.matrix.of if isinstance(W.matrix, LayerSlice) else W.matrix
+    kind = {"kind": matrix.kind} if isinstance(matrix, Quantised) else {}
     return {"dtype": name_of(W.dtype), "norm": norm, "probe": probe, **kind}
 
 

@@ -27,7 +27,7 @@ from delora.formats.files import write_atomically
 from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
 from delora.meeting import collective, writes
-from delora.models import adapted_layers, adapter_names, adapters, unwrapped, walk
+from delora.models import adapted_layers, adapter_names, by_layer, unwrapped, walk
 
 __all__ = ["write"]
 
@@ -118,7 +118,7 @@ def _is_a(module: nn.Module, kind: str) -> bool:
 
 def _factors(part: str, module: nn.Module, name: str | None, form: Approximation) -> dict[str, Factors]:
     """The factors of each layer of a part."""
-    chosen = {f"{part}.{layer}": placed for layer, placed in adapters(module, name).items()}
+    chosen = {f"{part}.{layer}": placed for layer, placed in by_layer(module, name).items()}
     whole = next((layer for layer, placed in chosen.items() if placed.whole), None)
     if whole is not None:
         raise ValueError(f"{whole} is trained whole, which a LoRA file cannot hold; delora.merge writes it into the weights")

@@ -22,7 +22,7 @@ from delora.formats.gguf_names import Family, family_of, names_of, ordered
 from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
 from delora.meeting import collective, writes
-from delora.models import adapters, unwrapped
+from delora.models import by_layer, unwrapped
 
 __all__ = ["write"]
 
@@ -80,7 +80,7 @@ def write(
     form = Approximation(rank, torch.float32 if dtype is None else dtype)
     root: Any = unwrapped(model)
     family = family_of(root)
-    chosen = adapters(model, name)
+    chosen = by_layer(model, name)
     if base is not None:
         if rank is not None:
             raise ValueError(f"rank = {rank}: with base, weights are written, which have no rank; leave one of them out")

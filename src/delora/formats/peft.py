@@ -34,7 +34,7 @@ from delora.layer import Placed
 from delora.meeting import collective, writes
 from delora.methods import Full
 from delora.methods.base import Method
-from delora.models import active_adapter, adapters, unwrapped, walk
+from delora.models import active_adapter, by_layer, unwrapped, walk
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -89,7 +89,7 @@ def write(
         raise ValueError(f"kind={kind!r} writes the trained tensors as they are: rank and dtype are for kind='lora'")
     form = Approximation(rank, dtype)
     name = active_adapter(model) if name is None else name
-    chosen = adapters(model, name)
+    chosen = by_layer(model, name)
     weights = {layer: a for layer, a in chosen.items() if not a.whole}
     whole = {layer: a for layer, a in chosen.items() if a.whole}
     if not weights:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 
 from delora.formats.nearest import Approximation
 from delora.hosts import Slot
 from delora.layer import Placed
+from delora.parts import joined_slices
+from delora.updates import LowRank
 
-__all__ = ["Stacked", "by_wrapper"]
+__all__ = ["Stacked", "by_wrapper", "low_rank"]
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,11 @@ def by_wrapper(slots: Mapping[str, Placed], form: Approximation) -> dict[str, St
 def _one(parameter: str, owner: nn.Module, members: list[Placed], form: Approximation) -> Stacked:
     W = members[0].base.layout.apart(owner, getattr(owner, members[0].base.key))
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    for placed in members:
-        factors = placed.low_rank()
-        if factors is None:
-            raise ValueError(f"{parameter}: {placed.method} is not a low-rank change; delora.merge writes it into the weights")
-        factors = form.of(f"{parameter}.{placed.base.index}", factors)
-        pair = (factors.down.T, factors.up.T) if placed.base.layout.transposed else (factors.up, factors.down)
+    for index, factors in low_rank(parameter, members).items():
+        factors = form.of(f"{parameter}.{index}", factors)
+        pair = (factors.down.T, factors.up.T) if members[0].base.layout.transposed else (factors.up, factors.down)
         # PEFT takes B A for the stored matrix or, of a module that says so, for its transpose.
-        found[placed.base.index] = (pair[1].T, pair[0].T) if getattr(owner, "is_transposed", False) else pair
+        found[index] = (pair[1].T, pair[0].T) if getattr(owner, "is_transposed", False) else pair
     rank = max(up.shape[1] for up, _ in found.values())
     first_up, first_down = next(iter(found.values()))
     up = first_up.new_zeros(len(first_up), rank, len(W))
@@ -76,3 +76,21 @@ def _one(parameter: str, owner: nn.Module, members: list[Placed], form: Approxim
         up[:, : u.shape[1], i] = u
         down[i, : len(d)] = d
     return Stacked(parameter, rank, down.flatten(0, 1), up.flatten(1))
+
+
+def low_rank(parameter: str, members: list[Placed]) -> dict[int, LowRank]:
+    """The change of each expert in a parameter as [out, in] factors, those of its slices joined.
+
+    Raises:
+        ValueError: a change is not low-rank.
+
+    >>> low_rank("experts.down_proj", [])
+    {}
+    """
+    each: dict[int, list[tuple[Slot, LowRank]]] = {}
+    for placed in members:
+        factors = placed.low_rank()
+        if factors is None:
+            raise ValueError(f"{parameter}: {placed.method} is not a low-rank change; delora.merge writes it into the weights")
+        each.setdefault(placed.base.index, []).append((placed.base, factors))
+    return {index: cast(LowRank, joined_slices(parts)) for index, parts in each.items()}

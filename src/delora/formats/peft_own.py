@@ -17,6 +17,7 @@ from delora.formats.patterns import Patterns
 from delora.hosts import Conv1D, Convolution, Embedding, Slot
 from delora.layer import Placed
 from delora.methods import IA3, OFT, DeLoRA, DoRA, LoRA
+from delora.parts import Slices
 
 __all__ = ["as_delora", "as_itself", "by_pattern", "feedforward", "lora_factors"]
 
@@ -42,6 +43,11 @@ def as_itself(layers: dict[str, Placed]) -> Parts:
             "kind='lora' writes any low-rank change as an exact LoRA"
         )
     for layer, adapter in layers.items():
+        if isinstance(adapter.adapter, Slices):
+            raise ValueError(
+                f"{layer} has adapters of single slices, of which PEFT's own adapters know nothing: kind='lora' writes their "
+                "changes as one exact LoRA of the layer"
+            )
         if isinstance(adapter.base, Slot):
             raise ValueError(
                 f"{layer} is a matrix in a parameter of a {type(adapter.base.owner).__name__}, which is not written in this "
@@ -145,7 +151,8 @@ def as_delora(layers: dict[str, Placed]) -> Parts:
     tensors: dict[str, Tensor] = {}
     for layer, adapter in layers.items():
         m = adapter.method
-        if not (isinstance(m, DeLoRA) and m.start == "zero" and m.norm == "columns" and type(adapter.base) is nn.Linear):
+        fits = type(adapter.base) is nn.Linear and not isinstance(adapter.adapter, Slices)
+        if not (isinstance(m, DeLoRA) and m.start == "zero" and m.norm == "columns" and fits):
             raise ValueError(
                 f"{layer}: PEFT's DELORA is DeLoRA(start='zero', norm='columns') on nn.Linear, this is {m} on a "
                 f"{type(adapter.base).__name__}; kind='lora' writes it as an exact LoRA"

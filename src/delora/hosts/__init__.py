@@ -9,7 +9,8 @@
 ``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``embedding``         ``nn.Embedding``
 ``parallel``          linear layers and embeddings of which each process computes a part
-``packed``            matrices that a module keeps as parameters of its own: ``nn.MultiheadAttention``
+``packed``            matrices that a module keeps as parameters of its own: ``nn.MultiheadAttention``; slices of layers
+``fusing``            which rows of a fused ``qkv`` or ``gate_up_proj`` are whose
 ``experts``           those of transformers' mixtures of experts
 ``quantised``         linear layers of bitsandbytes, torchao, quanto, HQQ, GPTQ and AWQ
 ====================  ==================================================================================
@@ -23,8 +24,9 @@ from delora.hosts.base import BY_NAME, Host, MatrixHost, Norm, any_host, codes_o
 from delora.hosts.convolution import Conv1d, Conv2d, Conv3d, Convolution
 from delora.hosts.embedding import Embedding
 from delora.hosts.experts import of_transformers
+from delora.hosts.fusing import Fused, FusedMatrices, fused
 from delora.hosts.linear import Conv1D, Linear
-from delora.hosts.packed import Layout, Parameters, Slice, Slot, parameters, slots
+from delora.hosts.packed import LayerSlice, Layout, Parameters, Slice, Slot, parameters, slices, slots
 from delora.hosts.parallel import ParallelEmbedding, ParallelLinear
 from delora.hosts.quantised import Quantised, quantised_host, quantised_layers
 
@@ -35,7 +37,10 @@ __all__ = [
     "Conv3d",
     "Convolution",
     "Embedding",
+    "Fused",
+    "FusedMatrices",
     "Host",
+    "LayerSlice",
     "Layout",
     "Linear",
     "MatrixHost",
@@ -48,6 +53,7 @@ __all__ = [
     "Slot",
     "any_host",
     "codes_of",
+    "fused",
     "host",
     "host_class",
     "host_type",
@@ -55,6 +61,7 @@ __all__ = [
     "parameters",
     "quantised_host",
     "quantised_layers",
+    "slices",
     "slots",
 ]
 

@@ -429,6 +429,58 @@ class MatrixHost(Host):
         output: Tensor = run_changed(self.layer, {self.weight_name: weight}, (x,))
         return output
 
+    def at(self, rows: Any, y: Tensor, args: tuple[Any, ...]) -> MatrixHost:
+        """A look at some rows of the matrix alone, for the layer's output y of these arguments.
+
+        >>> x, linear = torch.ones(1, 2), host(nn.Linear(2, 3))
+        >>> linear.at(slice(0, 2), linear.layer(x), (x,)).layer(x).shape
+        torch.Size([1, 2])
+        """
+        return _SomeRows(self, rows, y, args)
+
+
+class _SomeRows(MatrixHost):
+    """Some rows of the matrix of a layer, as an update sees them while the layer runs."""
+
+    def __init__(self, of: MatrixHost, rows: Any, y: Tensor, args: tuple[Any, ...]) -> None:
+        super().__init__(self._run)
+        self.of, self.index, self.y, self.args = of, rows, y, args
+        self.linear, self.lookup = of.linear, of.lookup  # type: ignore[misc]
+
+    def _run(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output at these rows; it ran with these arguments already, or runs now."""
+        same = len(args) == len(self.args) and all(a is b for a, b in zip(args, self.args, strict=True))
+        y = self.y if same else self.of.layer(*args, **kwargs)
+        return self.of.channels_last(y, lambda t: t[..., self.index])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(torch.arange(self.of.shape[0])[self.index]), self.of.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.of.dtype
+
+    def weight(self) -> Tensor:
+        return self.of.weight()[self.index]
+
+    def bias(self) -> Tensor | None:
+        b = self.of.bias()
+        return None if b is None else b[self.index]
+
+    def channels_last(self, y: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.of.channels_last(y, fn)
+
+    def project(self, x: Tensor, down: Tensor, dropout: float) -> Tensor:
+        return self.of.project(x, down, dropout)
+
+    def add(self, y: Tensor, h: Tensor, up: Tensor) -> Tensor:
+        return self.of.add(y, h, up)
+
+    def run(self, x: Tensor, W: Tensor) -> Tensor:
+        y, b = self.of.project(x, W.to(self.dtype), 0.0), self.bias()
+        return y if b is None else self.channels_last(y, lambda t: t + b.to(t.dtype))
+
 
 # Hosts by full class name, for libraries that may not be loaded; each is registered when its first layer is looked up.
 BY_NAME: dict[str, type[MatrixHost]] = {}
