@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "delora"
 LEVELS = [
     {"errors", "version", "torch_private", "ambient", "zero", "sharded", "meeting", "frozen", "updates", "lowrank"},
     {"methods", "hosts"},
-    {"reading", "together", "layer", "parts"},
+    {"reading", "together", "layer", "factored", "parts"},
     {"models", "ties", "targets", "injection", "optimizing", "pretrained", "quantisers"},
     {"merging", "routing", "references", "diagnostics", "formats", "export"},
     {"outside", "recipes", "data", "integrations", "training", "evaluation"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     DbrxConfig,
@@ -24,6 +26,7 @@ from transformers import (
 
 import delora
 from delora import DeLoRA, LoRA
+from delora.factored import Factored
 from delora.models import adapters
 from tests.cases import shake
 
@@ -186,3 +189,101 @@ def test_a_suffix_that_layers_have_is_theirs_alone():
     assert list(adapters(model)) == ["down_proj"]
     delora.inject(model, DeLoRA(r=2), ["experts.down_proj"], name="experts")
     assert "mlp.experts.down_proj.0" in adapters(model, "experts")
+
+
+# ---------------------------------------------------------------- factors beside the frozen weights
+
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+METHODS = {"LoRA": LoRA(r=2), "DeLoRA": DeLoRA(r=2), "soft": DeLoRA(r=2, start="soft")}
+
+
+def implemented(model: nn.Module, implementation: str) -> nn.Module:
+    if implementation != getattr(model.config, "_experts_implementation", "eager"):
+        with contextlib.suppress(ValueError):  # Llama-4 has only one
+            model.set_experts_implementation(implementation)
+    return model
+
+
+def gradients(model: nn.Module) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    model.zero_grad()
+    y = model(TOKENS).logits
+    y.square().sum().backward()
+    return y.detach(), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_factors_beside_the_weights_compute_what_changed_weights_do(base, implementation, method, monkeypatch):
+    """With experts left out, ranks that differ, and a slice; and no changed weights are ever made."""
+    model = implemented(base, implementation)
+    targets = r".*experts\.(gate_up_proj\.[013]|gate_up_proj\.2\.up|down_proj\.[023])"
+    shake(inject(model, method, targets, overrides={r"gate_up_proj\.1$": {"r": 3}}), 0.2)
+    with monkeypatch.context() as patch:
+        patch.setattr(delora.parts, "_weight", lambda *_: pytest.fail("changed weights were made"))
+        y, beside = gradients(model)
+    monkeypatch.setattr(delora.parts, "_can_factor", lambda *_: False)
+    expected, changed = gradients(model)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+    for a, b in zip(beside, changed, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_expert_has_a_gradient_whatever_the_batch_reaches(base, implementation):
+    model = shake(inject(implemented(base, implementation), LoRA(r=2), ["experts.gate_up_proj", "experts.down_proj"]))
+    model(TOKENS[:, :1]).logits.square().sum().backward()  # one token, two of four experts
+    grads = {name: a.B.grad for name, a in adapters(model).items()}
+    assert all(g is not None for g in grads.values())
+    assert any(not g.any() for g in grads.values())
+    assert any(g.any() for g in grads.values())
+
+
+def test_a_change_that_is_not_low_rank_is_in_the_weights(base):
+    model = shake(inject(base, delora.DoRA(r=2), ["experts.down_proj"]), 0.1)
+    before = out(model)
+    torch.testing.assert_close(out(delora.merge(model)), before, atol=1e-4, rtol=1e-4)
+
+
+def factored() -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """A parameter with factors beside it, what it stands for, and the factors; one expert has none."""
+    W = torch.randn(3, 4, 8)
+    pairs = [(torch.randn(4, 2, requires_grad=True), torch.randn(2, 8, requires_grad=True)) for _ in range(2)]
+    dense = torch.stack([W[0] + pairs[0][0] @ pairs[0][1], W[1], W[2] + pairs[1][0] @ pairs[1][1]])
+    changed = Factored.beside(W, [pairs[0], None, pairs[1]], lambda: dense)
+    return changed, dense, [t for pair in pairs for t in pair]
+
+
+USES = {
+    "rows times one": lambda W: torch.ones(5, 4) @ W[0],
+    "one vector": lambda W: torch.ones(4) @ W[2],
+    "by a tensor's number": lambda W: torch.ones(5, 4) @ W[torch.tensor(2)],
+    "from the other side": lambda W: W[0] @ torch.ones(8, 2),
+    "linear": lambda W: F.linear(torch.ones(5, 8), W[0], torch.ones(4)),
+    "linear, transposed": lambda W: F.linear(torch.ones(5, 4), W[0].T),
+    "no change": lambda W: torch.ones(5, 4) @ W[1],
+    "batched": lambda W: torch.bmm(torch.ones(3, 5, 4), W),
+    "batched, from the other side": lambda W: torch.bmm(W.transpose(1, 2), torch.ones(3, 4, 2)),
+    "some experts": lambda W: torch.bmm(torch.ones(4, 1, 4), W[torch.tensor([0, 2, 1, 0])]),
+    "grouped": lambda W: F.grouped_mm(torch.ones(8, 4), W, offs=torch.tensor([3, 5, 8], dtype=torch.int32)),
+    "grouped, transposed": lambda W: F.grouped_mm(torch.ones(8, 8), W.mT, offs=torch.tensor([3, 3, 8], dtype=torch.int32)),
+    "as a number": lambda W: (2 * W).sum(-1) + W.square().mean(),
+    "a sum of one": lambda W: W[2].sum() + W[2].T.sum(),
+    "in blocks": lambda W: torch.cat([part.squeeze(0) for part in W.chunk(3)]),
+    "another order of dimensions": lambda W: W.transpose(0, 1).flatten(),
+    "by a mask": lambda W: W[torch.tensor([True, False, True])],
+    "with einsum": lambda W: torch.einsum("eij,tj->eti", W, torch.ones(5, 8)),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_whatever_is_computed_with_the_parameter_is_computed_with_the_changed_one(use):
+    torch.manual_seed(0)
+    W, dense, factors = factored()
+    y, expected = use(W), use(dense)
+    torch.testing.assert_close(y, expected)
+    got = torch.autograd.grad(y.sin().sum(), factors, allow_unused=True) if y.requires_grad else [None] * len(factors)
+    torch.manual_seed(0)
+    _, dense, factors = factored()
+    wanted = torch.autograd.grad(use(dense).sin().sum(), factors, materialize_grads=True)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,8 @@ From the ground up; imports only point to what stands above them in this list:
                                                         computations, whatever torch's modes
 ``zero`` ``sharded`` ``meeting``                        tensors in parts over several processes, and what these do together
 ``methods`` ``hosts``                                   what is changed, by which rule; which layers can be
-``layer`` ``parts`` ``together`` ``reading``            `Adapted`: a frozen layer with named adapters, and who reads its weight
+``layer`` ``parts`` ``factored``                        `Adapted`: a frozen layer with named adapters;
+``together`` ``reading``                                all updates of a shape at once; who reads a layer's weight
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
 ``optimizing`` ``quantisers`` ``pretrained``            what trains, at which rate; quantised models; save_pretrained
 ``merging`` ``routing`` ``references``                  into the weights; an adapter for each row; what the model was

@@ -18,6 +18,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from delora import zero
+from delora.factored import Factored
 from delora.hosts import Host, LayerSlice, Slice, Slot
 from delora.hosts.base import run_changed
 from delora.layer import Adapter, Changing, Kept, Placed
@@ -166,18 +168,22 @@ class Parts(Several):
                 return self._tensors(layer)
         return self._tensors(layer)
 
-    def _tensors(self, layer: nn.Module) -> dict[str, Tensor]:
+    def _tensors(self, layer: nn.Module, factored: bool = False) -> dict[str, Tensor]:
         groups: dict[str, list[tuple[Slice, Update]]] = {}
         for host, update in _updates(self._slots(layer)):
             groups.setdefault(host.layer.key, []).append((host, update))
         changed: dict[str, Tensor] = {}
         for key, updates in groups.items():
-            with without_autocast(getattr(layer, key)):
-                changed[key] = _weight(getattr(layer, key), updates)
+            W = getattr(layer, key)
+            if factored and _can_factor(W, updates):
+                changed[key] = _beside(W, updates)
+                continue
+            with without_autocast(W):
+                changed[key] = _weight(W, updates).to(W.dtype)
                 for host, update in updates:
                     if (at := host.bias_at()) is not None:
                         _add_bias(changed, layer, at, update.bias(b := host.bias()), b)
-        return {key: t.to(getattr(layer, key).dtype) for key, t in changed.items()}
+        return {key: t if isinstance(t, Factored) else t.to(getattr(layer, key).dtype) for key, t in changed.items()}
 
     @torch.no_grad()
     def changed(self, layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -207,7 +213,41 @@ class Parts(Several):
     def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:
         layer = host.layer
         with _alone(layer):
-            return run_changed(layer, self.tensors(layer), args, kwargs)
+            # Where hooks bring the parameters, they are not there yet.
+            away = "_hf_hook" in layer.__dict__ or any(map(zero.is_divided, layer.parameters()))
+            changed = self.tensors(layer) if away else self._tensors(layer, factored=not traced())
+            return run_changed(layer, changed, args, kwargs)
+
+
+def _can_factor(W: Tensor, updates: list[tuple[Slice, Update]]) -> bool:
+    """Whether a parameter of experts can stay as it is, with the factors of all changes beside it."""
+    low = all(isinstance(update, LowRank) for _, update in updates)
+    return low and updates[0][0].layer.layout.experts is True and not W.requires_grad and type(W) in (Tensor, nn.Parameter)
+
+
+def _beside(W: Tensor, updates: list[tuple[Slice, Update]]) -> Tensor:
+    """The parameter with the factors of its experts' changes beside it."""
+    pairs: list[tuple[Tensor, Tensor] | None] = [None] * len(W)
+    each = iter(_Each.apply(*(t for _, update in updates for t in cast(LowRank, update).within(W.dtype))))
+    for (host, _), up, down in zip(updates, each, each, strict=True):
+        pairs[cast(int, host.layer.index)] = (down.mT, up.mT) if host.layer.layout.transposed else (up, down)
+    return Factored.beside(W, pairs, lambda: _weight(W, updates).to(W.dtype))
+
+
+class _Each(torch.autograd.Function):
+    """The tensors themselves. If one of them gets a gradient, all do: zeros, for an expert that no token was sent to.
+
+    So which parameters get one does not depend on the batch: optimizers, and processes that train together, count on that.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads
 
 
 def _weight(W: Tensor, updates: list[tuple[Slice, Update]]) -> Tensor:

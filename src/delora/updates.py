@@ -119,12 +119,16 @@ class LowRank(Update):
 
     def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
         if x.is_floating_point():
-            up, down = self._in(x.dtype)
+            up, down = self.within(x.dtype)
             return host.with_branch(x, down, up, dropout, self.constant)
         return self.onto(host.layer(x), host, dropout, x)
 
-    def _in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both factors in the dtype that is computed in."""
+    def within(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """``up`` and ``down`` in the dtype that is computed in.
+
+        >>> LowRank(up=torch.ones(2, 1), down=torch.ones(1, 3)).within(torch.bfloat16)[0].dtype
+        torch.bfloat16
+        """
         even = self.evened() if dtype == torch.float16 else self
         up, down = even.up, even.down
         return up if up.dtype == dtype else up.to(dtype), down if down.dtype == dtype else down.to(dtype)
@@ -164,7 +168,7 @@ class LowRank(Update):
     def onto(self, y: Tensor, host: Any, dropout: float, x: Tensor) -> Tensor:
         """y + up down drop(x), for an output y of the layer."""
         # Token ids do not tell the dtype to compute in; the layer's output does.
-        up, down = self._in(x.dtype if x.is_floating_point() else y.dtype)
+        up, down = self.within(x.dtype if x.is_floating_point() else y.dtype)
         return host.branch(y, x, down, up, dropout, self.constant)
 
     def scaled(self, strength: float) -> LowRank:
