@@ -51,6 +51,8 @@ LAYERS = {
     "Conv1d": Layer(lambda: nn.Conv1d(4, 10, 3, padding=1), lambda: torch.randn(3, 4, 7)),
     "Conv2d": Layer(lambda: nn.Conv2d(3, 10, 2, stride=2, padding=1), lambda: torch.randn(3, 3, 6, 6)),
     "Conv2d, reflect": Layer(lambda: nn.Conv2d(4, 10, 3, padding=1, padding_mode="reflect"), lambda: torch.randn(2, 4, 6, 6)),
+    "Conv2d, groups": Layer(lambda: nn.Conv2d(4, 10, 3, groups=2, padding=1), lambda: torch.randn(2, 4, 5, 5)),
+    "Conv1d, depthwise": Layer(lambda: nn.Conv1d(10, 10, 8, groups=10, padding=4), lambda: torch.randn(3, 10, 9)),
     "Conv3d": Layer(lambda: nn.Conv3d(2, 10, 2, dilation=2), lambda: torch.randn(2, 2, 4, 4, 4)),
     "own layer": Layer(lambda: HeadwiseLinear(12, 2, 5), lambda: torch.randn(3, 5, 12)),
     "Embedding": Layer(lambda: nn.Embedding(16, 10, padding_idx=0), lambda: torch.randint(0, 16, (3, 5))),

@@ -234,7 +234,7 @@ BAD = [
     (dict(targets=["query"], name="a.b"), ValueError, "name = 'a.b': an adapter's name is made of"),
     (dict(targets=["query"], name="keys"), ValueError, "no attribute of nn.ModuleDict"),
     (dict(targets=["query"], name=""), ValueError, "an adapter's name is made of"),
-    (dict(targets=["grouped"]), ValueError, "grouped: cannot adapt a Conv2d with groups = 2: its weight is not one matrix"),
+    (dict(targets=["grouped"], overrides={"grouped": {"r": 5}}), ValueError, r"r = 5 is more than a matrix of shape \[4, 18\]"),
     (dict(targets=["capped"]), ValueError, "capped: cannot adapt an Embedding with max_norm"),
     (dict(targets=["attention"]), TypeError, "attention: cannot adapt a MultiheadAttention"),
     (dict(targets=["scaled"]), TypeError, "cannot adapt a Scaled: it has a forward of its own"),

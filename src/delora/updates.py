@@ -353,7 +353,7 @@ class TwoSided(Update):
 
     ``forward`` transforms the layer's input and output and does not read W, so a quantised base needs no conversion. The
     input of a convolution or an embedding is not a vector and cannot be transformed: there ``right`` makes every forward
-    build the merged matrix.
+    build the merged matrix, and so does ``left`` for a convolution with groups, whose outputs come from different inputs.
 
     >>> TwoSided(left=Diagonal(torch.tensor([1.0, 2.0]))).merge(torch.ones(2, 3))
     tensor([[1., 1., 1.],
@@ -369,12 +369,12 @@ class TwoSided(Update):
         return W if self.left is None else self.left.apply(W.mT).mT
 
     def forward(self, host: Any, dropout: float, x: Tensor) -> Tensor:
+        if (self.right is not None and not host.linear) or (self.left is not None and not host.mixes):
+            return host.run(x, self.merge(host.weight()))
         if self.right is None:
             y = host.layer(x)
-        elif host.linear:
-            y = host.layer(self.right.apply(x).to(x.dtype))  # autocast may have made it narrower
         else:
-            return host.run(x, self.merge(host.weight()))
+            y = host.layer(self.right.apply(x).to(x.dtype))  # autocast may have made it narrower
         return y if self.left is None else host.mixed(y, self.left.apply)
 
     def rows(self, start: int, stop: int) -> TwoSided | None:

@@ -140,7 +140,7 @@ def test_an_unknown_field_is_refused_if_it_is_set(value):
         ),
         (
             OFTConfig(r=2, oft_block_size=0, target_modules=["conv"], use_cayley_neumann=False),
-            "conv is a convolution, on which PEFT's OFT computes something else",
+            "conv is a convolution with a kernel, on which PEFT's OFT computes something else",
         ),
         (
             IA3Config(target_modules=["conv"], feedforward_modules=["conv"]),

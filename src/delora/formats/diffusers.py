@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from delora.formats.files import write_atomically
 from delora.formats.nearest import Approximation
 from delora.formats.peft import as_lora
+from delora.formats.peft_own import groups_of
 from delora.meeting import collective, writes
 from delora.models import adapted_layers, adapter_names, by_layer, unwrapped, walk
 
@@ -128,6 +129,11 @@ def _factors(part: str, module: nn.Module, name: str | None, form: Approximation
         if f"{layer}.lora_A.weight" not in tensors:
             raise ValueError(
                 f"{layer} is an embedding, which these files cannot hold; delora.merge writes its change into the weights"
+            )
+        if groups_of(chosen[layer]) > 1:
+            raise ValueError(
+                f"{layer} is a convolution with groups, which not all programs read; delora.merge writes its change into the "
+                "weights"
             )
         down, up = tensors[f"{layer}.lora_A.weight"], tensors[f"{layer}.lora_B.weight"]
         factors[layer.removeprefix(f"{part}.")] = (down.detach().cpu(), up.detach().cpu())

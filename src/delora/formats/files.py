@@ -500,7 +500,7 @@ class SavedLayer:
     strength: float = 1.0
     shape: tuple[int, ...] | None = None  # of W, if known
     base: dict[str, Any] | None = None  # what is known of the W that it was trained on
-    no_kernel: bool = False  # not for a convolution with a kernel, on which what wrote this computes something else
+    peft: str = ""  # PEFT's name of its kind, if PEFT wrote it
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
 

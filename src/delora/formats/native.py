@@ -42,6 +42,7 @@ from delora.formats.files import (
     write_atomically,
 )
 from delora.formats.peft import read as read_peft
+from delora.formats.peft_own import beyond_peft
 from delora.hosts import Convolution, Embedding, Slot
 from delora.injection import activate, check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
@@ -575,10 +576,10 @@ def _rebuilt(module: nn.Module | Slot, name: str, entry: SavedLayer, saved: Save
         raise AdapterError(f"{saved.source}: {name}: {error}") from error
     if isinstance(adapter, Adapter):
         host = Placed(adapter, layer).host
-        if entry.no_kernel and isinstance(host, Convolution) and math.prod(host.layer.kernel_size) > 1:
+        if entry.peft and isinstance(host, Convolution) and (why := _other_convolution(entry.peft, host.layer)):
             raise AdapterError(
-                f"{saved.source}: {name} is a convolution, on which PEFT's {type(entry.method).__name__} computes something "
-                "else than a change of the weight; merge it with PEFT and adapt the result"
+                f"{saved.source}: {name} is a convolution{why}, on which PEFT's {type(entry.method).__name__} computes "
+                "something else than a change of the weight; merge it with PEFT and adapt the result"
             )
         _check_base(name, Placed(adapter, layer), entry, saved, allow_other_base)
     own = {_inside(name, key): key for key in adapter.saved()}
@@ -609,6 +610,15 @@ def _rebuilt(module: nn.Module | Slot, name: str, entry: SavedLayer, saved: Save
         adapter.put(key, cast, Placed(adapter, layer).host.device)
     adapter.strength = entry.strength
     return adapter
+
+
+def _other_convolution(kind: str, layer: Any) -> str:
+    """What of a convolution makes PEFT's adapter of a kind something else than a change of its weight; "" if nothing does."""
+    if kind == "OFT" and math.prod(layer.kernel_size) > 1:
+        return " with a kernel"
+    if kind == "LORA" and layer.groups > 1:
+        return f" with groups = {layer.groups}"
+    return f": {beyond_peft(layer)}" if kind == "LORA" and beyond_peft(layer) else ""
 
 
 def _check_base(name: str, adapter: Placed, entry: SavedLayer, saved: Saved, allow_other_base: bool) -> None:

@@ -27,7 +27,7 @@ from delora.formats.peft_config import method_of, parameters_of, texts
 from delora.formats.peft_experts import Stacked, by_wrapper
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
 from delora.formats.peft_names import experts, read_by_parent, renamed
-from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, lora_factors
+from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, groups_of, lora_factors
 from delora.frozen import Frozen
 from delora.hosts import Conv1D, Slot
 from delora.layer import Placed
@@ -194,8 +194,9 @@ def as_lora(
             way_out = "; delora.merge writes it into the weights" if adapter.mergeable() else ""
             raise ValueError(f"{layer}: {adapter.method} is not a low-rank change{way_out}")
         factors = factors if form is None else form.of(layer, factors)
-        ranks[f"{layer}.weight" if layer in parameters else layer] = len(factors.down)
-        tensors |= lora_factors(layer, adapter, factors.up, factors.down)
+        written = lora_factors(layer, adapter, factors.up, factors.down)
+        ranks[f"{layer}.weight" if layer in parameters else layer] = len(factors.down) * groups_of(adapter)
+        tensors |= written
     for wrapper, each in (stacked or {}).items():
         ranks[each.parameter] = each.rank
         tensors |= {f"{wrapper}.lora_A.weight": each.down, f"{wrapper}.lora_B.weight": each.up}
@@ -340,7 +341,7 @@ def _layers(config: dict[str, Any], file: TensorFile, kind: str, where: Path) ->
         norms = tensors.pop("c", None)
         base = {"columns": norms[0]} if norms is not None else _base(file, bases.get(layer), tensors)
         flat = {tensor: (key, _flat(tensor, shape)) for tensor, (key, shape) in tensors.items()}
-        layers[layer] = SavedLayer(method, methods.dropout, base=base, no_kernel=kind == "OFT", tensors=flat)
+        layers[layer] = SavedLayer(method, methods.dropout, base=base, peft=kind, tensors=flat)
     for module, tensors in _whole(config, rest, file, kind, where).items():
         if module in layers:
             raise AdapterError(f"{file.path}: {module} is both adapted and trained whole")

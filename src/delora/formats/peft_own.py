@@ -19,7 +19,7 @@ from delora.layer import Placed
 from delora.methods import IA3, OFT, DeLoRA, DoRA, LoRA
 from delora.parts import Slices
 
-__all__ = ["as_delora", "as_itself", "by_pattern", "feedforward", "lora_factors"]
+__all__ = ["as_delora", "as_itself", "beyond_peft", "by_pattern", "feedforward", "groups_of", "lora_factors"]
 
 Parts = tuple[dict[str, Any], dict[str, Tensor]]  # a configuration of PEFT, and the tensors by name
 
@@ -48,6 +48,11 @@ def as_itself(layers: dict[str, Placed]) -> Parts:
                 f"{layer} has adapters of single slices, of which PEFT's own adapters know nothing: kind='lora' writes their "
                 "changes as one exact LoRA of the layer"
             )
+        if type(adapter.method) in (LoRA, DoRA) and groups_of(adapter) > 1:
+            raise ValueError(
+                f"{layer}: PEFT's adapter of a convolution with groups mixes their inputs, which is no change of the weight; "
+                "kind='lora' writes any low-rank change as an exact LoRA"
+            )
         if isinstance(adapter.base, Slot):
             raise ValueError(
                 f"{layer} is a matrix in a parameter of a {type(adapter.base.owner).__name__}, which is not written in this "
@@ -68,9 +73,50 @@ def lora_factors(layer: str, adapter: Placed, up: Tensor, down: Tensor) -> dict[
     if isinstance(host, Embedding):
         return {f"{layer}.lora_embedding_A": down, f"{layer}.lora_embedding_B": up}
     if isinstance(host, Convolution):
-        down = down.reshape(-1, *host.layer.weight.shape[1:])
+        if (why := beyond_peft(host.layer)) is not None:
+            raise ValueError(f"{layer}: {why}; delora.merge writes its change into the weights")
+        down = _for_groups(down.reshape(-1, *host.layer.weight.shape[1:]), host.layer.groups)
         up = up.reshape(*up.shape, *(1,) * host.dims)
     return {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+
+
+def beyond_peft(layer: Any) -> str | None:
+    """Why PEFT's LoRA of a convolution computes something else than a change of its weight, or None.
+
+    >>> beyond_peft(nn.Conv1d(2, 2, 3)), beyond_peft(nn.Conv1d(2, 2, 3, dilation=2))
+    (None, 'PEFT runs its factors without the dilation (2,) of this Conv1d')
+    """
+    if any(d != 1 for d in layer.dilation):
+        return f"PEFT runs its factors without the dilation {tuple(layer.dilation)} of this {type(layer).__name__}"
+    if layer.padding_mode != "zeros":
+        return f"PEFT pads with zeros where this {type(layer).__name__} pads by {layer.padding_mode!r}"
+    return None
+
+
+def groups_of(adapter: Placed) -> int:
+    """How often PEFT needs the rank of a change: for every group of a convolution.
+
+    >>> from delora.layer import attach
+    >>> layer = nn.Conv1d(4, 4, 3, groups=2)
+    >>> groups_of(Placed(attach(LoRA(r=2), layer), layer))
+    2
+    """
+    host = adapter.host
+    return int(host.layer.groups) if isinstance(host, Convolution) else 1
+
+
+def _for_groups(down: Tensor, groups: int) -> Tensor:
+    """A kernel [k, in / groups, ...] that all groups share, as one [groups * k, in, ...] for the inputs of all groups.
+
+    PEFT gives each group its share of the features: here those that only its own inputs make.
+    """
+    if groups == 1:
+        return down
+    k, inp = down.shape[:2]
+    wide = down.new_zeros(groups, k, groups, inp, *down.shape[2:])
+    for g in range(groups):
+        wide[g, :, g] = down
+    return wide.flatten(0, 1).flatten(1, 2)
 
 
 def by_pattern(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -67,6 +67,11 @@ class Host:
         """
 
     @property
+    def mixes(self) -> bool:
+        """Whether a sum of output channels is what the same sum of rows of the matrix gives: all see the same input."""
+        return True
+
+    @property
     def module(self) -> Any:
         """The module that holds the weight: the layer itself."""
         return self.layer

@@ -254,6 +254,10 @@ class LayerSlice(Slice):
 
     def check(self) -> None:
         self.of.check()
+        if not self.of.mixes:
+            raise ValueError(
+                "cannot adapt a slice of a convolution with groups, whose rows see different inputs: adapt all of it"
+            )
 
     def matrix(self) -> Tensor:
         return self.fused.of(self.cut, self.of.matrix())
