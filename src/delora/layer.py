@@ -508,7 +508,7 @@ def check_parallel(made: Kept, layer: Any) -> None:
         fits = isinstance(made, Adapter) and not edits_output(made.method)
         fits = fits and isinstance(Placed(made, layer).update(), LowRank)
     if not fits:
-        how = f"by {type(made.method).__name__}" if isinstance(made, Adapter) else "by its parameters"
+        how = f"by {type(made.method).__name__}" if isinstance(made, Adapter) else "by single matrices in it"
         raise TypeError(
             f"cannot adapt a tensor parallel {type(layer).__name__} {how}: each process computes a part of it, which is known "
             "for layers whose change is up down alone (DeLoRA, LoRA)"

@@ -619,12 +619,20 @@ def joined(out: int, parts: Iterable[tuple[Rows, Any]]) -> Update:
     each = tuple(parts)
     if not all(isinstance(update, LowRank) for _, update in each):
         return Sliced(out, each)
-    ups = []
+    # The terms that train, of all parts, then the constant ones.
+    ups: tuple[list[Tensor], list[Tensor]] = ([], [])
+    downs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    constant = 0
     for rows, update in each:
         if isinstance(rows, slice):
-            ups.append(torch.nn.functional.pad(update.up, (0, 0, rows.start, out - rows.stop)))
+            up = torch.nn.functional.pad(update.up, (0, 0, rows.start, out - rows.stop))
         else:
-            ups.append(update.up.new_zeros(out, update.up.shape[1]).index_copy(0, rows.to(update.up.device), update.up))
+            up = update.up.new_zeros(out, update.up.shape[1]).index_copy(0, rows.to(update.up.device), update.up)
+        learned = up.shape[1] - update.constant
+        for i, terms in enumerate((slice(None, learned), slice(learned, None)) if update.constant else (slice(None),)):
+            ups[i].append(up[:, terms])
+            downs[i].append(update.down[terms])
+        constant += update.constant
     if len(each) == 1:
-        return LowRank(ups[0], each[0][1].down)
-    return LowRank(torch.cat(ups, 1), torch.cat([update.down for _, update in each]))
+        return LowRank(up, each[0][1].down, constant)
+    return LowRank(torch.cat([*ups[0], *ups[1]], 1), torch.cat([*downs[0], *downs[1]]), constant)

@@ -201,12 +201,9 @@ class Slice(Host):
 
     @property
     def shape(self) -> tuple[int, int]:
-        out, inp = self.as_weight(self.layer.part()).shape
+        with outlined(self.module):
+            out, inp = self.as_weight(self.layer.part()).shape
         return (out if self.layer.fused is None else self.layer.fused.count(self.layer.cut)), inp
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.part().dtype
 
     def as_weight(self, W: Tensor) -> Tensor:
         return W.T if self.layer.layout.transposed else W
