@@ -6,6 +6,7 @@ vLLM itself reads the files in `tests/vllm`, which needs an environment of its o
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -42,6 +43,15 @@ def mixture():
     return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **options))
 
 
+def joint():
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, num_local_experts=2, num_experts_per_tok=1))
+
+
+def unnamed():
+    options = dict(num_local_experts=2, intermediate_size_mlp=16, moe_layers=[0])
+    return transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**SIZES, **options))
+
+
 def latent():
     options = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1)
     sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
@@ -60,7 +70,10 @@ REFUSED = [
     (lambda: llama(attention_bias=True), BitFit(), {"targets": ["q_proj"]}, "is not a low-rank change"),
     (gpt, LoRA(2), {"targets": ["c_attn"]}, "c_attn is a Conv1D, and vLLM adapts linear layers and embeddings"),
     (seeing, LoRA(2), {"targets": r".*vision_tower.*_proj"}, r"outside of the language model \(model.language_model.\*\)"),
-    (mixture, LoRA(2), {"targets": ["gate_up_proj"]}, "experts.gate_up_proj.0 is a matrix in a parameter of a Qwen3MoeExperts"),
+    (mixture, DoRA(2), {"targets": ["experts.gate_up_proj"]}, "experts.gate_up_proj.0 has a DoRA.*not a low-rank change"),
+    (mixture, LoRA(2), {"targets": ["q_proj"], "also_train": ["norm"]}, "model.norm is trained whole"),
+    (joint, LoRA(2), {"targets": ["experts.down_proj"]}, "takes the adapters of gate_up_proj and down_proj of .* together"),
+    (unnamed, LoRA(2), {"targets": ["experts.down_proj"]}, "not known how checkpoints of a Llama4ForCausalLM name"),
     (latent, LoRA(2), {"targets": ["kv_b_proj"]}, "kv_b_proj is read once by vLLM's attention"),
     (lambda: nn.Sequential(nn.Linear(4, 4)), LoRA(2), {"targets": ["0"]}, "models of transformers, which a Sequential is not"),
 ]
@@ -130,3 +143,80 @@ def test_the_command_line_says_how_to_serve(tmp_path):
     code, _, words = run("export", tmp_path / "mine", *options[2:4], "--out", tmp_path / "other", "--max-lora-rank", 32)
     assert code == 2
     assert "--max-lora-rank is for --kind vllm" in " ".join(words.split())
+
+
+# ---------------------------------------------------------------- experts
+
+
+def mixtral():
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3, num_experts_per_tok=1))
+
+
+def olmoe():
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**sizes, num_experts=3, num_experts_per_tok=1))
+
+
+def weights(model, folder):
+    """The weights as the checkpoint has them that transformers writes."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+NAMED = {
+    "qwen3_moe": (mixture, r"model\.layers\.0\.mlp\.experts\.\d\.(gate|up|down)_proj"),
+    "mixtral": (mixtral, r"model\.layers\.0\.block_sparse_moe\.experts\.\d\.w[123]"),
+    "olmoe": (olmoe, r"model\.layers\.0\.mlp\.experts\.\d\.(gate|up|down)_proj"),
+    "deepseek_v3": (lambda: deep(), r"model\.layers\.0\.mlp\.experts\.\d\.(gate|up|down)_proj"),
+}
+
+
+def deep():
+    options = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=0)
+    options |= dict(n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=1, moe_intermediate_size=16)
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**sizes | options | {"num_key_value_heads": 2}))
+
+
+@pytest.mark.parametrize(("make", "names"), NAMED.values(), ids=NAMED)
+def test_each_expert_is_named_as_its_weight_in_checkpoints_and_changes_it_exactly(make, names, tmp_path):
+    """transformers itself writes the weights of each expert, before and after the change is merged."""
+    model = make().eval()
+    before = weights(model, tmp_path / "before")
+    targets = r".*experts\.(gate_up_proj\.(0|1\.up)|down_proj\.\d)|.*q_proj|.*q_b_proj"
+    delora.inject(model, DeLoRA(2), targets, overrides={r"down_proj\.1$": {"r": 3}})
+    delora.export.vllm(shake(model), tmp_path / "vllm")
+    factors = load_file(tmp_path / "vllm" / TENSORS)
+    after = weights(delora.merge(model), tmp_path / "after")
+    start, end = "base_model.model.", ".lora_A.weight"
+    layers = {key.removeprefix(start).removesuffix(end) for key in factors if key.endswith(end)}
+    of_experts = {layer for layer in layers if ".experts." in layer}
+    assert of_experts == {key.removesuffix(".weight") for key in before if re.fullmatch(names + r"\.weight", key)}
+    for layer in layers:
+        change = factors[f"{start}{layer}.lora_B.weight"] @ factors[f"{start}{layer}{end}"]
+        torch.testing.assert_close(before[f"{layer}.weight"] + change, after[f"{layer}.weight"], rtol=1e-5, atol=1e-6)
+    config = json.loads((tmp_path / "vllm" / CONFIG).read_text())
+    assert config["lora_alpha"] == config["r"]
+    assert config["rank_pattern"] == config["alpha_pattern"]
+    assert "target_parameters" not in config
+    for projection in {layer.rpartition(".")[2] for layer in of_experts}:  # vLLM packs each projection of all experts
+        shapes = {factors[f"{start}{layer}{end}"].shape for layer in of_experts if layer.endswith(f".{projection}")}
+        assert len(shapes) == 1
+
+
+def test_experts_that_vllm_holds_together_are_written_together(tmp_path):
+    model = shake(delora.inject(joint(), LoRA(2), ["experts.gate_up_proj", "experts.down_proj"]))
+    delora.export.vllm(model, tmp_path / "vllm")
+    delora.export.peft(model, tmp_path / "peft")
+    first, second = (load_file(tmp_path / kind / TENSORS) for kind in ("vllm", "peft"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(t, second[key]) for key, t in first.items())
+    assert {key.removeprefix("base_model.model.model.layers.0.mlp.experts.") for key in first} == {
+        f"{wrapper}lora_{factor}.weight" for wrapper in ("", "base_layer.") for factor in "AB"
+    }
+
+
+def test_a_rank_of_experts_beyond_what_vllm_is_started_for_is_refused(tmp_path):
+    model = delora.inject(mixture(), DeLoRA(9), ["experts.down_proj"])
+    with pytest.raises(ValueError, match=r"mlp.experts.\d.down_proj has rank 18, and vLLM is started for 16"):
+        delora.export.vllm(model, tmp_path)

@@ -24,9 +24,10 @@ from delora.formats.files import AdapterError, Saved, SavedLayer, TensorFile, ge
 from delora.formats.nearest import Approximation
 from delora.formats.patterns import LONGEST, Pattern, Patterns, Steps
 from delora.formats.peft_config import method_of, parameters_of, texts
-from delora.formats.peft_experts import Stacked, by_wrapper
+from delora.formats.peft_experts import Stacked, by_wrapper, one_by_one
 from delora.formats.peft_fields import KINDS, require_known, require_same_base
-from delora.formats.peft_names import experts, read_by_parent, renamed
+from delora.formats.peft_names import experts as taken_for_experts
+from delora.formats.peft_names import read_by_parent, renamed
 from delora.formats.peft_own import as_delora, as_itself, by_pattern, feedforward, groups_of, lora_factors
 from delora.frozen import Frozen
 from delora.hosts import Conv1D, Slot
@@ -54,6 +55,7 @@ def write(
     kind: Literal["lora", "own", "delora"] = "lora",
     rank: int | None = None,
     dtype: torch.dtype | None = None,
+    experts: Literal["together", "each"] = "together",
 ) -> Path:
     """Write an adapter, at its current strength, to a folder in PEFT's format.
 
@@ -70,6 +72,8 @@ def write(
         rank: the highest rank to write, with kind="lora": a change of a higher one is written as the nearest of this rank,
             which is told. None writes each exactly. A DeLoRA that starts by "subtract" or "copy" has rank 2r.
         dtype: the dtype of all numbers in the file, with kind="lora": float32, float16 or bfloat16; None for the adapter's own.
+        experts: "together" writes those of one parameter as PEFT's ``target_parameters``, "each" under the names that
+            checkpoints give to the weights of each expert, which vLLM reads of most mixtures.
 
     Raises:
         ValueError: the change is not low-rank, or PEFT cannot read it right; nothing is written then.
@@ -97,9 +101,10 @@ def write(
     root = unwrapped(model)
     own = {layer: a for layer, a in weights.items() if isinstance(a.base, Slot)}
     layers = {layer: a for layer, a in weights.items() if layer not in own}
-    stacked = by_wrapper(own, form) if kind == "lora" else {}
-    moved = renamed(root, [*layers, *stacked])
-    taken = [layer for layer in layers if layer.rpartition(".")[2] in experts(root)]
+    apart = experts == "each"
+    stacked = {} if kind != "lora" else one_by_one(root, own, form) if apart else by_wrapper(own, form)
+    moved = renamed(root, layers if apart else [*layers, *stacked])
+    taken = [layer for layer in layers if layer.rpartition(".")[2] in taken_for_experts(root)]
     parameters = taken if kind == "lora" else []
     if kind == "lora":
         config, tensors = as_lora(layers, parameters, form, stacked)
@@ -130,7 +135,8 @@ def write(
     for key, t in tensors.items():
         if not torch.isfinite(t).all():
             raise ValueError(f"{key} holds NaN or infinity: nothing was written to {folder}")
-    by_parameter = [*(f"{layer}.weight" for layer in parameters), *(each.parameter for each in stacked.values())]
+    by_parameter = [f"{layer}.weight" for layer in parameters]
+    by_parameter += [] if apart else [each.parameter for each in stacked.values()]
     if by_parameter and config["lora_dropout"]:
         warnings.warn(
             f"PEFT has no dropout on {by_parameter[0]}, which it is told of by the name of a parameter: "
@@ -138,9 +144,12 @@ def write(
             stacklevel=3,
         )
         config["lora_dropout"] = 0.0
+    named = _target_names(root, [layer for layer in layers if layer not in parameters], bool(taken_for_experts(root)))
+    if apart and stacked:
+        named = sorted({layer.rpartition(".")[2] for layer in (*layers, *stacked)})
     config |= {
         "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
-        "target_modules": _target_names(root, [layer for layer in layers if layer not in parameters], bool(experts(root))),
+        "target_modules": named,
         "modules_to_save": list(whole) or None,
         "task_type": _task_type(root, whole),
         "inference_mode": True,

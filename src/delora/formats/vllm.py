@@ -1,7 +1,7 @@
 """LoRA adapters for vLLM: PEFT's format, of what vLLM reads right, within the ranks that it is started for.
 
 The reference is vLLM 0.32: ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py`` say what it refuses, and
-``vllm/lora/model_manager.py`` what it leaves out without a word.
+``vllm/lora/model_manager.py`` what it leaves out without a word, and how it reads experts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from delora.formats.nearest import Approximation
 from delora.formats.peft import write as write_peft
+from delora.formats.peft_experts import by_wrapper, one_by_one
 from delora.hosts import Conv1D, Embedding, Linear, Quantised, Slot
 from delora.layer import Placed
 from delora.meeting import collective
-from delora.models import adapters, unwrapped, walk
+from delora.models import by_layer, unwrapped, walk
 
 __all__ = ["RANKS", "write"]
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 HEADS = ("score", "classifier")  # the modules that an adapter of vLLM can hold whole
+# Whose experts vLLM holds, and reads, together (``is_3d_moe_weight``); those of all others by the names in their checkpoints.
+TOGETHER = ("GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 ABSORBED = "kv_b_proj"  # of multi-head latent attention: vLLM takes its weight apart when the model is loaded
 
 
@@ -71,13 +75,22 @@ def write(
     root: Any = unwrapped(model)
     if not hasattr(getattr(root, "config", None), "get_text_config"):
         raise ValueError(f"vLLM serves models of transformers, which a {type(root).__name__} is not")
-    chosen = adapters(model, name)
+    chosen = by_layer(model, name)
     language = _language_model(root)
     for layer, placed in chosen.items():
         if why := _refused(layer, placed, root, language):
             raise ValueError(f"{layer} {why}; leave it out, or delora.merge writes it into the weights")
-    _require_ranks(chosen, rank, max_lora_rank)
-    return write_peft(model, folder, name, rank=rank, dtype=dtype)
+    in_mixtures = {layer: placed for layer, placed in chosen.items() if isinstance(placed.base, Slot)}
+    together = type(root).__name__ in TOGETHER
+    factors = {layer: a.low_rank() for layer, a in chosen.items() if not a.whole and layer not in in_mixtures}
+    ranks = {layer: len(change.down) for layer, change in factors.items() if change is not None}
+    if together:
+        _require_both(in_mixtures)
+        ranks |= {each.parameter: each.rank for each in by_wrapper(in_mixtures, Approximation()).values()}
+    else:
+        ranks |= {layer: each.rank for layer, each in one_by_one(root, in_mixtures, Approximation()).items()}
+    _require_ranks(ranks, rank, max_lora_rank)
+    return write_peft(model, folder, name, rank=rank, dtype=dtype, experts="together" if together else "each")
 
 
 def _language_model(root: Any) -> tuple[str, ...]:
@@ -93,8 +106,10 @@ def _refused(layer: str, placed: Placed, root: Any, language: tuple[str, ...]) -
     if placed.whole:
         heads = HEADS if type(root).__name__.endswith("ForSequenceClassification") else ()
         return "" if layer in heads else "is trained whole, which vLLM takes of the head of a sequence classifier alone"
-    if isinstance(placed.base, Slot):
-        return f"is a matrix in a parameter of a {type(placed.base.owner).__name__}, which has not been tried with vLLM"
+    if isinstance(slot := placed.base, Slot):
+        if slot.layout.experts is not True:
+            return f"is a matrix in a parameter of a {type(slot.owner).__name__}, which vLLM does not adapt"
+        return "" if placed.low_rank() is not None else f"has a {placed.method}, which is not a low-rank change"
     if not isinstance(placed.host, (Linear, Quantised, Embedding)) or isinstance(placed.host, Conv1D):
         return f"is a {type(placed.base).__name__}, and vLLM adapts linear layers and embeddings"
     if layer.rpartition(".")[2] == ABSORBED:
@@ -104,10 +119,21 @@ def _refused(layer: str, placed: Placed, root: Any, language: tuple[str, ...]) -
     return ""
 
 
-def _require_ranks(chosen: dict[str, Placed], rank: int | None, most: int) -> None:
+def _require_both(experts: dict[str, Placed]) -> None:
+    """Refuse experts with adapters of one parameter alone, where vLLM takes both together (``_stack_moe_lora_weights``)."""
+    keys: dict[str, set[str]] = {}
+    for name, placed in experts.items():
+        keys.setdefault(name.removesuffix(f".{placed.base.name}"), set()).add(placed.base.key)
+    for module, there in keys.items():
+        if missing := {"gate_up_proj", "down_proj"} - there:
+            raise ValueError(
+                f"vLLM takes the adapters of gate_up_proj and down_proj of {module} together, and {missing.pop()} has none: "
+                "adapt both, or delora.merge writes the change into the weights"
+            )
+
+
+def _require_ranks(ranks: dict[str, int], rank: int | None, most: int) -> None:
     """Refuse a rank that is higher than vLLM is started for."""
-    factors = {layer: placed.low_rank() for layer, placed in chosen.items() if not placed.whole}
-    ranks = {layer: len(change.down) for layer, change in factors.items() if change is not None}
     layer = max(ranks, key=ranks.__getitem__, default=None)
     if layer is None or min(ranks[layer], rank or ranks[layer]) <= most:
         return
