@@ -143,6 +143,11 @@ class Slices(Several, Changing):
         strengths = {part.strength for _, part in self._slots(cast(nn.Module, None))}
         return strengths.pop() if len(strengths) == 1 else math.nan
 
+    @strength.setter
+    def strength(self, s: float) -> None:
+        for _, part in self._slots(cast(nn.Module, None)):
+            part.strength = s
+
     def update(self, host: Host) -> Update:
         return joined_slices((slot, part.update(slot.look())) for slot, part in self._slots(host.layer))
 
