@@ -17,6 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import delora
+from delora import ETHER, DeLoRA, EtherPlus
 from delora.data import sentences
 from delora.data.examples import DataError
 from delora.data.sentences import Sentence
@@ -49,25 +50,40 @@ COUNTS = {
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_every_recipe_on_the_real_shapes(recipe, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "Llama-2-7b-hf")  # whose defaults are LLaMA-2-7B's sizes
-    ((_, run),) = read(recipe, [f"model={tmp_path / 'Llama-2-7b-hf'}"]).runs()
+    (_, run), *others = read(recipe, [f"model={tmp_path / 'Llama-2-7b-hf'}"]).runs()
     model = language_skeleton(run.model)
     experiments.adapt(model, run)
     assert delora.summary(model).trainable == COUNTS[recipe.stem]
+    for _, other in others:
+        delora.eject(model)
+        experiments.adapt(model, other)
+        assert delora.summary(model).trainable == COUNTS["lora"]
     assert run.published is not None
     assert run.published.of(run)
     assert run.published.test == pytest.approx(sum(run.published.scores.values()) / 4, abs=0.01)  # of rounded figures
     train, data = run.train, run.data
-    assert (train.epochs, train.batch_size, train.warmup, train.schedule, train.beta2) == (1, 8, 100, "cosine", 0.95)
+    assert train.steps * train.batch_size == 50_000  # which the published script calls an epoch
+    assert (train.batch_size, train.warmup) == ((16, 1000) if "ether" in recipe.stem else (8, 100))
+    assert (train.schedule, train.beta2) == ("cosine", 0.95)
     assert (data.test, data.max_tokens, data.response_only, run.seed) == (2000, 256, False, 1337)
     assert run.evaluate.tasks == list(harness.TASKS)
     assert run.evaluate.shots == 0
     assert {c.stem for c in RECIPES} == set(COUNTS)
 
 
-def test_the_rates_that_the_paper_gives():
-    run = read(ROOT / "paper" / "recipes" / "instruct" / "llama2-7b-alpaca.toml")
-    assert (run.adapter.build().lam, run.train.lr, run.train.lam_lr) == (8.0, 1e-2, 5e-3)
-    assert read(ROOT / "paper" / "recipes" / "instruct" / "dora.toml").train.lr == 3e-4
+def test_the_settings_that_are_published():
+    def of(name: str) -> Any:
+        return read(ROOT / "paper" / "recipes" / "instruct" / f"{name}.toml").runs()
+
+    (_, run), (_, fixed) = of("llama2-7b-alpaca")
+    assert (run.adapter.build(), run.train.lr, run.train.lam_lr) == (DeLoRA(r=8, lam=8.0, start="copy"), 1e-2, 5e-3)
+    assert fixed.adapter.build() == DeLoRA(r=8, lam=8.0, start="copy", learn_lam=False)
+    (dora,), (lora,) = ((each for _, each in of(name)) for name in ("dora", "lora"))
+    assert (dora.train.lr, lora.train.lr) == (3e-4, 3e-4)
+    assert dora.adapter.build().alpha == lora.adapter.build().alpha == 8.0
+    for name, method in (("ether", ETHER(blocks=32, side="output")), ("etherplus", EtherPlus(blocks=32))):
+        ((_, each),) = of(name)
+        assert (each.adapter.build(), each.train.lr, each.train.weight_decay) == (method, 1e-3, 0.0)
 
 
 # ---------------------------------------------------------------- a small model
@@ -155,15 +171,17 @@ def test_questions_about_sentences_from_end_to_end(llama, tmp_path):
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(llama, tmp_path):
-    """With a checkpoint in the midst of an epoch."""
+    """A checkpoint in the midst of an epoch; an end one step after an epoch's, where the loss is measured once more."""
     values = recipe(llama, made(tmp_path), tmp_path / "whole")
-    values["train"] |= {"batch_size": 4, "save_steps": 3, "epochs": 1}
+    values["train"] |= {"batch_size": 4, "save_steps": 3, "steps": 9}
     experiments.train(instructions, parse(values), QUIET)
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     run = tmp_path / "stopped" / "variants" / "tiny"
     for file in (tmp_path / "stopped" / "summary.json", run / "result.json", run / "metrics.jsonl"):
         file.unlink()
-    shutil.rmtree(run / "checkpoints" / "checkpoint-8")  # that of the end
+    measured = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in measured if "validation_loss" in row] == [8, 9]
+    shutil.rmtree(run / "checkpoints" / "checkpoint-9")  # that of the end
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"checkpoint-6"}
     experiments.train(instructions, parse(values | {"out": str(tmp_path / "stopped")}), QUIET)
 
@@ -172,6 +190,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(llama, tmp_path):
         return {key: value for key, value in result.items() if key != "seconds"}
 
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+    assert numbers(tmp_path / "whole")["best_epoch"] == 2  # the one that it ended in
 
 
 def test_bfloat16_weights_and_adapters_in_float32(llama, tmp_path):

@@ -180,7 +180,8 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         loss = next(line["eval_loss"] for line in reversed(trainer.state.log_history) if "eval_loss" in line)
         likelihood = math.exp(-loss)
         scores = {METRIC: likelihood} | scored(model, tokenizer, experiment, data)
-        figures = {"validation": likelihood, "test": scores[reported(experiment)], "best_epoch": experiment.train.epochs}
+        last = math.ceil(trainer.state.epoch or 0)  # which an experiment with train.steps may have begun only
+        figures = {"validation": likelihood, "test": scores[reported(experiment)], "best_epoch": last}
         return figures | {"scores": scores | {f"{name} before": value for name, value in before.items()}}
 
     return conclude(experiment, context, model, trainer, METRIC, reported(experiment), score)
