@@ -86,6 +86,16 @@ def stops(rank: int, folder: str, old: str, new: str) -> None:
         stopped(Path(folder), old, new)
 
 
+def test_a_checkpoint_at_the_end_of_an_epoch_holds_its_validation(runs):
+    """A run that is killed between both would go on without that score."""
+    for kind in KINDS:
+        (run,) = (runs / f"one-{kind}" / "variants").iterdir()
+        last = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name.rpartition("-")[2]))
+        state = json.loads((last / "trainer_state.json").read_text())
+        assert state["global_step"] == state["max_steps"]
+        assert any("eval_loss" in row and row["step"] == state["max_steps"] for row in state["log_history"])
+
+
 @pytest.mark.slow
 def test_torchrun_runs_a_recipe(runs):
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -44,7 +44,7 @@ from delora.training.runs import (
     write_json,
 )
 from delora.training.task import Task
-from delora.training.trainer import Diverged, Metrics, RunTrainer
+from delora.training.trainer import Diverged, Metrics, RunTrainer, SavedAfterValidation
 
 __all__ = [
     "Outcome",
@@ -162,7 +162,7 @@ def fit(
     trainer = RunTrainer(
         model,
         arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens),
-        callbacks=[Metrics(folder / METRICS), bar, *watch],
+        callbacks=[SavedAfterValidation(), Metrics(folder / METRICS), bar, *watch],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
         lam_weight_decay=train.lam_weight_decay,

@@ -18,7 +18,7 @@ from delora.formats.files import write_atomically
 from delora.integrations.trainer import AdapterTrainer
 from delora.training import parallel
 
-__all__ = ["Diverged", "Metrics", "RunTrainer", "metrics"]
+__all__ = ["Diverged", "Metrics", "RunTrainer", "SavedAfterValidation", "metrics"]
 
 
 class Diverged(RuntimeError):
@@ -107,6 +107,31 @@ class RunTrainer(AdapterTrainer):
         """The epoch, counted from 1, with the best validation score."""
         scores = {row["step"]: row["epoch"] for row in self.state.log_history if "eval_loss" in row}
         return round(scores[cast(int, self.state.best_global_step)])
+
+
+class SavedAfterValidation(TrainerCallback):
+    """A checkpoint at the end of an epoch is written after the epoch's validation, not before: who goes on from it would lack
+    that score.
+
+    >>> from types import SimpleNamespace
+    >>> arguments, state = SimpleNamespace(gradient_accumulation_steps=2), TrainerState(global_step=3, max_steps=6)
+    >>> control, callback = TrainerControl(should_save=True), SavedAfterValidation()
+    >>> callback.on_step_end(arguments, state, control, train_dataloader=range(5))
+    >>> control.should_save
+    False
+    >>> callback.on_epoch_end(arguments, state, control)
+    >>> control.should_save
+    True
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        steps = -(-len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps)
+        last = state.global_step % steps == 0 or state.global_step >= state.max_steps
+        self.late = control.should_save and last
+        control.should_save = control.should_save and not last
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.late
 
 
 class Metrics(TrainerCallback):
