@@ -175,6 +175,38 @@ def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
     assert float(lines[1]["test"]) == float(lines[1]["test accuracy"]) == alone.test
 
 
+@pytest.mark.slow
+def test_trials_of_two_processes_are_what_one_gives(written, tmp_path):
+    """One that cannot end well fails alone, and does not hang."""
+    values = written["values"] | {"parallel": "fsdp2"}
+    config = Path(values["model"]) / "config.json"
+    kept = config.read_text()
+    config.write_text(json.dumps(json.loads(kept) | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}))
+    try:
+        (tmp_path / "recipe.json").write_text(json.dumps(values))
+        one = asked(written, tmp_path / "out", recipe=str(tmp_path / "recipe.json"))
+        first, second = trials(one)
+        first.folder(tmp_path / "out").mkdir(parents=True)
+        (first.folder(tmp_path / "out") / "notes.txt").write_text("not a run's")
+        assert run(one, screen(), processes=2) == [first.name]
+        assert "holds no run" in sweeps.reason(first, tmp_path / "out")
+        perform(second, tmp_path / "alone")
+    finally:
+        config.write_text(kept)
+    together, alone = (numbers(Result.read(second.folder(tmp_path / out))) for out in ("out", "alone"))
+    states = list(second.folder(tmp_path / "out").glob("checkpoints/*/rng_state_*.pth"))
+    assert {file.name for file in states} == {"rng_state_0.pth", "rng_state_1.pth"}  # it was two
+    for key, value in alone.items():
+        same = pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, (float, dict)) else value
+        assert key == "adapter_bytes" or together[key] == same, key
+
+
+def test_trials_of_several_processes_need_a_recipe_for_them(written, tmp_path):
+    with pytest.raises(ConfigError, match='2 processes were started, but parallel = "none"'):
+        run(asked(written, tmp_path / "out"), screen(), processes=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
     """A Ray cluster that somebody else has started, somewhere else, and that asks for Ray's token; its address."""

@@ -165,7 +165,11 @@ def sweep(
     file: Annotated[str, typer.Argument(help="A sweep: a TOML file, or a shipped one's name.", show_default=False)],
     changes: Changes = None,
     address: Annotated[str | None, typer.Option(help="The address of a Ray cluster. Default: this machine.")] = None,
-    cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="CPU cores for each trial.")] = 1,
+    cpus: Annotated[int, typer.Option("--cpus-per-trial", min=1, help="CPU cores for each process of a trial.")] = 1,
+    processes: Annotated[
+        int,
+        typer.Option("--processes-per-trial", min=1, help="Processes that run each trial together (parallel=ddp or fsdp2)."),
+    ] = 1,
     concurrent: Annotated[
         int | None, typer.Option(min=1, help="How many trials may run at the same time.", show_default=False)
     ] = None,
@@ -175,7 +179,7 @@ def sweep(
 
     _quiet()
     grid = sweeps.read(file, changes or [])
-    failed = sweeps.run(grid, out, address, cpus, concurrent)
+    failed = sweeps.run(grid, out, address, cpus, concurrent, processes)
     out.print(f"Written to {grid.out}: {sweeps.RESULTS}, and a run folder for each trial", markup=False)
     if failed:
         raise typer.Exit(1)

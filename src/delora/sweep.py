@@ -8,6 +8,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,7 @@ from rich.text import Text
 from delora import tasks
 from delora.formats.files import read_json, write_atomically
 from delora.recipes import find as find_recipe
-from delora.training import experiments
+from delora.training import experiments, parallel
 from delora.training.config import About, Experiment, Strict, assign, load_file, slug, validate
 from delora.training.runs import FAILED, RESULT, Result, RunContext, RunError, as_csv, exclusive, write_json
 
@@ -171,13 +172,21 @@ def _runs(recipe: Mapping[str, Any], changes: Sequence[tuple[str, Mapping[str, A
 # ---------------------------------------------------------------- running
 
 
-def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 1, concurrent: int | None = None) -> list[str]:
+def run(
+    sweep: Sweep,
+    console: Console,
+    address: str | None = None,
+    cpus: int = 1,
+    concurrent: int | None = None,
+    processes: int = 1,
+) -> list[str]:
     """Run the trials that are not finished. Returns the names of those that failed; the reasons are in their folders.
 
     Args:
         address: that of a Ray cluster, whose machines must all see the folder ``out``; None: this machine alone.
-        cpus: cores for each trial.
+        cpus: cores for each process of a trial.
         concurrent: how many trials may run at the same time; None: as many as the cores allow.
+        processes: how many run each trial together, as the recipe's ``parallel`` says; each has a GPU if there are any.
 
     Raises:
         ConfigError: a trial is impossible; all are checked before the first starts.
@@ -189,8 +198,9 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
             _reach(address)
         every = trials(sweep)
         for trial in every:
-            # This also fetches the model and the data, once for all trials.
-            experiments.check(tasks.find(trial.experiment.task), trial.experiment)
+            task = tasks.find(trial.experiment.task)
+            parallel.require(trial.experiment, task.PARALLEL, processes)
+            experiments.check(task, trial.experiment)  # which also fetches the model and the data, once for all trials
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / SWEEP, sweep.model_dump(mode="json"))
         missing = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
@@ -198,7 +208,7 @@ def run(sweep: Sweep, console: Console, address: str | None = None, cpus: int = 
             (trial.folder(out) / FAILED).unlink(missing_ok=True)
         with Live(console=console, auto_refresh=False, transient=True) as live:
             if missing:
-                _on_ray(missing, out, console, live, every, address, cpus, concurrent)
+                _on_ray(missing, out, console, live, every, address, cpus, concurrent, processes)
         write_atomically(out / RESULTS, as_csv(list(rows(every, out))).encode())
         console.print(table(every, out))
         failed = [trial for trial in every if not (trial.folder(out) / RESULT).is_file()]
@@ -228,6 +238,7 @@ def _on_ray(
     address: str | None,
     cpus: int,
     concurrent: int | None,
+    processes: int,
 ) -> None:
     # Ray sends no usage report, does not warn about GPUs, and prints nothing.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -253,21 +264,27 @@ def _on_ray(
         on_trial_error = on_trial_complete
 
     here = Path.cwd()
+    one = {"CPU": float(cpus)} | ({"GPU": 1.0} if processes > 1 and torch.cuda.is_available() else {})
+    # The trial itself only waits for its processes.
+    several = tune.PlacementGroupFactory([{}, *[one] * processes], strategy="PACK")
 
     def work(config: dict[str, Any]) -> None:
-        if here.is_dir():  # Ray starts trials in another folder; a recipe's paths are relative to this one
-            os.chdir(here)
-        torch.set_num_threads(cpus)
-        perform(missing[config["number"]], out)
+        trial = missing[config["number"]]
+        if processes == 1:
+            prepare(here, cpus)
+            perform(trial, out)
+        else:
+            perform_together(trial, out, here, processes, cpus, one)
 
     # All machines of a cluster must see Ray's own files, as they see ``out``.
     with tempfile.TemporaryDirectory(prefix=".ray-" if address else "ray-", dir=out if address else None) as logs:
-        local: dict[str, Any] = {"num_cpus": max(os.cpu_count() or 1, cpus), "_temp_dir": logs, "include_dashboard": False}
+        cores = max(os.cpu_count() or 1, cpus * processes)
+        local: dict[str, Any] = {"num_cpus": cores, "_temp_dir": logs, "include_dashboard": False}
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         ray.init(address=address or "local", **quiet, **({} if address else local))
         try:
             tune.Tuner(
-                tune.with_resources(work, {"cpu": cpus}),
+                tune.with_resources(work, {"cpu": cpus} if processes == 1 else several),
                 param_space={"number": tune.grid_search(list(range(len(missing))))},
                 tune_config=tune.TuneConfig(max_concurrent_trials=concurrent),
                 run_config=tune.RunConfig(storage_path=logs, verbose=0, callbacks=[Shown(show)]),
@@ -276,16 +293,89 @@ def _on_ray(
             ray.shutdown()
 
 
+def prepare(here: Path, cpus: int) -> None:
+    """Ray starts processes in another folder, with all cores; a recipe's paths are relative to ``here``."""
+    if here.is_dir():
+        os.chdir(here)
+    torch.set_num_threads(cpus)
+
+
 def perform(trial: Trial, out: Path) -> None:
     """Run one trial, as ``delora train`` would. An error is written into its folder, and the other trials continue."""
-    folder = trial.folder(out)
-    try:
-        task = tasks.find(trial.experiment.task)
-        context = RunContext(folder, out, trial.case, trial.setting, Console(quiet=True))
+    with written(trial.folder(out)):
+        _perform(trial, out)
+
+
+def _perform(trial: Trial, out: Path) -> None:
+    task = tasks.find(trial.experiment.task)
+    parallel.join(trial.experiment, task.PARALLEL)
+    context = RunContext(trial.folder(out), out, trial.case, trial.setting, Console(quiet=True))
+    with parallel.together():
         task.run(trial.experiment, context, task.check(trial.experiment))
+
+
+class Process:
+    """One of the processes that run a trial together, on the machine that Ray chose for it."""
+
+    def address(self) -> tuple[str, int]:
+        """Of a free port here, where the processes meet."""
+        import ray
+
+        with socket.socket() as s:
+            s.bind(("", 0))
+            return ray.util.get_node_ip_address(), s.getsockname()[1]
+
+    def run(self, rank: int, n: int, address: tuple[str, int], trial: Trial, out: Path, here: Path, cpus: int) -> None:
+        """The work of one process of ``n``, as torchrun would start it."""
+        host, port = address
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(n), "MASTER_ADDR": host, "MASTER_PORT": str(port)}
+        os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}  # it sees one GPU, its own
+        prepare(here, cpus)
+        _perform(trial, out)
+
+
+def perform_together(trial: Trial, out: Path, here: Path, n: int, cpus: int, resources: Mapping[str, float]) -> None:
+    """Run one trial by ``n`` processes, each with a share of the trial's placement group. If one fails, all are ended."""
+    import ray
+    from ray.util.placement_group import get_current_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group: Any = get_current_placement_group()
+
+    def start(bundle: int) -> Any:
+        place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        options = {"num_cpus": resources["CPU"], "num_gpus": resources.get("GPU", 0), "scheduling_strategy": place}
+        return ray.remote(Process).options(**options).remote()
+
+    with written(trial.folder(out)):
+        together = [start(bundle) for bundle in range(n)]
+        try:
+            address = ray.get(together[0].address.remote())
+            waiting = [each.run.remote(rank, n, address, trial, out, here, cpus) for rank, each in enumerate(together)]
+            while waiting:
+                ended, waiting = ray.wait(waiting)
+                ray.get(ended)
+        finally:
+            for each in together:
+                ray.kill(each)
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """A context whose error is written into a trial's folder.
+
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with written(Path(folder, "a")):
+    ...         raise ValueError("no data")
+    ...     read_json(Path(folder, "a", FAILED))
+    {'error': 'ValueError: no data'}
+    """
+    try:
+        yield
     except Exception as error:
+        cause = getattr(error, "cause", None) or error  # what a process raised, in Ray's error
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FAILED, {"error": f"{type(error).__name__}: {error}"})
+        write_json(folder / FAILED, {"error": f"{type(cause).__name__}: {cause}"})
 
 
 # ---------------------------------------------------------------- what came of it

@@ -18,7 +18,7 @@ from delora.errors import UserError
 from delora.meeting import ProcessError
 from delora.training.config import ConfigError, Experiment
 
-__all__ = ["Slices", "agreed", "arguments", "first", "join", "processes", "together", "wait"]
+__all__ = ["Slices", "agreed", "arguments", "first", "join", "processes", "require", "together", "wait"]
 
 
 def processes() -> int:
@@ -39,15 +39,21 @@ def first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def join(experiment: Experiment, able: bool) -> None:
-    """Meet the other processes, before anything is read or written. A recipe for several may be run by one.
+def require(experiment: Experiment, able: bool, n: int) -> None:
+    """Refuse what ``n`` processes cannot run together. A recipe for several may be run by one.
 
     ``able``: whether the task can be run by several processes.
 
     Raises:
         ConfigError: the recipe, or its task, is not for several processes.
+
+    >>> from delora.training.config import AdapterSettings
+    >>> adapter = AdapterSettings.model_validate({"targets": ["query"]})
+    >>> mine = Experiment(task="mytasks.tickets", name="mine", out="runs/mine", model="bert", adapter=adapter)
+    >>> require(mine, True, 2)
+    Traceback (most recent call last):
+    delora.training.config.ConfigError: mine: 2 processes were started, but parallel = "none": set parallel=ddp or fsdp2
     """
-    n = processes()
     if n == 1:
         return
     if experiment.parallel == "none":
@@ -60,7 +66,13 @@ def join(experiment: Experiment, able: bool) -> None:
                 f"{run.name}: train.batch_size = {run.train.batch_size} cannot be divided among {n} processes: each takes the "
                 "same part of every batch"
             )
-    PartialState(cpu=not torch.accelerator.is_available())
+
+
+def join(experiment: Experiment, able: bool) -> None:
+    """Meet the other processes, if there are any, before anything is read or written; see `require`."""
+    require(experiment, able, processes())
+    if processes() > 1:
+        PartialState(cpu=not torch.accelerator.is_available())
 
 
 @contextmanager
