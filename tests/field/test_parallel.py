@@ -109,10 +109,11 @@ def test_torchrun_runs_a_recipe(runs):
 
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_as_the_unbroken_one(tmp_path):
-    """In a process of its own, which forks: others' threads would not survive that. More seeds: `tests.field.killed`."""
-    done = subprocess.run([sys.executable, "-m", "tests.field.killed", tmp_path, "0", "2"], capture_output=True, text=True)
+    """In a process of its own, which forks: others' threads would not survive that. This seed once found a lost score; more by
+    hand: `tests.field.killed`."""
+    done = subprocess.run([sys.executable, "-m", "tests.field.killed", tmp_path, "101", "1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("equals the unbroken run") == 2
+    assert done.stdout.count("equals the unbroken run") == 1
 
 
 @pytest.mark.parametrize(
