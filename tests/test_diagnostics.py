@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import delora
-from delora import DeLoRA, LoRA
+from delora import DeLoRA, LoRA, LoReFT
 from delora.diagnostics import Recorder, column_norms, inspect, singular_values
 from delora.updates import LowRank
 from tests.cases import Net, change, ids, shake
@@ -114,6 +114,26 @@ def test_the_recorder_follows_training():
     assert 0 < rows[-1]["bound_used"] < 1
     expected = [r.reachable / model.get_submodule(name).base.weight.norm() for name, r in inspect(model).items() if r.lam]
     assert rows[-1]["reach"] == pytest.approx(sum(expected).item() / len(expected))
+
+
+def test_the_recorder_has_the_distance_of_one_layer():
+    model = delora.inject(Net(), DeLoRA(r=2), ["q", "v"], also_train=["classifier"])
+    recorder = Recorder(model, layers=["v"])
+    assert recorder.record()["|dW| v"] == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        nn.init.normal_(model.v.adapter.A)
+    assert recorder.record()["|dW| v"] == pytest.approx(change(model, "v").norm().item(), rel=1e-4)
+    for layers, such in ((["k"], "q, v"), (["vv"], "v")):
+        with pytest.raises(ValueError, match=f"'{layers[0]}' is no adapted layer whose weights change; such are {such}"):
+            Recorder(model, layers)
+    both = nn.ModuleDict({"first": model, "second": delora.inject(Net(), DeLoRA(r=2), ["q"])})
+    assert list(Recorder(both, ["first.v"]).layers) == ["first.v"]
+    assert Recorder(both, ["v"]).layers["v"].A is model.v.adapter.A
+    with pytest.raises(ValueError, match="'q' is the end of 2 adapted layers' names; such as first.q, second.q"):
+        Recorder(both, ["q"])
+    edits = delora.inject(nn.Sequential(nn.Linear(2, 2)), LoReFT(), ["0"])
+    with pytest.raises(ValueError, match="such are none"):
+        Recorder(edits, ["0"])
 
 
 def test_turns_are_angles_in_degrees():

@@ -122,6 +122,12 @@ def test_a_curve_that_no_run_has_is_not_drawn(folder, tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.iterdir())
 
 
+def test_the_distance_of_a_layer_has_a_curve_of_its_own(tmp_path):
+    rows = [{"run": "LoRA", "step": s, "|dW| up.$1.<b>": 0.1 * s} for s in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [p.name for p in draw(tmp_path / "metrics.jsonl", ["LoRA"], tmp_path)] == ["distance-up.-1.-b.png"]
+
+
 def test_the_reading_is_honest(folder):
     text = " ".join(report.reading(Outcome.read(folder), find("sentiment")))
     assert "one seed" in text

@@ -113,9 +113,17 @@ def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):
         delora.eject(unet)
         assert (run.published is not None and run.published.of(run)) or recipe.stem == "prolonged"  # which is a figure
         assert (run.subject.images, run.subject.steps, run.subject.guidance, run.subject.class_images) == (4, 25, 7.5, 200)
+        assert run.subject.crops * 4 >= run.train.steps  # a new one at every step; each subject has four photographs or more
         assert (run.train.batch_size, run.train.schedule, run.train.clip, run.train.weight_decay) == (1, "constant", 1.0, 0.01)
     assert first == COUNTS[recipe.stem]
     assert {r.stem for r in RECIPES} == set(COUNTS)
+
+
+def test_the_settings_of_the_quoted_rows():
+    """Those of OFT's scripts."""
+    for name, lr, steps in (("lora-r4", 1e-4, 1400), ("oft", 6e-5, 1400), ("full", 5e-6, 800)):
+        _, run = read(ROOT / "paper/recipes/subject" / f"{name}.toml").runs()[0]
+        assert (run.train.lr, run.train.steps) == (lr, steps)
 
 
 def test_full_finetuning_trains_every_weight_of_a_unet():
@@ -218,6 +226,26 @@ def test_two_steps_from_end_to_end(world, done):
     # The first picture is the base model's; after a step it is another one.
     first, second = (np.array(Image.open(run / "subjects" / "dog2" / "snapshots" / f"0000{i}.png")) for i in (0, 2))
     assert not np.array_equal(first, second)
+
+
+def test_scores_after_a_step_are_those_of_a_run_that_ends_there(world, done, tmp_path):
+    """And the run goes on as if nothing had been scored. One layer's distance is recorded beside the mean of all."""
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
+    runs = {}
+    for steps, scored in ((2, [1]), (1, [])):
+        out = tmp_path / str(steps)
+        changes = {"subject": {"names": ["dog2"], "scored": scored}, "train": {"steps": steps, "record_layers": [layer]}}
+        experiments.train(subject, parse(recipe(world, out, **changes)), QUIET)
+        runs[steps] = json.loads((out / "variants" / "tiny" / "subjects" / "dog2" / "scores.json").read_text())["scores"]
+    whole = json.loads((done / "variants" / "tiny" / "subjects" / "dog2" / "scores.json").read_text())["scores"]
+    for name in ("dino", "clip_i", "clip_t"):
+        assert runs[2][f"{name} after 1"] == runs[1][name] != runs[2][name]
+        assert runs[2][name] == whole[name]
+    (result,) = (tmp_path / "2" / "variants").glob("*/result.json")
+    assert json.loads(result.read_text())["scores"]["dino after 1"] == pytest.approx(np.mean(runs[1]["dino"]))
+    rows = [json.loads(line) for line in (tmp_path / "2" / "metrics.jsonl").read_text().splitlines()]
+    first, second = (row[f"|dW| {layer}"] for row in rows)
+    assert 0 < first < second
 
 
 def test_the_scores_pool_all_pairs_of_all_subjects(world, done):
@@ -391,6 +419,8 @@ def test_the_prompts_of_objects_and_of_live_subjects(world):
         ),
         ({"model": "{tmp}"}, ModelError, "is not a folder that diffusers can read"),
         ({"train": {"steps": None}}, ConfigError, r"give train\.steps"),
+        ({"subject": {"scored": [1, 2, 5]}}, ConfigError, r"training ends at step 2, .*; leave out 2, 5"),
+        ({"train": {"record_layers": ["to_out"]}}, ConfigError, "'to_out' is no adapted layer whose weights change; such are"),
         ({"adapter": {"targets": ["to_qq"]}}, ConfigError, "no module ends with 'to_qq'"),
         ({"data": {"train": 3}}, ConfigError, r"data\.train: unknown key; did you mean train"),
         ({"task": "sentiment"}, ConfigError, "subject: unknown key"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import shutil
 import socket
 import subprocess
@@ -16,11 +17,14 @@ import pytest
 from rich.console import Console
 
 from delora import sweep as sweeps
+from delora import tasks
 from delora.sweep import RESULTS, Sweep, perform, read, run, trials
 from delora.tasks import classification, parse
 from delora.training.config import ConfigError
 from delora.training.runs import FAILED, RESULT, Result, RunContext, RunError
 from tests.tiny import make_model, make_sentences, recipe
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +249,39 @@ def test_a_cluster_that_is_not_there(written, tmp_path, address):
     with pytest.raises(RunError, match=f"nothing answers at {address}, the Ray cluster's address"):
         run(asked(written, tmp_path / "out"), screen(), address=address)
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- the paper's
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "paper" / "sweeps").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_sweep_of_the_folder_makes_its_trials(file):
+    sweep = read(file)
+    every = trials(sweep)
+    sizes = [len(sweep.cases) or 1, len(sweep.factors) or 1, *map(len, sweep.grid.values())]
+    assert len(every) == math.prod(sizes)
+    for trial in every:
+        trial.experiment.adapter.build()
+
+
+def test_lam_is_decayed_as_in_the_authors_code():
+    """In every recipe of the paper's models, and so in the sweeps over them; Table 5's script has no decay."""
+    runs = [run for file in (ROOT / "paper" / "recipes").rglob("*.toml") for _, run in tasks.read(file).runs()]
+    runs += [trial.experiment for file in (ROOT / "paper" / "sweeps").glob("*.toml") for trial in trials(read(file))]
+    learned = [run for run in runs if getattr(run.adapter.build(), "lam", None) is not None and run.task != "instructions"]
+    assert len(learned) > 100
+    assert {run.train.lam_weight_decay for run in learned} == {0.01}
+
+
+def test_the_sweeps_of_figures_are_the_recipes():
+    """At factor 1, Figure 2's methods are those of Table 3's recipes, at the rates of the figure; so is their training."""
+    at_one = {t.case: t.experiment for t in trials(read(ROOT / "paper/sweeps/subject-rates.toml")) if t.factor == 1}
+    rows = {"LoRA": "lora", "DoRA": "dora", "ETHER+": "etherplus", "DeLoRA": "sd15-dreambooth"}
+    for case, name in rows.items():
+        _, run = tasks.read(ROOT / "paper/recipes/subject" / f"{name}.toml").runs()[0]
+        swept = at_one[case]
+        assert swept.adapter.build() == run.adapter.build()
+        same = {"lr", "lam_lr", "lam_weight_decay", "record_layers"}
+        assert swept.train.model_dump(exclude=same) == run.train.model_dump(exclude=same)
+        assert (swept.subject.crops, swept.subject.token) == (run.subject.crops, run.subject.token)
+        assert swept.train.lr == run.train.lr or case == "DeLoRA"  # of which the paper gives two

@@ -5,9 +5,10 @@ A low-rank change is measured from its small factors, without building an [out, 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from delora.sharded import numbers
 from delora.updates import LowRank
 from delora.zero import full_shape
 
-__all__ = ["LayerReport", "Recorder", "column_norms", "distances", "inspect", "report", "singular_values"]
+__all__ = ["LayerReport", "Recorder", "changing", "column_norms", "distances", "inspect", "report", "singular_values"]
 
 T = TypeVar("T")
 
@@ -200,24 +201,52 @@ def column_norms(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return {n: Frozen(host(getattr(modules[n], "base", modules[n]))).column_norms() for n in names}
 
 
+def changing(model: nn.Module, layers: Sequence[str]) -> dict[str, Placed]:
+    """The adapters of layers for a `Recorder`, each by the end of its name: of the last parts that no other layer shares.
+
+    Raises:
+        ValueError: one of them is not an adapted layer whose weights change, or more than one.
+
+    >>> import delora
+    >>> changing(delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"]), ["1"])
+    Traceback (most recent call last):
+        ...
+    ValueError: '1' is no adapted layer whose weights change; such are 0
+    """
+    known = {name: a for name, a in adapters(model).items() if a.mergeable()} if layers else {}
+    chosen = {}
+    for name in layers:
+        ends = [full for full in known if full == name or full.endswith(f".{name}")]
+        if len(ends) > 1:
+            raise ValueError(f"{name!r} is the end of {len(ends)} adapted layers' names; such as {', '.join(ends[:3])}")
+        if not ends:
+            like = difflib.get_close_matches(name, known) or list(known)[:10]
+            raise ValueError(f"{name!r} is no adapted layer whose weights change; such are {', '.join(like) or 'none'}")
+        chosen[name] = known[ends[0]]
+    return chosen
+
+
 class Recorder:
     """Metrics of the active adapter's weight changes over a training run: ``recorder.record() -> {metric: value}``.
 
     The values are means over the layers: ``distance``, ``spectral`` and ``reach`` (all relative to |W|_F),
     ``bound_used`` and ``lam``, as far as the method has them. ``turn_A`` and ``turn_B`` are the angles, in degrees, by
     which the rows of A and the columns of B turned since the last record; vectors of length zero are left out.
+    Of each of the ``layers`` that are named (`changing`), ``|dW| NAME`` is |W' - W|_F (Figure 3 of the paper).
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.LoRA(r=2), ["0"])
-    >>> recorder = Recorder(model)
+    >>> recorder = Recorder(model, layers=["0"])
     >>> with torch.no_grad():
     ...     _ = model[0].adapter.A.neg_()
-    >>> round(recorder.record()["turn_A"])
-    180
+    >>> now = recorder.record()
+    >>> round(now["turn_A"]), now["|dW| 0"]
+    (180, 0.0)
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str] = ()) -> None:
         self.model = model
+        self.layers = changing(model, layers)
         with meet(model, "delora.diagnostics.Recorder"):
             self.adapters = [a for a in adapters(model).values() if not a.whole]
             self.base = [a.frozen.norm().item() for a in self.adapters]
@@ -250,7 +279,9 @@ class Recorder:
         turns = {key: _degrees(self.directions[key], now[key]) for key in now}
         self.directions = now
         means = {key: _mean([row[key] for row in rows if row[key] is not None]) for key in (rows[0] if rows else ())}
-        return {key: value for key, value in (means | turns).items() if value is not None}
+        changed = {f"|dW| {name}": _changed(adapter) for name, adapter in self.layers.items()}
+        alone = {key: None if change is None else change[0] for key, change in changed.items()}
+        return {key: value for key, value in (means | turns | alone).items() if value is not None}
 
 
 def _mean(values: list[float]) -> float | None:

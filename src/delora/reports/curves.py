@@ -13,7 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from delora.formats.files import printable
+from delora.training.config import slug
 from delora.training.runs import read_metrics
+from delora.training.trainer import LAYER
 
 __all__ = ["COLOURS", "CURVES", "DASHES", "STYLE", "Curve", "draw"]
 
@@ -50,7 +52,7 @@ CURVES = (
 
 
 def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
-    """One PNG for each quantity of `CURVES` that any of the runs in a ``metrics.jsonl`` has.
+    """One PNG for each quantity of `CURVES` that any of the runs in a ``metrics.jsonl`` has, and for each layer's distance.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +64,7 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
     rows = read_metrics(metrics, needs=["run"])
     drawn = []
     with mpl.rc_context(STYLE):
-        for curve in CURVES:
+        for curve in (*CURVES, *_of_layers(rows)):
             by_run = {
                 run: [(row["step"], row[curve.key]) for row in rows if row["run"] == run and curve.key in row] for run in runs
             }
@@ -72,6 +74,21 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
                 FigureCanvasAgg(figure).print_png(folder / curve.file, metadata={"Software": None})
                 drawn.append(folder / curve.file)
     return drawn
+
+
+def _of_layers(rows: Sequence[dict[str, Any]]) -> list[Curve]:
+    """The distance of each layer that has one of its own."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.startswith(LAYER))
+    names = {key: key.removeprefix(LAYER) for key in keys}
+    return [
+        Curve(
+            f"distance-{slug(name)}.png",
+            key,
+            "|dW|",
+            f"Distance from the base: {printable(name, newlines=False)}".replace("$", r"\$"),
+        )
+        for key, name in names.items()
+    ]
 
 
 def _plot(axes: Axes, curve: Curve, by_run: dict[str, list[tuple[int, float]]]) -> None:

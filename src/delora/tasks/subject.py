@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -55,7 +55,6 @@ __all__ = [
 ]
 
 SCORES = "scores.json"
-CROPS = 8  # random crops of each photograph, drawn once
 SELECTION = "There is no part to validate on: settings are compared by the test score itself, as in the paper."
 
 
@@ -73,11 +72,13 @@ class SubjectSettings(Strict):
     """How a text-to-image model learns a subject, and how that is judged.
 
     ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word`` is the class, and
-    ``prompts`` have ``{}`` in the subject's place. ``class_images`` pictures of the class preserve the prior, with
-    ``prior_weight`` in the loss. ``images`` pictures are made for each prompt, in ``steps`` of the solver and with
-    ``guidance``. ``snapshots`` is the number of training steps between sample pictures (0: none). ``dino`` and ``clip`` are
-    the models that judge; the table shows the first CLIP. ``classifier`` is a model whose labels are words: the score
-    "prompt" is the share of the prompts' words that it sees in the pictures.
+    ``prompts`` have ``{}`` in the subject's place. ``crops`` random crops of each photograph are drawn and encoded before
+    training (1: its middle); if these are as many as the steps, every step has a new one. ``class_images`` pictures of the
+    class preserve the prior, with ``prior_weight`` in the loss. ``images`` pictures are made for each prompt, in ``steps`` of
+    the solver and with ``guidance``, and scored: at the end, and after each number of training steps in ``scored``, whose
+    scores have that in their names. ``snapshots`` is the number of training steps between sample pictures (0: none). ``dino``
+    and ``clip`` are the models that judge; the table shows the first CLIP. ``classifier`` is a model whose labels are words:
+    the score "prompt" is the share of the prompts' words that it sees in the pictures.
 
     >>> SubjectSettings(word="dog", prompts=["a photo of {} on the beach"]).token
     'qwe'
@@ -88,12 +89,14 @@ class SubjectSettings(Strict):
     prompts: list[str] = Field(default=[])
     token: Annotated[str, Field(min_length=1)] = "qwe"
     resolution: Annotated[int, Field(ge=8)] = 512
+    crops: Count = 8
     class_images: Annotated[int, Field(ge=0)] = 200
     prior_weight: Rate = 1.0
     images: Count = 4
     steps: Count = 25
     guidance: Rate = 7.5
     snapshots: Annotated[int, Field(ge=0)] = 200
+    scored: list[Count] = Field(default=[])
     dino: str = "facebook/dino-vits16"
     clip: list[str] = Field(default=["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"])
     classifier: str | None = None
@@ -165,7 +168,7 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
     class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {settings.token} {subject.word}"
     set_seed(experiment.seed)
     material = Pairs(
-        moments(pipe, judge.photographs, settings.resolution, CROPS),
+        moments(pipe, judge.photographs, settings.resolution, settings.crops),
         moments(pipe, class_images, settings.resolution, 1) if class_images else None,
         embedded(pipe, [instance_prompt, class_prompt]),
     )
@@ -175,13 +178,19 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
     )
     prompt = subject.prompts[0].format(f"{settings.token} {subject.word}")
     watch = Snapshots(pipe, place / "snapshots", settings.snapshots, prompt, experiment)
+
+    def score(step: int) -> None:
+        pictures = generate(experiment, pipe, subject, place / f"pictures-{step}")
+        values = judge.scores(pictures)
+        write_json(_after(place, step), {f"{name} after {step}": each.tolist() for name, each in values.items()})
+
     trainer = fit(
         experiment.model_copy(update={"name": f"{experiment.name}: {subject.name}"}),
         context,
         denoiser,
         metric=None,
         train_dataset=material,
-        watch=[watch],
+        watch=[watch, AtSteps(settings.scored, score)],
     )
     done: dict[str, Any] = {"diverged": trainer.diverged, "trainable": delora.summary(pipe.unet).trainable}
     done["seconds"] = trainer.state.log_history[-1]["seconds"]
@@ -190,8 +199,15 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
         pictures = generate(experiment, pipe, subject, place / "pictures")
         scores = judge.scores(pictures) | judge.real
         done["scores"] = {name: values.tolist() for name, values in scores.items()} | untuned
+        for step in settings.scored:
+            done["scores"] |= read_json(_after(place, step))
         done["reached"] = reached(pipe.unet, place / "adapter")
     write_json(place / SCORES, done)
+
+
+def _after(place: Path, step: int) -> Path:
+    """The file of the scores after a number of training steps."""
+    return place / f"scores-{step}.json"
 
 
 def snapshots(run: Path) -> dict[int, Path]:
@@ -393,6 +409,17 @@ class Snapshots(TrainerCallback):
         write(picture, self.folder / f"{step:05d}.png")
 
 
+class AtSteps(TrainerCallback):
+    """Calls ``act(step)`` after each of the steps, while the weights are those of that step."""
+
+    def __init__(self, steps: Sequence[int], act: Callable[[int], None]) -> None:
+        self.steps, self.act = steps, act
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step in self.steps:
+            self.act(state.global_step)
+
+
 def _metrics(folder: Path, subjects: Sequence[Subject]) -> str:
     """The metrics of the first subject's run; all subjects have the same number of steps."""
     file = folder / "subjects" / slug(subjects[0].name) / METRICS
@@ -406,8 +433,13 @@ def check(experiment: Settings) -> list[Subject]:
     """Raises an error for anything that would make a run fail, before one starts; returns its subjects."""
     if experiment.train.steps is None:
         raise ConfigError(f"{experiment.name}: give train.steps: a subject's photographs have no epochs")
-    adapt(skeleton(experiment.model), experiment)
     settings = experiment.subject
+    if late := [step for step in settings.scored if step >= experiment.train.steps]:
+        raise ConfigError(
+            f"{experiment.name}: subject.scored = {settings.scored}: training ends at step {experiment.train.steps}, where the "
+            f"pictures are scored anyway; leave out {', '.join(map(str, late))}"
+        )
+    adapt(skeleton(experiment.model), experiment)
     subjects = dreambooth.read(experiment.data.source, settings.names, settings.word, settings.prompts)
     for subject in subjects:
         for file in subject.images:

@@ -184,7 +184,8 @@ class Train(Strict):
     steps. ``clip`` is the largest gradient norm (0: no clipping). A step takes ``batch_size * accumulation`` examples.
     ``precision`` is that of the computation, ``weights`` that of the frozen model; trained parameters are in fp32.
     ``save_steps`` is the number of steps between checkpoints (default: an epoch), ``record_steps`` that between lines of
-    metrics (default: a thousandth of all steps, at least one).
+    metrics (default: a thousandth of all steps, at least one). ``record_layers``: adapted layers, by the ends of their names,
+    of which each line has |W' - W|_F.
 
     >>> Train(lr=1e-2).lam_lr is None
     True
@@ -204,6 +205,7 @@ class Train(Strict):
     beta2: Share = 0.999
     save_steps: Count | None = None
     record_steps: Count | None = None
+    record_layers: list[str] = []
     weights: Literal["fp32", "bf16"] = "fp32"
     clip: Rate = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

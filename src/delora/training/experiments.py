@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import delora
-from delora.diagnostics import Recorder
+from delora.diagnostics import Recorder, changing
 from delora.errors import UserError
 from delora.formats.cards import CARD
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
@@ -126,6 +126,11 @@ def adapt(model: nn.Module, experiment: Experiment) -> None:
         for pattern in experiment.adapter.overrides:
             re.compile(pattern)
         delora.inject(model, method, **experiment.adapter.arguments())
+        try:
+            changing(model, experiment.train.record_layers)
+        except ValueError:
+            delora.eject(model)
+            raise
     except re.error as error:
         raise ConfigError(
             f"{experiment.name}: adapter: overrides: {error.pattern!r} is not a regular expression: {error}"
@@ -162,7 +167,7 @@ def fit(
     trainer = RunTrainer(
         model,
         arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens),
-        callbacks=[SavedAfterValidation(), Metrics(folder / METRICS), bar, *watch],
+        callbacks=[SavedAfterValidation(), Metrics(folder / METRICS, train.record_layers), bar, *watch],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
         lam_weight_decay=train.lam_weight_decay,

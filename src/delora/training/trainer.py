@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,15 +141,17 @@ class Metrics(TrainerCallback):
     The file is made from the Trainer's history, which is in each checkpoint: after a resumption no step is in it twice.
     ``seconds`` is the time of training and validation since the first start, without interruptions.
 
+    ``layers``: those whose distance is recorded beside the mean.
+
     >>> Metrics(Path("runs/mine/metrics.jsonl")).file.name
     'metrics.jsonl'
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, layers: Sequence[str] = ()) -> None:
+        self.file, self.layers = file, layers
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.recorder = Recorder(kwargs["model"])
+        self.recorder = Recorder(kwargs["model"], self.layers)
         before = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
         self.started = time.monotonic() - before
 
@@ -180,6 +183,7 @@ class Metrics(TrainerCallback):
 
 KEPT = {key: key for key in ("step", "epoch", "seconds", "loss", "distance", "spectral", "bound_used", "reach", "lam")}
 KEPT |= {key: key for key in ("turn_A", "turn_B", "learning_rate")}
+LAYER = "|dW| "  # begins the name of one layer's distance
 COST = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_model_preparation_time")
 
 
@@ -192,4 +196,5 @@ def metrics(row: dict[str, Any]) -> dict[str, Any] | None:
     if "loss" not in row and "eval_loss" not in row:
         return None  # the Trainer's last row, whose totals count from the last resumption
     scores = {key: key.replace("eval_", "validation_", 1) for key in row if key.startswith("eval_") and key not in COST}
-    return {name: row[key] for key, name in (KEPT | scores).items() if key in row and math.isfinite(row[key])}
+    layers = {key: key for key in row if key.startswith(LAYER)}
+    return {name: row[key] for key, name in (KEPT | layers | scores).items() if key in row and math.isfinite(row[key])}
