@@ -27,7 +27,7 @@ import delora
 from delora.data import maps
 from delora.data.examples import DataError
 from delora.evaluation import generation
-from delora.evaluation.segmentation import UNLABELLED, Overlap, frechet
+from delora.evaluation.segmentation import UNLABELLED, Overlap, Segmenter, frechet
 from delora.tasks import parse, read, semantic_map
 from delora.tasks.semantic_map import with_hint
 from delora.training import experiments
@@ -50,7 +50,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 )
 def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):  # noqa: F811
     """128 attention matrices and 16 gated layers, and the hint encoder of ControlNet: 1,086,480 parameters."""
-    for _, run in read(recipe, [f"model={stable_diffusion}"]).runs():
+    runs = [run for _, run in read(recipe, [f"model={stable_diffusion}"]).runs()]
+    assert {run.seed for run in runs} == {0, 1, 2}
+    for run in runs[::3]:
         unet = with_hint(semantic_map.skeleton(stable_diffusion), None)
         experiments.adapt(unet, run)
         rows = {method: (layers, count) for method, layers, count in delora.summary(unet).rows}
@@ -59,6 +61,7 @@ def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):  # noqa: F81
         assert layers == 128 + 16
         assert (run.train.epochs, run.train.precision) == (10, "bf16")
         assert (run.semantic_map.steps, run.semantic_map.guidance) == (50, 9.0)
+        assert run.published is None  # which another segmenter measured
 
 
 # ---------------------------------------------------------------- a small pipeline
@@ -228,6 +231,27 @@ def test_overlap_against_torchmetrics():
         overlap.add(predicted[0], labels[0])
         peer.update(predicted, labels)
     assert overlap.scores()["miou"] == pytest.approx(peer.compute().item(), rel=1e-6)
+
+
+def test_a_segmenter_that_looks_at_several_scales(world):
+    """The mean of its probabilities, by hand; at its processor's own size alone it is what it is without scales."""
+
+    def segmenter(*scales: int) -> Segmenter:
+        return Segmenter(str(world / "segmenter"), torch.device("cpu"), scales)
+
+    noise = np.random.default_rng(0).integers(0, 255, (2 * SIZE, 2 * SIZE, 3)).astype(np.uint8)
+    picture, size = Image.fromarray(noise), (2 * SIZE, 2 * SIZE)
+    once, several = segmenter(), segmenter(SIZE, 3 * SIZE)
+    assert torch.equal(segmenter(SIZE).labels(picture, size), once.labels(picture, size))
+    total = torch.zeros(CLASSES, *size)
+    for side in (SIZE, 3 * SIZE):
+        small = picture.resize((side, side), Image.Resampling.BILINEAR)
+        pixels = once.processor(small, return_tensors="pt", size={"height": side, "width": side})["pixel_values"]
+        with torch.no_grad():
+            logits = once.model(pixel_values=pixels).logits
+        total += torch.nn.functional.interpolate(logits, size=size, mode="bilinear")[0].softmax(0)
+    assert torch.equal(several.labels(picture, size), total.argmax(0))
+    assert not torch.equal(several.labels(picture, size), once.labels(picture, size))
 
 
 def test_frechet_against_its_closed_form():

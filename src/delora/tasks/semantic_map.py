@@ -75,8 +75,9 @@ class MapSettings(Strict):
 
     ``hint``: a ControlNet whose hint encoder is used (default: a new one); it is trained if ``adapter.also_train`` has
     "conv_in.encoder". ``maps``: how many of the validation maps are drawn (default: all), each in ``steps`` of DDIM with
-    ``guidance``. ``segmenter``: a model of transformers with ``classes`` classes. ``fid``: "inception", or a vision model for
-    the features.
+    ``guidance``. ``segmenter``: a model of transformers with ``classes`` classes, which sees each picture with its shorter side
+    of each length in ``scales`` (default: once, as its processor resizes it). ``fid``: "inception", or a vision model for the
+    features.
 
     >>> MapSettings(maps=500).classes
     150
@@ -88,6 +89,7 @@ class MapSettings(Strict):
     steps: Count = 50
     guidance: Rate = 9.0
     segmenter: str = "openmmlab/upernet-convnext-small"
+    scales: list[Count] = Field(default=[])
     classes: Count = 150
     fid: str = "inception"
 
@@ -311,7 +313,7 @@ def made(experiment: Settings, pipe: Any, scenes: Sequence[Scene], first: int = 
 def scored(experiment: Settings, pipe: Any, scenes: Sequence[Scene], folder: Path) -> dict[str, float]:
     """mIoU and accuracy on the pictures made, and on the real ones (the segmenter's limit); the FID between both."""
     settings = experiment.semantic_map
-    segmenter = Segmenter(settings.segmenter, pipe.device)
+    segmenter = Segmenter(settings.segmenter, pipe.device, settings.scales)
     encoder: Any = Inception(pipe.device) if settings.fid == "inception" else Encoder(settings.fid, pipe.device)
     overlaps = {"": Overlap(settings.classes), " real": Overlap(settings.classes)}
     features: dict[str, list[Tensor]] = {"": [], " real": []}
