@@ -158,6 +158,19 @@ def test_two_steps_from_end_to_end(world, done):
     assert pipe.unet.conv_in.encoder.conv_out.weight.abs().max() > 0
 
 
+def test_the_papers_ladder_with_small_parts(world, tmp_path):
+    """Every rung with its own adapter and training, but for the number of epochs, on the small pipeline."""
+    parts = {"segmenter": world / "segmenter", "fid": world / "eyes", "classes": CLASSES, "resolution": SIZE, "steps": 2}
+    parts |= {"maps": 2, "scales": [SIZE, 2 * SIZE]}
+    places = [f"out={tmp_path / 'out'}", f"model={world / 'pipe'}", f"data.source={world / 'data'}", "seeds=[0]"]
+    changes = [*places, *(f"semantic_map.{key}={value}" for key, value in parts.items()), "train.epochs=1"]
+    recipe = (ROOT / "paper/recipes/semantic_map/ladder.toml").read_text().replace("hint =", "# hint =")  # a new encoder
+    (tmp_path / "ladder.toml").write_text(recipe)
+    results = experiments.train(semantic_map, read(tmp_path / "ladder.toml", changes), QUIET).results
+    assert len(results) == 6
+    assert all(result.diverged is None and result.distance > 0 for result in results)
+
+
 def test_a_run_that_was_stopped_ends_with_the_same_numbers(world, done, tmp_path):
     out = tmp_path / "again"
     shutil.copytree(done, out)
@@ -237,7 +250,10 @@ def test_a_segmenter_that_looks_at_several_scales(world):
     """The mean of its probabilities, by hand; at its processor's own size alone it is what it is without scales."""
 
     def segmenter(*scales: int) -> Segmenter:
-        return Segmenter(str(world / "segmenter"), torch.device("cpu"), scales)
+        made = Segmenter(str(world / "segmenter"), torch.device("cpu"), scales)
+        with torch.no_grad():  # sharp, so that the mean of probabilities is not that of logits
+            made.model.decode_head.classifier.weight.mul_(100)
+        return made
 
     noise = np.random.default_rng(0).integers(0, 255, (2 * SIZE, 2 * SIZE, 3)).astype(np.uint8)
     picture, size = Image.fromarray(noise), (2 * SIZE, 2 * SIZE)

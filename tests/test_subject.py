@@ -228,6 +228,23 @@ def test_two_steps_from_end_to_end(world, done):
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.parametrize(("name", "variants"), [("ladder", 7), ("prolonged", 3)])
+def test_a_recipe_of_the_paper_with_small_parts(world, tmp_path, name, variants):
+    """Every variant with its own adapter and training, but for the number of steps, on the small pipeline."""
+    judges = [f"subject.dino={world / 'dino'}", f'subject.clip=["{world / "clip"}"]']
+    small = ["resolution=16", "class_images=1", "images=1", "steps=2", "crops=2", "snapshots=1", "scored=[1]", 'names=["dog2"]']
+    places = [f"out={tmp_path / 'out'}", f"model={world / 'pipe'}", f"data.source={world / 'data'}", "seeds=[0]"]
+    changes = [*places, *judges, *(f"subject.{change}" for change in small), "train.steps=2", "train.save_steps=1"]
+    results = experiments.train(subject, read(ROOT / f"paper/recipes/subject/{name}.toml", changes), QUIET).results
+    assert len(results) == variants
+    for result in results:
+        assert result.diverged is None
+        assert result.distance > 0
+        assert {"dino", "dino after 1", "dino untuned"} <= set(result.scores)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["|dW| up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"] > 0 for row in rows)
+
+
 def test_scores_after_a_step_are_those_of_a_run_that_ends_there(world, done, tmp_path):
     """And the run goes on as if nothing had been scored. One layer's distance is recorded beside the mean of all."""
     layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0"
