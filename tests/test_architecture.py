@@ -21,7 +21,7 @@ LEVELS = [
     {"methods", "hosts"},
     {"reading", "together", "layer", "factored", "parts"},
     {"models", "ties", "targets", "injection", "optimizing", "pretrained", "quantisers"},
-    {"merging", "routing", "references", "diagnostics", "formats", "export"},
+    {"merging", "routing", "references", "diagnostics", "choosing", "formats", "export"},
     {"outside", "recipes", "data", "integrations", "training", "evaluation"},
     {"tasks"},
     {"sweep", "reports", "cli"},

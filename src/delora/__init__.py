@@ -12,7 +12,8 @@ From the ground up; imports only point to what stands above them in this list:
 ``models`` ``targets`` ``ties`` ``injection``           a model's layers by name: put adapters in, switch them, take them out
 ``optimizing`` ``quantisers`` ``pretrained``            what trains, at which rate; quantised models; save_pretrained
 ``merging`` ``routing`` ``references``                  into the weights; an adapter for each row; what the model was
-``diagnostics`` ``formats`` ``export``                  how far from the base; to and from files
+``diagnostics`` ``choosing``                            how far from the base; the best strength after training
+``formats`` ``export``                                  to and from files
 ``integrations``                                        in trainers of transformers, TRL and Lightning; the Hub; a server
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
@@ -30,6 +31,7 @@ from delora import hosts as hosts
 from delora import integrations as integrations
 from delora import methods as methods
 from delora import updates as updates
+from delora.choosing import choose_strength as choose_strength
 from delora.diagnostics import distances as distances
 from delora.errors import UserError as UserError
 from delora.formats.files import AdapterError as AdapterError
@@ -66,6 +68,7 @@ if not TYPE_CHECKING:  # type checkers read the names from the lines above
         "activate",
         "blend",
         "card",
+        "choose_strength",
         "diagnostics",
         "disabled",
         "distances",

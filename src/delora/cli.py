@@ -1,5 +1,5 @@
-"""The command line: ``delora recipes | train | sweep | report | evaluate | inspect | generate | merge | export | convert |
-serve``.
+"""The command line: ``delora recipes | train | sweep | report | evaluate | tune-strength | inspect | generate | merge |
+export | convert | serve``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -236,6 +236,44 @@ def evaluate(
     out.print(f"{adapter}: test {', '.join(texts)} ({n:,} examples)", markup=False)
 
 
+@app.command("tune-strength")
+def tune_strength(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished experiment.", show_default=False)],
+    strengths: Annotated[
+        str, typer.Option(help="The strengths to try: 1 is what was trained, 0 the base.")
+    ] = "0,0.25,0.5,0.75,1,1.25,1.5,2",
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            help="The most that the last column may come to: the perplexity of the recipe's evaluate.text, or the distance.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the curve, and write nothing.")] = False,
+) -> None:
+    """Choose the strength of a trained adapter on validation data, without training, and write it into the adapter."""
+    from delora import tasks
+
+    _quiet()
+    values = _numbers("--strengths", strengths)
+    from delora.training import dial
+    from delora.training.runs import CONFIG
+
+    experiment = tasks.read(folder / CONFIG)
+    tuned = dial.tune(tasks.find(experiment.task), experiment, folder, values, budget, write=not dry_run)
+    choice = tuned.choice
+    rows = [(f"{t.strength:g}", f"{t.score:.4f}", f"{t.forgotten:.4f}", choice.note(t)) for t in choice.tried]
+    _print(("strength", tuned.metric, tuned.forgets, ""), rows, f"{experiment.name}, on validation data")
+    if dry_run:
+        out.print(f"Nothing was written: {tuned.adapter} has strength {tuned.before:g}", markup=False)
+    elif choice.strength == tuned.before:
+        out.print(f"{tuned.adapter} has strength {tuned.before:g} already", markup=False)
+    else:
+        out.print(f"Written to {tuned.adapter}: strength {choice.strength:g}", markup=False)
+        for stale in tuned.stale:
+            out.print(f"{stale} is still of strength {tuned.before:g}: make it anew with delora merge or export", markup=False)
+
+
 @app.command()
 def generate(
     adapter: AdapterPlace,
@@ -254,10 +292,7 @@ def generate(
     method: OwnMethod = None,
 ) -> None:
     """Draw a grid of pictures from a text-to-image model with an adapter, at several strengths."""
-    try:
-        values = [float(value) for value in strength.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--strength {strength!r}: expected numbers separated by commas, such as 0,0.5,1") from error
+    values = _numbers("--strength", strength)
     if file.exists():
         raise typer.BadParameter(f"{file} exists: choose another file with --out")
     _quiet()
@@ -463,6 +498,13 @@ def _print(header: Any, rows: Any, title: str) -> None:
     for row in rows:
         table.add_row(*(escape(_line(cell)) for cell in row))  # text from a file is not markup
     out.print(table)
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(value) for value in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{option} {text!r}: expected numbers separated by commas, such as 0,0.5,1") from error
 
 
 def _warn(

@@ -23,6 +23,7 @@ CALLS = {
     "routed": lambda model, folder: delora.routed(model, ["default"] * 4).__enter__(),
     "serving": lambda model, folder: delora.serving(model).__enter__(),
     "strength": lambda model, folder: delora.strength(model, 0.5),
+    "choose_strength": lambda model, folder: delora.choose_strength(model, lambda model: 0.0),
 }
 CONTEXTS = {
     "disabled": delora.disabled,

@@ -28,8 +28,9 @@ from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import classifier, drawn, loading, skeleton
 from delora.training.runs import Result, RunContext, RunError, write_json
+from delora.training.task import Validation
 
-__all__ = ["Data", "Settings", "base", "check", "deliver", "evaluate", "read_splits", "run", "text_task"]
+__all__ = ["Data", "Settings", "base", "check", "deliver", "evaluate", "read_splits", "run", "text_task", "validation"]
 
 PARALLEL = True
 PREDICTIONS = "predictions.json"
@@ -221,3 +222,13 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
         raise RunError(f"there is no folder {folder}")
     test = read_splits(experiment).test
     return text.scores(text.predict(model, tokenizer, test, task, experiment.data.max_tokens), test, task), len(test)
+
+
+def validation(experiment: Settings, splits: Splits[Example]) -> Validation:
+    """The metric by which the best epoch is chosen."""
+    task, part, tokenizer = text_task(experiment), splits.validation, loading(AutoTokenizer, experiment.model)
+
+    def score(model: nn.Module) -> float:
+        return text.scores(text.predict(model, tokenizer, part, task, experiment.data.max_tokens), part, task)[task.metrics[0]]
+
+    return Validation(task.metrics[0], score)

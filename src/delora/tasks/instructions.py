@@ -34,6 +34,7 @@ from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton, language_tokenizer
 from delora.training.runs import Result, RunContext, RunError, write_json
+from delora.training.task import Validation
 
 __all__ = [
     "Data",
@@ -47,6 +48,7 @@ __all__ = [
     "evaluate",
     "material",
     "run",
+    "validation",
 ]
 
 PARALLEL = True
@@ -344,3 +346,24 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
     else:
         raise RunError(f"there is no folder {folder}")
     return scored(model, tokenizer, experiment, data), len(data.held_out)
+
+
+def validation(experiment: Settings, data: Material) -> Validation:
+    """The probability of a held-out token, as after training; what is forgotten is the perplexity of the other text."""
+    tokenizer, other = language_tokenizer(experiment.model), data.other
+    encoded, collate, size = (
+        Encoded(data.held_out, tokenizer, experiment),
+        DataCollatorForSeq2Seq(tokenizer),
+        experiment.train.batch_size,
+    )
+
+    def score(model: Any) -> float:
+        device, total = next(model.parameters()).device, 0.0
+        for start in range(0, len(encoded), size):
+            rows = [encoded[i] for i in range(start, min(start + size, len(encoded)))]
+            total += model(**collate(rows).to(device)).loss.item() * len(rows)
+        return math.exp(-total / len(encoded))
+
+    if other is None:
+        return Validation(METRIC, score)
+    return Validation(METRIC, score, "perplexity", lambda model: perplexity(model, tokenizer, other))

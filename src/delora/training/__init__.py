@@ -10,5 +10,6 @@
 ``progress``     the progress bar
 ``experiments``  all runs of an experiment one after the other, then the delivery of the best
 ``delivery``     the best run as files, each read back and compared
+``dial``         the strength of a finished experiment's adapter, chosen on validation data
 ===============  =============================================================================
 """

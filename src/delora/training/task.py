@@ -15,10 +15,27 @@ from delora.outside import OutsideError
 from delora.training.config import ConfigError, Experiment
 from delora.training.runs import Result, RunContext
 
-__all__ = ["Agreement", "Task"]
+__all__ = ["Agreement", "Task", "Validation"]
 
 Agreement = tuple[dict[str, int], int]
 SELECTION = "The best epoch, and the best setting of a row, were chosen on the validation part alone."
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What a task measures of a model on its validation data: ``score``, the higher the better, called ``metric``.
+
+    ``forgotten``, called ``forgets``, is what the model lost of what it could do before, the lower the better; None where the
+    task has no such measure.
+
+    >>> Validation("accuracy", lambda model: 0.5).score(nn.Linear(2, 2))
+    0.5
+    """
+
+    metric: str
+    score: Callable[[Any], float]
+    forgets: str | None = None
+    forgotten: Callable[[Any], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Task:
     * ``deliver(experiment, run, data, out) -> (agreement, n)``: writes the run's adapter, and what is made of it, into ``out``;
       returns for each how many of the ``n`` test predictions equal the run's. Default: writes the adapter alone.
     * ``evaluate(experiment, folder) -> (scores, n)``: the scores of the adapter or model in a folder, on ``n`` examples.
+    * ``validation(experiment, data) -> Validation``: what a strength is chosen by after training (``delora tune-strength``).
     * ``columns(experiment) -> names``: scores that a table shows beside the reported one.
     * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
 
@@ -52,6 +70,7 @@ class Task:
     run: Callable[[Any, RunContext, Any], Result]
     deliver: Callable[[Any, Path, Any, Path], Agreement]
     evaluate: Callable[[Any, Path], tuple[dict[str, float], int]]
+    validation: Callable[[Any, Any], Validation]
     columns: Callable[[Any], Sequence[str]]
     snapshots: Callable[[Path], dict[int, Path]]
     SELECTION: str = SELECTION
@@ -81,6 +100,11 @@ class Task:
         def evaluate(experiment: Experiment, folder: Path) -> tuple[dict[str, float], int]:
             raise ConfigError(f"the task {experiment.task} offers no evaluation: the scores are in its runs' folders")
 
+        def validation(experiment: Experiment, data: Any) -> Validation:
+            raise ConfigError(
+                f"the task {experiment.task} offers no score on validation data: delora.choose_strength takes one of your own"
+            )
+
         return cls(
             name=module.__name__,
             Settings=settings,
@@ -89,6 +113,7 @@ class Task:
             run=module.run,
             deliver=getattr(module, "deliver", deliver),
             evaluate=getattr(module, "evaluate", evaluate),
+            validation=getattr(module, "validation", validation),
             columns=getattr(module, "columns", lambda experiment: ()),
             snapshots=getattr(module, "snapshots", lambda run: {}),
             SELECTION=getattr(module, "SELECTION", SELECTION),
