@@ -113,6 +113,7 @@ def test_every_recipe_on_the_real_shapes(recipe, stable_diffusion):
         delora.eject(unet)
         assert (run.published is not None and run.published.of(run)) or recipe.stem == "prolonged"  # which is a figure
         assert (run.subject.images, run.subject.steps, run.subject.guidance, run.subject.class_images) == (4, 25, 7.5, 200)
+        assert {each.seed for _, each in runs} == ({0} if recipe.stem == "prolonged" else {0, 1, 2})
         assert run.subject.crops * 4 >= run.train.steps  # a new one at every step; each subject has four photographs or more
         assert (run.train.batch_size, run.train.schedule, run.train.clip, run.train.weight_decay) == (1, "constant", 1.0, 0.01)
     assert first == COUNTS[recipe.stem]
