@@ -128,11 +128,11 @@ torch.testing.assert_close(model(x)["logits"], y)
 
 def test_a_type_checker_sees_the_types(full, tmp_path):
     (tmp_path / "use.py").write_text(
-        "import delora\nfrom delora import DeLoRA\nreveal_type(DeLoRA(r=4).lam)\nreveal_type(delora.save)\nDeLoRA(r='4')\n"
+        "import delora\nfrom delora import DeLoRA\nreveal_type(DeLoRA(r=4).r)\nreveal_type(delora.save)\nDeLoRA(r='4')\n"
     )
     command = [sys.executable, "-m", "mypy", "--strict", "--python-executable", full, "use.py"]
     told = subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True, check=False).stdout
-    assert 'Revealed type is "float"' in told.replace("builtins.", "")
+    assert 'Revealed type is "int"' in told.replace("builtins.", "")
     assert "Module" in told
     assert 'Argument "r" to "DeLoRA" has incompatible type "str"' in told
     assert "Found 1 error" in told

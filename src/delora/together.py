@@ -357,7 +357,9 @@ class _Stacked(torch.autograd.Function):
         ctx.versions = [versions(column) for column in constants.values()]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*trained)
-        stacked = _stack(names, trained) | {name: torch.stack(column) for name, column in constants.items()}
+        # They are told apart as outside, where a method may ask what trains.
+        stacked = {name: t.requires_grad_() for name, t in _stack(names, trained).items()}
+        stacked |= {name: torch.stack(column) for name, column in constants.items()}
         update = _update(method, stacked)
         same += [name for name, t in stacked.items() if t is update.up]
         constant.append(update.constant)

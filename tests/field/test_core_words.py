@@ -66,7 +66,11 @@ def test_a_traced_model_is_saved_and_computes_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        (dict(targets=None), TypeError, "targets=None: must be a list of names, a regular expression, or 'all-linear'"),
+        (
+            dict(targets=None),
+            TypeError,
+            "targets=None: must be a list of names, a regular expression, 'all-linear', or a dictionary of names",
+        ),
         (dict(targets=3), TypeError, "targets=3: must be a list"),
         (
             dict(targets=["q"], also_train=["weights"]),

@@ -133,7 +133,8 @@ class DeLoRA:
             lam0 = p["lam0"] if self.start == "subtract" else p["lam"]
             up = torch.cat([up, p["B0"]], dim=-1)  # [out, 2r]
             down = torch.cat([down, -self._fold(lam0, p["A0"], p["B0"], columns)], dim=-2)  # [2r, in]
-        constant = self.r if self.start == "subtract" else 0  # a start that is a copy is scaled by what trains
+        fixed = self.start == "subtract" and not any(p[name].requires_grad for name in ("lam0", "A0", "B0"))
+        constant = self.r if fixed else 0  # a start that is a copy is scaled by what trains
         return LowRank(up if columns is not None else p["c"][..., None] * up, down, constant)
 
     def _fold(self, lam: Tensor, A: Tensor, B: Tensor, c: Tensor | None) -> Tensor:
