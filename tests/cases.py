@@ -142,6 +142,14 @@ def shake(model: nn.Module, size: float = 0.3) -> nn.Module:
     return model
 
 
+def gradients(model: nn.Module, x: Tensor, run: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+    """The gradients of all that trains, from the model's output for x, or from what ``run`` makes of x with the model."""
+    model.zero_grad()
+    torch.manual_seed(0)  # the same entries are dropped
+    (run or model)(x).square().sum().backward()
+    return [p.grad.clone() for p in model.parameters() if p.requires_grad]  # type: ignore[union-attr]
+
+
 def change(model: nn.Module, path: str = "layer") -> Tensor:
     """W' - W [out, in] of an adapted layer, computed densely."""
     adapter = model.get_submodule(path).adapter

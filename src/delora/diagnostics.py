@@ -167,7 +167,7 @@ def report(adapter: Placed) -> LayerReport:
         bound=limit,
         bound_used=change / limit if change is not None and limit else None,
         reachable=expected,
-        reach=None if expected is None else _share(expected, adapter.frozen.norm().item()),
+        reach=None if expected is None else _share(expected, base),
         spectral=None if spectrum is None else spectrum[0].item(),
         effective_rank=effective,
     )

@@ -13,7 +13,7 @@ from delora.frozen import Frozen
 from delora.hosts import host
 from delora.methods.base import has_dropout, starts_at_base
 from delora.updates import wide
-from tests.cases import DTYPES, LAYERS, METHODS, adapted, change, shake
+from tests.cases import DTYPES, LAYERS, METHODS, adapted, change, gradients, shake
 
 EXACT = (
     "LoRA",
@@ -287,17 +287,9 @@ def test_gradient_checkpointing_changes_no_gradient(layer, method):
     model = shake(adapted(layer, method, torch.float64, dropout=0.5 if has_dropout(method) else 0.0)).train()
     x = layer.x(torch.float64)
     x = x.requires_grad_() if x.is_floating_point() else x
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients(run):
-        model.zero_grad()
-        torch.manual_seed(0)  # the same entries are dropped
-        run(x).square().sum().backward()
-        return [p.grad.clone() for p in parameters]
-
-    plain = gradients(model)
+    plain = gradients(model, x)
     for use_reentrant in (False, True) if x.is_floating_point() else (False,):
-        again = gradients(lambda x, r=use_reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r))
+        again = gradients(model, x, lambda x, r=use_reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r))
         torch.testing.assert_close(again, plain)  # not bit for bit: the order of a sum follows the memory layout
 
 

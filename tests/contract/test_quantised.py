@@ -16,7 +16,7 @@ from delora import DeLoRA, DoRA, LoRA
 from delora.hosts import Fused, fused, host, quantised_host
 from delora.methods.base import has_dropout, starts_at_base
 from delora.models import adapters
-from tests.cases import METHODS, Holder, change, shake
+from tests.cases import METHODS, Holder, change, gradients, shake
 from tests.contract.test_contract import EXACT, UNMERGEABLE, rounding, strength_is_a_dial
 from tests.quantised import IN, KINDS, OUT, Kind, x
 
@@ -253,17 +253,11 @@ def test_autocast_keeps_the_output_dtype_of_the_layer(kind, method):
 def test_gradient_checkpointing_changes_no_gradient(kind, method):
     model = shake(adapted(kind, method, dropout=0.5 if has_dropout(method) else 0.0))
     inputs = x().requires_grad_()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients(run):
-        model.zero_grad()
-        torch.manual_seed(0)  # the same entries are dropped
-        run(inputs).square().sum().backward()
-        return [p.grad.clone() for p in parameters]
-
-    plain = gradients(model)
+    plain = gradients(model, inputs)
     for use_reentrant in (False, True):
-        again = gradients(lambda x, r=use_reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r))
+        again = gradients(
+            model, inputs, lambda x, r=use_reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r)
+        )
         torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-4 * max(p.abs().max().item() for p in plain))
 
 

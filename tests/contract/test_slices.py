@@ -19,7 +19,7 @@ from delora.hosts import Fused, fused
 from delora.methods.base import has_dropout, starts_at_base
 from delora.models import adapters
 from delora.updates import wide
-from tests.cases import METHODS, shake
+from tests.cases import METHODS, gradients, shake
 from tests.contract.test_contract import rounding
 
 SIZES = {"q": 8, "k": 4, "v": 4}
@@ -226,18 +226,10 @@ def test_a_file_brings_the_adapter_back_bit_for_bit(case, method, tmp_path):
 def test_gradients_checkpoints_copies_and_autocast(case, method):
     model, x = shake(adapted(case, method, torch.float64, dropout=0.5 if has_dropout(method) else 0.0)).train(), case.inputs()
     x = x.double().requires_grad_()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def gradients(run):
-        model.zero_grad()
-        torch.manual_seed(0)  # the same entries are dropped
-        run(x).square().sum().backward()
-        return [p.grad.clone() for p in parameters]
-
-    plain = gradients(model)
+    plain = gradients(model, x)
     assert all(g.isfinite().all() and g.any() for g in plain)
     for reentrant in (False, True):
-        again = gradients(lambda x, r=reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r))
+        again = gradients(model, x, lambda x, r=reentrant: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=r))
         torch.testing.assert_close(again, plain)
     model.eval()
     expected = model(x)

@@ -23,7 +23,19 @@ from delora import OFT, BitFit, DeLoRA, DoRA, LoRA
 from delora.diagnostics import Recorder, inspect
 from delora.sharded import numbers
 from delora.zero import is_divided
-from tests.field.test_sharded import METHODS, Attention, Net, adapt, ids, mean, net, own, same, trained
+from tests.field.test_sharded import (
+    METHODS,
+    Net,
+    adapt,
+    adapt_attention,
+    ids,
+    mean,
+    net,
+    own,
+    same,
+    trained,
+    with_attention,
+)
 from tests.processes import all_hold
 
 FOLDER = Path(sys.prefix) / "deepspeed"
@@ -269,16 +281,7 @@ def shared_weights_are_not_torn(rank: int) -> None:
 def matrices_that_parents_use(rank: int, folder: str) -> None:
     """An attention's packed projection, and one whose weight it reads instead of calling it."""
 
-    def with_attention() -> nn.Module:
-        model = net()
-        model.blocks[1] = Attention()
-        return model
-
-    def inject(model: nn.Module) -> nn.Module:
-        torch.manual_seed(1)
-        return delora.inject(model, DeLoRA(r=2), ["in_proj_weight", "out_proj"])
-
-    one, two = inject(with_attention()), inject(with_attention())
+    one, two = adapt_attention(with_attention()), adapt_attention(with_attention())
     runs = engine(two, "3")
     losses = mean(run(runs, own(rank, ids()), 5))
     torch.testing.assert_close(losses, torch.stack(trained(one, ids(), 5)), rtol=1e-5, atol=1e-6)

@@ -350,20 +350,22 @@ class Attention(nn.Module):
         return self.attend(x, x, x, need_weights=False)[0] + x  # type: ignore[no-any-return]
 
 
+def with_attention() -> nn.Module:
+    model = net()
+    model.blocks[1] = Attention()
+    return model
+
+
+def adapt_attention(model: nn.Module) -> nn.Module:
+    torch.manual_seed(1)
+    return delora.inject(model, DeLoRA(r=2), ["in_proj_weight", "out_proj"])
+
+
 def packed_matrices(rank: int, folder: str, when: str) -> None:
     """Matrices in parameters of a module, which runs with changed ones in place."""
 
-    def with_attention() -> nn.Module:
-        model = net()
-        model.blocks[1] = Attention()
-        return model
-
-    def inject(model: nn.Module) -> nn.Module:
-        torch.manual_seed(1)
-        return delora.inject(model, DeLoRA(r=2), ["in_proj_weight", "out_proj"])
-
-    one = inject(with_attention())
-    two = shard(inject(with_attention())) if when == "before" else inject(shard(with_attention()))
+    one = adapt_attention(with_attention())
+    two = shard(adapt_attention(with_attention())) if when == "before" else adapt_attention(shard(with_attention()))
     torch.testing.assert_close(
         mean(trained(two, own(rank, ids()), 5)), torch.stack(trained(one, ids(), 5)), rtol=1e-5, atol=1e-6
     )

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from delora.hosts.registry import ByType
+
 __all__ = ["Fused", "FusedMatrices", "fused"]
 
 
@@ -99,7 +101,7 @@ class Fused:
 Divided = Fused | Callable[[Any, int], Fused]
 
 
-class FusedMatrices:
+class FusedMatrices(ByType[Divided]):
     """Which rows of a module's fused layers and parameters are whose, by the module's type and their names in it.
 
     Of a type of your own: ``fused.register(MyAttention, {"qkv": Fused(...)})``; where the sizes are told by the module, a
@@ -108,11 +110,6 @@ class FusedMatrices:
     >>> fused(nn.MultiheadAttention(4, 2), "in_proj_weight", 12).rows("v").tolist()
     [8, 9, 10, 11]
     """
-
-    def __init__(self) -> None:
-        self.registry: dict[type, Mapping[str, Divided]] = {}
-        self.by_name: dict[str, dict[str, Divided]] = {}  # by full class name, for libraries that may not be loaded
-        self.finders: list[Callable[[nn.Module], Mapping[str, Divided]]] = []  # asked for modules of all other types
 
     def register(self, kind: type, layouts: Mapping[str, Divided]) -> None:
         """Let these layers and parameters of modules of a type, and of types derived from it, be known as fused.
@@ -131,19 +128,6 @@ class FusedMatrices:
                 f"module and the number of rows that gives one, got {layouts!r}"
             )
         self.registry[kind] = dict(layouts)
-
-    def known(self, module: nn.Module) -> Mapping[str, Divided]:
-        """What is known of a module: its fused layers and parameters, by their names in it.
-
-        >>> list(fused.known(nn.MultiheadAttention(4, 2))), fused.known(nn.Linear(2, 2))
-        (['in_proj_weight'], {})
-        """
-        for kind in type(module).__mro__:
-            if kind in self.registry:
-                return self.registry[kind]
-            if (name := f"{kind.__module__}.{kind.__qualname__}") in self.by_name:
-                return self.by_name[name]
-        return next((known for find in self.finders if (known := find(module))), {})
 
     def __call__(self, module: nn.Module, key: str, rows: int) -> Fused | None:
         """How the rows of a layer or parameter are divided; None if it is not known, or what is known does not fit it."""

@@ -9,7 +9,7 @@ of one in a parameter (`delora.hosts.fusing`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from delora.frozen import mark
 from delora.hosts.base import Host, host_class
 from delora.hosts.fusing import Fused, fused
+from delora.hosts.registry import ByType
 from delora.updates import wide
 from delora.zero import full_shape, outlined
 
@@ -89,7 +90,7 @@ class Slot:
         return Slice(self) if self.key else LayerSlice(self)
 
 
-class Parameters:
+class Parameters(ByType[Layout]):
     """The parameters of modules that are matrices, by the module's type; of your own: ``parameters.register(kind, layouts)``.
 
     >>> parameters(nn.MultiheadAttention(4, 2))
@@ -97,11 +98,6 @@ class Parameters:
     >>> parameters(nn.Linear(2, 2))
     {}
     """
-
-    def __init__(self) -> None:
-        self.registry: dict[type, Mapping[str, Layout]] = {}
-        self.by_name: dict[str, Mapping[str, Layout]] = {}  # by full class name, for libraries that may not be loaded
-        self.finders: list[Callable[[nn.Module], Mapping[str, Layout]]] = []  # asked for modules of all other types
 
     def register(self, kind: type, layouts: Mapping[str, Layout]) -> None:
         """Let these parameters of modules of a type, and of types derived from it, be matrices that can be adapted.
@@ -120,7 +116,7 @@ class Parameters:
 
     def __call__(self, module: nn.Module) -> dict[str, Layout]:
         found = {}
-        for key, layout in self._known(module).items():
+        for key, layout in self.known(module).items():
             W = getattr(module, key, None)
             # Numbers of one byte mean nothing without their scale.
             if not isinstance(W, Tensor) or not W.is_floating_point() or W.element_size() == 1:
@@ -128,17 +124,6 @@ class Parameters:
             if len(full_shape(W)) == (3 if layout.experts is True else 2):
                 found[key] = layout
         return found
-
-    def _known(self, module: nn.Module) -> Mapping[str, Layout]:
-        for kind in type(module).__mro__:
-            if kind in self.registry:
-                return self.registry[kind]
-            if (name := f"{kind.__module__}.{kind.__qualname__}") in self.by_name:
-                return self.by_name[name]
-        for find in self.finders:
-            if found := find(module):
-                return found
-        return {}
 
 
 parameters = Parameters()
