@@ -257,8 +257,11 @@ def tune_strength(
     _quiet()
     values = _numbers("--strengths", strengths)
     from delora.training import dial
+    from delora.training.config import ConfigError
     from delora.training.runs import CONFIG
 
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no folder of a finished experiment, which has a {CONFIG}: delora train makes one")
     experiment = tasks.read(folder / CONFIG)
     tuned = dial.tune(tasks.find(experiment.task), experiment, folder, values, budget, write=not dry_run)
     choice = tuned.choice
