@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/delora train quickstart
 	$(BIN)/delora inspect runs/quickstart/adapter
 
-test: .venv/ready .venv/deepspeed
+test: .venv/ready .venv/deepspeed .venv/timm
 	$(BIN)/pytest
 
 # vLLM reads our exports.  It has its own environment of 3.4 GB, with vLLM's build for CPUs; a model's pictures and sounds are

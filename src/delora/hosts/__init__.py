@@ -5,6 +5,7 @@
 
 ====================  ==================================================================================
 ``base``              `Host`, `MatrixHost`, and how a layer's host is found
+``registry``          what is known by a module's type, its bases included
 ``linear``            ``nn.Linear``, transformers' ``Conv1D``
 ``convolution``       ``nn.Conv1d``, ``nn.Conv2d``, ``nn.Conv3d``
 ``embedding``         ``nn.Embedding``
