@@ -24,7 +24,8 @@ import delora
 from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
 from paper.standins.digits import Job, accuracy, digits, finetune, pretrained, turned
 from paper.studies import cut as cuts
-from paper.studies import engine
+from paper.studies import engine, reach
+from paper.studies.ball import InBall
 
 RESULTS = Path("paper/results/digits")
 TUNING_SEEDS, SEEDS = (8, 9), (10, 11, 12)
@@ -156,6 +157,19 @@ def cut() -> Iterator[Job]:
         yield Job("cut", "DeLoRA", method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
 
 
+def reaching(study: str, mode: str, lr: float, seed: int, case: str, reach_: float, **fields: Any) -> Job:
+    """A run of DeLoRA at a reach, its strength learned as ``mode`` says."""
+    method, learned, _ = reach.MODES[mode]
+    kind = InBall if method == reach.BALL else DeLoRA
+    return Job(study, case, kind(**{"r": 8, "reach": reach_} | learned | fields), lr, reach.lam_lr(mode, lr), seed)
+
+
+def modes() -> Iterator[Job]:
+    """How the strength is learned, for `knobs.strength_mode`."""
+    for seed, lr, mode in product(reach.MODE_SEEDS, reach.RATES, reach.MODES):
+        yield reaching("strength", mode, lr, seed, mode, reach.REACH)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
@@ -167,6 +181,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts-clipped": partial(starts, "starts-clipped", 1.0),
     "starts-judged": starts_judged,
     "cut": cut,
+    "strength": modes,
 }
 
 # ---------------------------------------------------------------- running them

@@ -247,9 +247,9 @@ def start_tasks() -> dict[str, Task]:
         study = f"starts-{key}"
         if rows := whole(study, sentences):
             rows = [r | {"method": f"DeLoRA(lam={r['lam']:g},)"} for r in [*rows, *whole(f"{study}-clipped", sentences)]]
-            train, validation, _ = sentences.SHORT
-            setting = f"lam 2 to 32, rates 3e-4 to 3e-1, {train} sentences once; {scores[key]}"
-            tasks[key] = Task(SENTENCES[key], setting, rows, 12, validation, chance)
+            size = sentences.SHORT
+            setting = f"lam 2 to 32, rates 3e-4 to 3e-1, {size.train} sentences once; {scores[key]}"
+            tasks[key] = Task(SENTENCES[key], setting, rows, 12, size.validation, chance)
     return tasks
 
 

