@@ -21,7 +21,7 @@ from rich.console import Console
 from delora.tasks import instructions, parse, read
 from delora.training.config import Experiment
 from delora.training.runs import RunContext
-from paper.studies import engine
+from paper.studies import engine, knobs, reach
 
 RESULTS, RECIPE = Path("paper/results/chat"), Path("paper/standins/recipes/smollm2.toml")
 TUNING_SEED, SEEDS = 8, (10, 11, 12)
@@ -48,9 +48,11 @@ class Job:
     seed: int
     factor: float = 1.0
     scored: bool = True
+    lam_lr: float | None = None
 
     def key(self) -> dict[str, Any]:
-        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor}
+        kept = {name: self.adapter[name] for name in ("r", "reach") if self.study == "knob" and name in self.adapter}
+        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | kept
 
 
 def tuning() -> Iterator[Job]:
@@ -76,15 +78,28 @@ def robustness() -> Iterator[Job]:
         yield Job("robustness", case, adapter, rates[case] * factor, seed, factor)
 
 
-STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"tuning": tuning, "robustness": robustness}
+def knob() -> Iterator[Job]:
+    """The chosen reach against LoRA, for `knobs.knob`."""
+    chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
+    method, learned, _ = reach.MODES[mode]
+    for seed in reach.CHAT_SEEDS:
+        for lr in reach.FEW_RATES:
+            adapter = {"method": method, "r": 8, "reach": chosen} | learned
+            yield Job("knob", "DeLoRA", adapter, lr, seed, lam_lr=reach.lam_lr(mode, lr))
+        for lr in reach.CHAT_LORA_RATES:
+            yield Job("knob", "LoRA", METHODS["LoRA"][0], lr, seed)
+
+
+STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"tuning": tuning, "robustness": robustness, "knob": knob}
 
 
 def experiment(job: Job, out: Path) -> Experiment:
     """The recipe of the stand-in with the job's adapter, rate and seed. Only one run also scores the model before training."""
     data = read(RECIPE, ["variants=[]", "seeds=[]"]).model_dump(mode="json")
     adapter = {"targets": data["adapter"]["targets"]} | job.adapter
-    train = data["train"] | {"lr": job.lr, "lam_lr": job.lr / 2}
-    evaluate = data["evaluate"] | {"before": (job.case, job.factor, job.seed) == ("LoRA", 1, SEEDS[0])} if job.scored else {}
+    train = data["train"] | {"lr": job.lr, "lam_lr": job.lr / 2 if job.lam_lr is None else job.lam_lr}
+    first = (job.case, job.factor, job.seed) == ("LoRA", 1, SEEDS[0])
+    evaluate = data["evaluate"] | {"before": first} if job.scored else {}
     return parse(data | {"seed": job.seed, "out": str(out), "adapter": adapter, "train": train, "evaluate": evaluate})
 
 

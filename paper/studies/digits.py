@@ -24,7 +24,7 @@ import delora
 from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
 from paper.standins.digits import Job, accuracy, digits, finetune, pretrained, turned
 from paper.studies import cut as cuts
-from paper.studies import engine, reach
+from paper.studies import engine, knobs, reach
 from paper.studies.ball import InBall
 
 RESULTS = Path("paper/results/digits")
@@ -170,6 +170,28 @@ def modes() -> Iterator[Job]:
         yield reaching("strength", mode, lr, seed, mode, reach.REACH)
 
 
+def choose() -> Iterator[Job]:
+    """Reach and rate, for `knobs.default`."""
+    for seed, lr, reach_ in product(reach.CHOOSING_SEEDS, reach.CHOOSING_RATES, reach.REACHES):
+        yield reaching("choose", knobs.chosen_mode(), lr, seed, "DeLoRA", reach_)
+
+
+def equal() -> Iterator[Job]:
+    """Starts of rank r at the reach, the rates and the seeds of `modes`, for `knobs.equal_starts`."""
+    for seed, lr, (case, fields) in product(reach.MODE_SEEDS, reach.RATES, reach.STARTS.items()):
+        yield reaching("equal", knobs.chosen_mode(), lr, seed, case, reach.REACH, **fields)
+
+
+def knob() -> Iterator[Job]:
+    """The chosen reach against LoRA, for `knobs.knob`."""
+    chosen, _ = knobs.chosen_default()
+    for r, seed in product(reach.RANKS, reach.JUDGED_SEEDS):
+        for lr in reach.JUDGED_RATES:
+            yield reaching("knob", knobs.chosen_mode(), lr, seed, "DeLoRA", chosen, r=r)
+        for lr in reach.LORA_RATES:
+            yield Job("knob", "LoRA", LoRA(r=r, alpha=2.0 * r), lr, 0.0, seed)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
@@ -182,6 +204,9 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts-judged": starts_judged,
     "cut": cut,
     "strength": modes,
+    "choose": choose,
+    "equal": equal,
+    "knob": knob,
 }
 
 # ---------------------------------------------------------------- running them

@@ -30,7 +30,7 @@ from delora.tasks import parse, read, semantic_map, subject
 from delora.training.config import Experiment, slug
 from delora.training.runs import METRICS, RunContext
 from paper.standins import fashion
-from paper.studies import engine
+from paper.studies import engine, knobs, reach
 
 RESULTS, SHARED = Path("paper/results/fashion"), Path("runs/fashion-shared")
 RECIPES = {kind: Path(f"paper/standins/recipes/fashion-{kind}.toml") for kind in ("subject", "maps")}
@@ -168,6 +168,18 @@ def maps() -> Iterator[Job]:
         yield Job("maps", case, adapter, lr, lr * LAM_SHARE, seed)
 
 
+def knob() -> Iterator[Job]:
+    """The chosen reach against LoRA, for `knobs.knob`."""
+    chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
+    method, learned, _ = reach.MODES[mode]
+    adapter = {"method": method, "r": R, "reach": chosen} | learned
+    for seed in reach.SUBJECT_SEEDS:
+        for lr in reach.FEW_RATES:
+            yield from jobs("knob", "DeLoRA", adapter, lr, seed, SUBJECTS, lam_lr=reach.lam_lr(mode, lr))
+        for lr in reach.SUBJECT_LORA_RATES:
+            yield from jobs("knob", "LoRA", LORA, lr, seed, SUBJECTS)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "methods-tuning": partial(tuning, "methods-tuning", METHODS),
     "methods": partial(final, "methods", "methods-tuning", METHODS),
@@ -177,6 +189,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "decoupling": decoupling,
     "prolonged": prolonged,
     "maps": maps,
+    "knob": knob,
 }
 
 # ---------------------------------------------------------------- running them

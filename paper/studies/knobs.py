@@ -6,37 +6,78 @@ chance. Differences are paired by the seed, in shares of one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from paper.studies import reach
+from paper.studies import engine, reach
 from paper.studies.verdicts import Gain
 
-Row = dict[str, Any]
+Row, Pair = dict[str, Any], tuple[int, str]
 CASES = ("DeLoRA", "LoRA")
+RESULTS = Path("paper/results")
+# The folder of a task's rows, what its studies' names end with, and the score of a model that has learned nothing.
+TASKS = {
+    "turned digits": ("digits", "", 0.1),
+    "film reviews": ("sentences", "-movie", 0.5),
+    "product ratings": ("sentences", "-product", 0.0),
+    "chat": ("chat", "", 0.35),
+    "subjects": ("fashion", "", 0.0),
+}
 
 
 @dataclass(frozen=True)
 class Task:
-    """What was run on a task, and the score of a model that has learned nothing."""
+    """What was run on a task, and the score of a model that has learned nothing.
+
+    ``chosen_by``: the score that chooses LoRA's rate.
+    """
 
     rows: Sequence[Row]
     chance: float
+    chosen_by: str = "validation"
 
-    def scores(self, key: str = "test", **having: Any) -> dict[int, float]:
-        """The mean score, by seed, of the runs whose rows have these values."""
-        by_seed: dict[int, list[float]] = {}
+    def scores(self, key: str = "test", **having: Any) -> dict[Pair, float]:
+        """The mean score, by seed and subject, of the runs whose rows have these values."""
+        by_pair: dict[Pair, list[float]] = {}
         for row in self.rows:
             if all(row.get(name) == value for name, value in having.items()):
-                by_seed.setdefault(row["seed"], []).append(row.get(key, self.chance))
-        return {seed: fmean(scores) for seed, scores in by_seed.items()}
+                by_pair.setdefault((row["seed"], row.get("subject", "")), []).append(row.get(key, self.chance))
+        return {pair: fmean(scores) for pair, scores in by_pair.items()}
 
 
-def gain(scores: Mapping[int, float], base: Mapping[int, float]) -> Gain:
-    """The mean gain over the base's runs of the same seeds, and its standard error."""
-    differences = [score - base[seed] for seed, score in sorted(scores.items())]
+def read(study: str, results: Path = RESULTS) -> dict[str, Task]:
+    """The rows so far of a study of reach, by the task's name."""
+    tasks = {}
+    for name, (folder, end, chance) in TASKS.items():
+        if rows := [_with_fields(row) for row in engine.read(study + end, results / folder)]:
+            # A subject has no pictures to choose by: LoRA's rate is the best by the score itself, which favours LoRA.
+            tasks[name] = Task(rows, chance, "test" if folder == "fashion" else "validation")
+    return tasks
+
+
+def _with_fields(row: Row) -> Row:
+    """The row with rank and reach as numbers, which rows of digits and subjects have in their method alone."""
+    found = re.findall(r"\b(r|reach)\W+([\d.]+)", str(row.get("method", row.get("adapter", ""))))
+    return {name: float(value) for name, value in found} | row
+
+
+def chosen_mode() -> str:
+    """The mode that `strength_mode` chooses from the kept rows."""
+    return strength_mode(read("strength"))[0]
+
+
+def chosen_default() -> tuple[float, float]:
+    """The reach and the rate that `default` chooses from the kept rows."""
+    return default(read("choose"))
+
+
+def gain(scores: Mapping[Pair, float], base: Mapping[Pair, float]) -> Gain:
+    """The mean gain over the base's runs of the same seeds and subjects, and its standard error."""
+    differences = [score - base[pair] for pair, score in sorted(scores.items())]
     return Gain(fmean(scores.values()), fmean(differences), stdev(differences) / len(differences) ** 0.5)
 
 
@@ -127,14 +168,14 @@ class Cell:
 def knob(tasks: Mapping[str, Task]) -> list[Cell]:
     """One reach at every rate and rank against LoRA, tuned for each task and rank.
 
-    LoRA's rate is the one with the best mean validation score over the judged seeds. Claim: on every task, at every rank and
-    every rate, DeLoRA's mean test score is at most one standard error of the paired difference below LoRA's.
+    LoRA's rate is the one with the best mean validation score over the judged seeds (subjects: the best score). Claim: on every
+    task, at every rank and every rate, DeLoRA's mean test score is at most one standard error of the paired difference below LoRA's.
     """
     cells = []
     for name, task in tasks.items():
         for r in sorted({row["r"] for row in task.rows}):
             rates = {case: sorted({row["lr"] for row in task.rows if (row["case"], row["r"]) == (case, r)}) for case in CASES}
-            tuned = max(rates["LoRA"], key=lambda lr: fmean(task.scores("validation", case="LoRA", r=r, lr=lr).values()))
+            tuned = max(rates["LoRA"], key=lambda lr: fmean(task.scores(task.chosen_by, case="LoRA", r=r, lr=lr).values()))
             base = task.scores(case="LoRA", r=r, lr=tuned)
             cells += [
                 Cell(name, r, lr, tuned, fmean(base.values()), gain(task.scores(case="DeLoRA", r=r, lr=lr), base))

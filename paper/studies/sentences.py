@@ -22,7 +22,7 @@ import delora
 from delora.tasks import classification, parse
 from delora.training.runs import RunContext
 from paper.studies import cut as cuts
-from paper.studies import digits, engine, reach
+from paper.studies import digits, engine, knobs, reach
 from paper.studies.cut import exported
 from paper.studies.digits import STARTS
 
@@ -156,6 +156,30 @@ def modes(study: str, task: str) -> Iterator[Job]:
         yield reaching(study, task, mode, lr, seed, mode, reach.REACH)
 
 
+def choose(study: str, task: str) -> Iterator[Job]:
+    """Reach and rate, for `knobs.default`."""
+    for seed, lr, reach_ in product(reach.CHOOSING_SEEDS, reach.CHOOSING_RATES, reach.REACHES):
+        yield reaching(study, task, knobs.chosen_mode(), lr, seed, "DeLoRA", reach_)
+
+
+def equal(study: str, task: str) -> Iterator[Job]:
+    """Starts of rank r at the reach, the rates and the seeds of `modes`, for `knobs.equal_starts`."""
+    for seed, lr, (case, fields) in product(
+        reach.MODE_SEEDS[: 3 if task == "product" else None], reach.RATES, reach.STARTS.items()
+    ):
+        yield reaching(study, task, knobs.chosen_mode(), lr, seed, case, reach.REACH, **fields)
+
+
+def knob(study: str, task: str) -> Iterator[Job]:
+    """The chosen reach against LoRA, for `knobs.knob`; on ratings of products at rank 8 alone."""
+    chosen, _ = knobs.chosen_default()
+    for r, seed in product(reach.RANKS[: 1 if task == "product" else None], reach.JUDGED_SEEDS):
+        for lr in reach.JUDGED_RATES:
+            yield reaching(study, task, knobs.chosen_mode(), lr, seed, "DeLoRA", chosen, r=r)
+        for lr in reach.LORA_RATES:
+            yield Job(study, "LoRA", {"method": "lora", "r": r, "alpha": 2.0 * r}, lr, seed, task=task, size=MIDDLE)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "robustness": robustness,
     "robustness-judged": judged,
@@ -171,6 +195,12 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts-product-judged": partial(starts_judged, "starts-product-judged", "product"),
     "strength-movie": partial(modes, "strength-movie", "movie"),
     "strength-product": partial(modes, "strength-product", "product"),
+    "choose-movie": partial(choose, "choose-movie", "movie"),
+    "choose-product": partial(choose, "choose-product", "product"),
+    "equal-movie": partial(equal, "equal-movie", "movie"),
+    "equal-product": partial(equal, "equal-product", "product"),
+    "knob-movie": partial(knob, "knob-movie", "movie"),
+    "knob-product": partial(knob, "knob-product", "product"),
 }
 
 
