@@ -169,7 +169,8 @@ def knob(tasks: Mapping[str, Task]) -> list[Cell]:
     """One reach at every rate and rank against LoRA, tuned for each task and rank.
 
     LoRA's rate is the one with the best mean validation score over the judged seeds (subjects: the best score). Claim: on every
-    task, at every rank and every rate, DeLoRA's mean test score is at most one standard error of the paired difference below LoRA's.
+    task, at every rank and every rate, DeLoRA's mean test score is at most one standard error of the paired difference
+    below LoRA's.
     """
     cells = []
     for name, task in tasks.items():
