@@ -1,12 +1,15 @@
-"""The claims and the rules that judge them. The rules were fixed before the runs, whose seeds chose no setting.
+"""The claims and the rules that judge them. The rules' thresholds were fixed before the runs, whose seeds chose no setting.
 
-Accuracies are shares of the test pictures, means over the seeds; a run that diverged counts as chance.
+Accuracies are shares of the test pictures, means over the seeds; a run that diverged counts as chance. A condition is decided
+where its value is two standard errors from its threshold (`judge`); this was added after the runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import fmean, stdev
 from typing import Any
 
@@ -14,21 +17,85 @@ Rows = Sequence[dict[str, Any]]
 CHANCE = 0.1
 
 
+YES, NO, OPEN = "yes", "no", "undecided"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A condition in words, with its numbers, and whether it is met: `YES`, `NO`, or `OPEN` if the seeds do not decide."""
+
+    text: str
+    outcome: str
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """``parts``: each condition in words, with its numbers, and whether it is met; the claim holds if all are.
+    """``parts``: the conditions. A claim fails if one is not met, and holds if all are; else it is undecided.
 
     ``notes``: what is reported beside the rule; it decides nothing.
     """
 
     claim: str
     rule: str
-    parts: tuple[tuple[str, bool], ...]
+    parts: tuple[Condition, ...]
     notes: tuple[str, ...] = ()
 
     @property
+    def outcome(self) -> str:
+        """ "holds", "fails" or "undecided"."""
+        outcomes = {part.outcome for part in self.parts}
+        return "fails" if NO in outcomes else "undecided" if OPEN in outcomes else "holds"
+
+    @property
     def holds(self) -> bool:
-        return all(part for _, part in self.parts)
+        return self.outcome == "holds"
+
+
+def judge(
+    rows: Rows,
+    value: Callable[[Rows], float],
+    words: str,
+    least: float | None = None,
+    most: float | None = None,
+    scale: float = 100,
+    digits: int = 1,
+) -> Condition:
+    """Whether a value is at least ``least``, or at most ``most``, by two standard errors.
+
+    The standard error is the jackknife's: the value is computed anew without each seed (and subject) in turn. Where it is not
+    finite, because a run diverged, all of these must agree. One run alone decides nothing, and so does the limit itself.
+    ``words``: "{}" stands for the value and its standard error, times ``scale``.
+    """
+    sign, limit = (1, least) if least is not None else (-1, most if most is not None else 0.0)
+    reached = value(rows)
+    units = sorted({(r.get("seed", 0), r.get("subject", "")) for r in rows})
+    without = (
+        [value([r for r in rows if (r.get("seed", 0), r.get("subject", "")) != unit]) for unit in units] if units[1:] else []
+    )
+    shown = f"{scale * reached:.{digits}f}"
+    if not without:
+        return Condition(words.format(shown) + "; one run", OPEN)
+    if all(math.isfinite(v) for v in (reached, *without)):
+        error = ((len(without) - 1) * fmean((v - fmean(without)) ** 2 for v in without)) ** 0.5
+        margin = sign * (reached - limit)
+        outcome = YES if margin > 2 * error else NO if -margin > 2 * error else OPEN
+        shown += f" ± {scale * error:.{digits}f}"
+    else:
+        met = {sign * (v - limit) >= 0 for v in (reached, *without)}
+        outcome = OPEN if len(met) == 2 else YES if met == {True} else NO
+    return Condition(words.format(shown), outcome)
+
+
+def either(*conditions: Condition) -> str:
+    """The outcome of "one of these"."""
+    outcomes = {c.outcome for c in conditions}
+    return YES if YES in outcomes else OPEN if OPEN in outcomes else NO
+
+
+def both(*conditions: Condition) -> str:
+    """The outcome of "all of these"."""
+    outcomes = {c.outcome for c in conditions}
+    return NO if NO in outcomes else OPEN if OPEN in outcomes else YES
 
 
 def mean(rows: Rows, case: str, factor: float, key: str, chance: float = CHANCE) -> float:
@@ -44,23 +111,24 @@ def _factors(rows: Rows, case: str) -> list[float]:
 
 
 def r1(rows: Rows, chance: float = CHANCE) -> Verdict:
-    def score(case: str, factor: float) -> float:
-        return mean(rows, case, factor, "test", chance)
+    def lost(case: str, factor: float) -> Callable[[Rows], float]:
+        return lambda rows: mean(rows, case, 1.0, "test", chance) - mean(rows, case, factor, "test", chance)
 
-    def lost(case: str, factor: float) -> float:
-        return score(case, 1.0) - score(case, factor)
+    def kept(case: str) -> Callable[[Rows], float]:
+        return lambda rows: mean(rows, case, 16.0, "test", chance) / mean(rows, case, 1.0, "test", chance)
 
     up = [f for f in _factors(rows, "LoRA") if 1 < f <= 8]
-    both = [f for f in up if lost("LoRA", f) >= 0.2 and lost("DoRA", f) >= 0.2]
-    at = both[0] if both else up[-1]
+    failing = [f for f in up if lost("LoRA", f)(rows) >= 0.2 and lost("DoRA", f)(rows) >= 0.2]
+    at = failing[0] if failing else up[-1]
     parts = [
-        (f"at {at:g} times its base rate {case} loses {100 * lost(case, at):.1f} points (at least 20)", lost(case, at) >= 0.2)
+        judge(rows, lost(case, at), f"at {at:g} times its base rate {case} loses {{}} points (at least 20)", least=0.2)
         for case in ("LoRA", "DoRA")
     ]
     for case in ("DeLoRA", "ETHER+"):
-        parts.append((f"there {case} loses {100 * lost(case, at):.1f} points (less than 10)", lost(case, at) < 0.1))
-        kept = score(case, 16.0) / score(case, 1.0)
-        parts.append((f"at 16 times {case} keeps {100 * kept:.0f} % of its score (at least 80)", kept >= 0.8))
+        parts.append(judge(rows, lost(case, at), f"there {case} loses {{}} points (less than 10)", most=0.1))
+        parts.append(
+            judge(rows, kept(case), f"at 16 times {case} keeps {{}} % of its score (at least 80)", least=0.8, digits=0)
+        )
     return Verdict(
         "A bounded method keeps its score at rates at which LoRA and DoRA fail (Figure 2, left)",
         "LoRA and DoRA lose at least 20 points at one factor of at most 8; DeLoRA and ETHER+ lose less than 10 there and keep "
@@ -70,23 +138,32 @@ def r1(rows: Rows, chance: float = CHANCE) -> Verdict:
 
 
 def r2(rows: Rows) -> Verdict:
-    def far(case: str, factor: float) -> float:
-        return mean(rows, case, factor, "distance")
+    def ratio(case: str, far: float, near: float) -> Callable[[Rows], float]:
+        return lambda rows: mean(rows, case, far, "distance") / mean(rows, case, near, "distance")
 
-    lora, dora = far("LoRA", 16) / far("LoRA", 1), far("DoRA", 16) / far("DoRA", 8)
+    def spread(case: str) -> Callable[[Rows], float]:
+        def widest(rows: Rows) -> float:
+            distances = [mean(rows, case, f, "distance") for f in _factors(rows, case)]
+            return max(distances) / min(distances)
+
+        return widest
+
+    lora, dora = (
+        "LoRA's distance at 16 is {} times that at 1 (at least 5)",
+        "DoRA's at 16 is {} times that at 8 (less than 1.5)",
+    )
     parts = [
-        (f"LoRA's distance at 16 is {lora:.1f} times that at 1 (at least 5)", lora >= 5),
-        (f"DoRA's at 16 is {dora:.2f} times that at 8 (less than 1.5)", dora < 1.5),
+        judge(rows, ratio("LoRA", 16, 1), lora, least=5, scale=1),
+        judge(rows, ratio("DoRA", 16, 8), dora, most=1.5, scale=1, digits=2),
     ]
     for case in ("DeLoRA", "ETHER+"):
-        distances = [far(case, f) for f in _factors(rows, case)]
-        spread = max(distances) / min(distances)
-        parts.append((f"{case}'s largest distance is {spread:.2f} times its smallest (less than 2)", spread < 2))
+        words = f"{case}'s largest distance is {{}} times its smallest (less than 2)"
+        parts.append(judge(rows, spread(case), words, most=2, scale=1, digits=2))
     bounded = [r | {"bound_used": r["distance"] / r["bound"]} if "bound" in r else r for r in rows]
     bounded = [r for r in bounded if "bound_used" in r]
     used = max(r["bound_used"] for r in bounded)
     text = f"no run of {len(bounded)} is beyond its bound at the end: at most {100 * used:.1f} % of it (this cannot fail)"
-    parts.append((text, used <= 1 + 1e-4))
+    parts.append(Condition(text, YES if used <= 1 + 1e-4 else NO))
     return Verdict(
         "The distance from the base explodes for LoRA, saturates for DoRA, stays within the bound for DeLoRA (Figure 2, right)",
         "LoRA's distance grows at least fivefold from factor 1 to 16, DoRA's less than 1.5 times from 8 to 16; the largest "
@@ -154,44 +231,53 @@ def _means_over_factors(rows: Rows, case: str, value: Callable[[dict[str, Any]],
 
 
 def r3(rows: Rows) -> Verdict:
+    def less(key: str) -> Callable[[Rows], float]:
+        return lambda rows: mean(rows, "DoRA, fixed magnitude", 16.0, key) - mean(rows, "DoRA", 16.0, key)
+
     fixed, free = (mean(rows, case, 16.0, "distance") for case in ("DoRA, fixed magnitude", "DoRA"))
     score, other = (mean(rows, case, 16.0, "test") for case in ("DoRA, fixed magnitude", "DoRA"))
     return Verdict(
         "A fixed magnitude does not make DoRA robust (Figure 5)",
         "At 16 times the base rate DoRA with fixed magnitude is at least as far from the base as DoRA, its score not better.",
         (
-            (f"distance {fixed:.2f} against {free:.2f}", fixed >= free),
-            (f"score {100 * score:.1f} % against {100 * other:.1f} %", score <= other),
+            judge(rows, less("distance"), f"distance {fixed:.2f} against {free:.2f}: {{}} more", least=0, scale=1, digits=2),
+            judge(rows, less("test"), f"score {100 * score:.1f} % against {100 * other:.1f} %: {{}} points more", most=0),
         ),
     )
 
 
 def r4(rows: Rows, scored: bool = True) -> Verdict:
     """``scored``: whether the traces have scores; if not, the distances alone are judged."""
-    cases = ("LoRA", "DoRA", "DeLoRA, lam fixed", "DeLoRA")
 
-    def curve(case: str, key: str) -> list[float]:
+    def curve(rows: Rows, case: str, key: str) -> list[float]:
         runs = [r["trace"] for r in rows if r["case"] == case]
         return [fmean(point.get(key, float("inf")) for point in points) for points in zip(*runs, strict=True)]
 
-    growth = {}
-    for case in cases:
-        path = curve(case, "distance")
-        growth[case] = path[-1] / path[round(len(path) / 6) - 1] - 1
-    least = {"LoRA": 0.5, "DoRA": 0.3}
+    def growth(case: str) -> Callable[[Rows], float]:
+        def grown(rows: Rows) -> float:
+            path = curve(rows, case, "distance")
+            return path[-1] / path[round(len(path) / 6) - 1] - 1
+
+        return grown
+
+    def fall(rows: Rows, case: str) -> float:
+        path = curve(rows, case, "validation")
+        return max(path) - path[-1]
+
     parts = [
-        (f"{c}'s distance grows by {100 * growth[c]:.0f} % (at least {100 * least[c]:.0f})", growth[c] >= least[c])
-        for c in least
+        judge(rows, growth(case), f"{case}'s distance grows by {{}} % (at least {100 * least:.0f})", least=least, digits=0)
+        for case, least in (("LoRA", 0.5), ("DoRA", 0.3))
     ]
-    parts += [(f"{c}: by {100 * growth[c]:.0f} % (less than 20)", growth[c] < 0.2) for c in cases[2:]]
+    parts += [
+        judge(rows, growth(case), f"{case}: by {{}} % (less than 20)", most=0.2, digits=0)
+        for case in ("DeLoRA, lam fixed", "DeLoRA")
+    ]
     if scored:
-        fall = {case: max(curve(case, "validation")) - curve(case, "validation")[-1] for case in ("LoRA", "DeLoRA")}
-        parts.append(
-            (
-                f"at the end LoRA is {100 * fall['LoRA']:.1f} points below its best, DeLoRA {100 * fall['DeLoRA']:.1f}",
-                fall["LoRA"] > fall["DeLoRA"],
-            )
+        words = (
+            f"at the end LoRA is {100 * fall(rows, 'LoRA'):.1f} points below its best, "
+            f"DeLoRA {100 * fall(rows, 'DeLoRA'):.1f}: {{}} less"
         )
+        parts.append(judge(rows, lambda rows: fall(rows, "LoRA") - fall(rows, "DeLoRA"), words, least=0))
     return Verdict(
         "In prolonged training LoRA and DoRA go on drifting, DeLoRA stops (Figure 3)",
         "Over the last five sixths of 2,600 steps LoRA's distance grows by at least 50 %, DoRA's by 30 %, DeLoRA's by less "
@@ -201,16 +287,18 @@ def r4(rows: Rows, scored: bool = True) -> Verdict:
 
 
 def r5(decoupling: Rows, robustness: Rows) -> Verdict:
-    both = [r | {"case": "both"} for r in robustness if r["case"] == "DeLoRA"]
-    rows = [*decoupling, *both]
+    rows = [*decoupling, *(r | {"case": "both"} for r in robustness if r["case"] == "DeLoRA")]
+
+    def ratio(case: str, key: str) -> Callable[[Rows], float]:
+        return lambda rows: mean(rows, case, 16.0, key) / mean(rows, case, 1.0, key)
+
     parts = []
     for case in ("lam alone", "A and B alone", "both"):
-        kept = mean(rows, case, 16.0, "test") / mean(rows, case, 1.0, "test")
-        ratio = mean(rows, case, 16.0, "distance") / mean(rows, case, 1.0, "distance")
-        text = f"{case}: {100 * kept:.0f} % of the score at 16 times the rate (at least 80), {ratio:.2f} times the distance"
-        parts.append((text, kept >= 0.8))
-    far = [mean(rows, "lam alone", f, "distance") for f in (1.0, 16.0)]
-    parts.append((f"lam's rate alone moves the boundary: distance {far[0]:.2f} at 1, {far[1]:.2f} at 16", far[1] > far[0]))
+        far = ratio(case, "distance")(rows)
+        words = f"{case}: {{}} % of the score at 16 times the rate (at least 80), {far:.2f} times the distance"
+        parts.append(judge(rows, ratio(case, "test"), words, least=0.8, digits=0))
+    words = "lam's rate alone moves the boundary: at 16 times the rate {} times the distance (more than 1)"
+    parts.append(judge(rows, ratio("lam alone", "distance"), words, least=1, scale=1, digits=2))
     return Verdict(
         "Direction and strength are decoupled: either rate may be raised (Figure 6)",
         "At 16 times the rate of lam, of A and B, or of both the score keeps 80 %; a higher rate of lam, a larger distance.",
@@ -219,56 +307,75 @@ def r5(decoupling: Rows, robustness: Rows) -> Verdict:
 
 
 def ladder(rows: Rows) -> Verdict:
-    score = {case: fmean(r.get("test", CHANCE) for r in rows if r["case"] == case) for case in {r["case"] for r in rows}}
-    ether = ["E0", "E1", "E2", "E3"]
-    last = "E4" if "E4" in score else "L2"
-    gains = {f"{a} to {b}": score[b] - score[a] for a, b in zip(ether, [*ether[1:], last], strict=True)}
-    largest = max(gains, key=lambda step: gains[step])
-    steps = ", ".join(f"{step} {100 * gain:+.1f}" for step, gain in gains.items())
+    ether = ["E0", "E1", "E2", "E3", "E4" if any(r["case"] == "E4" for r in rows) else "L2"]
+
+    def score(rows: Rows, case: str) -> float:
+        return fmean(r.get("test", CHANCE) for r in rows if r["case"] == case)
+
+    def steps(rows: Rows) -> dict[str, float]:
+        return {f"{a} to {b}": score(rows, b) - score(rows, a) for a, b in pairwise(ether)}
+
+    def first_over_others(rows: Rows) -> float:
+        first, *others = steps(rows).values()
+        return first - max(others)
+
+    def less(a: str, b: str) -> Callable[[Rows], float]:
+        return lambda rows: score(rows, a) - score(rows, b)
+
+    def two(a: str, b: str) -> str:
+        return f"{a} {100 * score(rows, a):.1f} %, {b} {100 * score(rows, b):.1f} %"
+
+    gains = ", ".join(f"{step} {100 * gain:+.1f}" for step, gain in steps(rows).items())
     return Verdict(
         "Each step from ETHER+ and from LoRA to DeLoRA counts (Tables 1 and 2)",
         "The step from E0 to E1 (the controllable boundary) is the largest on ETHER's side; weights-scaling (L1 to L2) gains; "
         "without it the additive form (L1) is below its multiplicative counterpart (E3).",
         (
-            (f"gains in points: {steps}", largest == "E0 to E1"),
-            (f"L1 {100 * score['L1']:.1f} %, L2 {100 * score['L2']:.1f} %", score["L2"] > score["L1"]),
-            (f"L1 {100 * score['L1']:.1f} %, E3 {100 * score['E3']:.1f} %", score["L1"] < score["E3"]),
+            judge(rows, first_over_others, f"gains in points: {gains}; the first is {{}} above the largest other", least=0),
+            judge(rows, less("L2", "L1"), f"{two('L1', 'L2')}: {{}} points gained", least=0),
+            judge(rows, less("E3", "L1"), f"{two('L1', 'E3')}: {{}} points below", least=0),
         ),
     )
 
 
 def chat(rows: Rows, chance: float = 0.35) -> Verdict:
     """``chance``: the mean over a task of two answers (1/2) and one of five (1/5)."""
-
-    def lost(case: str, factor: float) -> float:
-        return mean(rows, case, 1.0, "test", chance) - mean(rows, case, factor, "test", chance)
-
     before = fmean(r["perplexity_before"] for r in rows if "perplexity_before" in r)
 
-    def forgotten(case: str, factor: float) -> float:
-        return mean(rows, case, factor, "perplexity") / before
+    def lost(case: str, factor: float) -> Callable[[Rows], float]:
+        return lambda rows: mean(rows, case, 1.0, "test", chance) - mean(rows, case, factor, "test", chance)
+
+    def forgotten(case: str, factor: float) -> Callable[[Rows], float]:
+        """How much the mean loss has grown: the logarithm of the perplexity over the base's."""
+
+        def grown(rows: Rows) -> float:
+            logs = [r | {"loss": math.log(r["perplexity"])} for r in rows if "perplexity" in r]
+            gone = [r for r in rows if "perplexity" not in r]
+            return mean([*logs, *gone], case, factor, "loss") - math.log(before)
+
+        return grown
 
     def fails(case: str, factor: float) -> bool:
-        return lost(case, factor) >= 0.1 or forgotten(case, factor) >= 2
-
-    def outcome(case: str, factor: float) -> str:
-        grown = forgotten(case, factor)
-        return f"{case} loses {100 * lost(case, factor):.1f} points, its perplexity is {grown:,.2f} times the base's"
+        return lost(case, factor)(rows) >= 0.1 or forgotten(case, factor)(rows) >= math.log(2)
 
     up = [f for f in _factors(rows, "LoRA") if 1 < f <= 16]
-    both = [f for f in up if fails("LoRA", f) and fails("DoRA", f)]
-    at = both[0] if both else up[-1]
-    parts = [
-        (f"at {at:g} times its base rate {outcome(case, at)} (10 points, or 2 times)", fails(case, at))
-        for case in ("LoRA", "DoRA")
-    ]
-    parts += [
-        (
-            f"there {outcome(case, at)} (less than 5 points, and less than 1.5 times)",
-            lost(case, at) < 0.05 and forgotten(case, at) < 1.5,
-        )
-        for case in ("DeLoRA", "ETHER+")
-    ]
+    failing = [f for f in up if fails("LoRA", f) and fails("DoRA", f)]
+    at = failing[0] if failing else up[-1]
+
+    def remembers(case: str, **limit: float) -> Condition:
+        times = math.exp(forgotten(case, at)(rows))
+        words = f"its perplexity is {times:,.1f} times the base's, in logarithms {{}}"
+        return judge(rows, forgotten(case, at), words, **{k: math.log(v) for k, v in limit.items()}, scale=1, digits=2)
+
+    parts = []
+    for case in ("LoRA", "DoRA"):
+        a = judge(rows, lost(case, at), f"at {at:g} times its base rate {case} loses {{}} points", least=0.1)
+        b = remembers(case, least=2)
+        parts.append(Condition(f"{a.text}, {b.text} (10 points, or 2 times)", either(a, b)))
+    for case in ("DeLoRA", "ETHER+"):
+        a = judge(rows, lost(case, at), f"there {case} loses {{}} points", most=0.05)
+        b = remembers(case, most=1.5)
+        parts.append(Condition(f"{a.text}, {b.text} (less than 5 points, and less than 1.5 times)", both(a, b)))
     return Verdict(
         "A bounded method keeps its score, and the language, at rates at which LoRA and DoRA fail",
         "At one factor of at most 16 LoRA and DoRA lose at least 10 points, or their perplexity on other text is at least "
@@ -435,7 +542,11 @@ def by_rank(rows: Rows, chance: float = 0.5) -> Verdict:
     return Verdict(
         "A lam that grows with the square root of the rank does better than a constant",
         "Over ranks 2 and 32, each at its best rate, the mean gain is more than twice its standard error.",
-        ((f"the gain is {100 * gain:+.1f} points, its standard error {100 * error:.1f}", gain > 2 * error),),
+        (
+            Condition(
+                f"the gain is {100 * gain:+.1f} points, its standard error {100 * error:.1f}", YES if gain > 2 * error else NO
+            ),
+        ),
     )
 
 
@@ -453,7 +564,7 @@ def cut(rows: Rows, task: str, rank: str = "8") -> Verdict:
         words = (
             f"{task}, {factor:g} times the base rate: it loses {100 * loss:.1f} ± {100 * error:.1f} of {100 * worth:.1f} points"
         )
-        parts.append((words, loss + 2 * error < 0.1 * worth))
+        parts.append(Condition(words, YES if loss + 2 * error < 0.1 * worth else NO))
     return Verdict(
         "An export of the default start at the method's own rank keeps its score",
         "The mean loss over the seeds and twice its standard error are less than a tenth of what the change is worth.",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -21,7 +23,9 @@ from paper.studies.digits import best, read, run
 from paper.studies.page import CLAIMS, STARTS, claims, starts
 from paper.studies.verdicts import (
     CHANCE,
+    Condition,
     Gain,
+    Verdict,
     area,
     beside_r2,
     by_rank,
@@ -29,6 +33,7 @@ from paper.studies.verdicts import (
     cut,
     decade,
     gains,
+    judge,
     ladder,
     r1,
     r2,
@@ -159,18 +164,53 @@ def made(scores, distances=None, bound=None):
             if bound and case == "DeLoRA":
                 row["bound"] = bound
             rows.append(row)
-    return rows
+    return twice(rows)
+
+
+def twice(rows):
+    """The same of two seeds, which agree: every condition is decided."""
+    return [row | {"seed": seed} for seed in (0, 1) for row in rows]
+
+
+def test_a_condition_is_decided_by_two_standard_errors():
+    def outcome(values, **limit):
+        rows = [{"seed": seed, "test": value} for seed, value in enumerate(values)]
+        return judge(rows, lambda rows: fmean(r["test"] for r in rows), "{}", **limit)
+
+    # Of a mean the jackknife's error is the standard error: 0.1 of these three.
+    values = (0.5, 0.5, 0.5 + 0.3)
+    assert outcome(values, least=0.39).text == "60.0 ± 10.0"
+    assert [outcome(values, least=x).outcome for x in (0.39, 0.41, 0.79, 0.81)] == ["yes", "undecided", "undecided", "no"]
+    assert [outcome(values, most=x).outcome for x in (0.39, 0.41, 0.79, 0.81)] == ["no", "undecided", "undecided", "yes"]
+    assert outcome((0.5,), least=0.1).outcome == "undecided"  # one run
+    assert outcome((math.inf, 9.0, 9.0), least=1.0).outcome == "yes"  # a run diverged; without it too
+    assert outcome((math.inf, 0.0, 0.0), least=1.0).outcome == "undecided"
+
+
+def test_one_condition_that_is_not_met_fails_a_claim():
+    def claim(*outcomes):
+        return Verdict("", "", tuple(Condition("", outcome) for outcome in outcomes)).outcome
+
+    assert (claim("yes", "yes"), claim("yes", "undecided"), claim("no", "undecided")) == ("holds", "undecided", "fails")
+
+
+def test_a_claim_is_undecided_where_its_seeds_disagree():
+    rows = made(HOLDING)
+    for row in rows:
+        if (row["case"], row["factor"]) == ("ETHER+", 16.0):
+            row["test"] = 0.6 if row["seed"] else 0.4
+    assert r1(rows).outcome == "undecided"
 
 
 HOLDING = {
     "LoRA": [0.6, 0.6, 0.6, 0.6, 0.6, 0.1, 0.1, 0.1],
     "DoRA": [0.6, 0.6, 0.7, 0.7, 0.7, 0.4, 0.1, 0.1],
-    "DoRA, fixed magnitude": [0.6] * 6 + [0.1, 0.1],
+    "DoRA, fixed magnitude": [0.6] * 6 + [0.05, 0.1],
     "ETHER+": [0.6] * 8,
     "DeLoRA": [0.6] * 6 + [0.5, 0.3],
 }
 FAR = {
-    "LoRA": [1, 1, 2, 2, 3, 8, 10, 12],
+    "LoRA": [1, 1, 2, 2, 3, 8, 10.1, 12],
     "DoRA": [1, 1, 2, 2, 3, 6, 7, 7],
     "DoRA, fixed magnitude": [1, 1, 2, 2, 3, 6, 8, 8],
     "ETHER+": [1, 1, 1, 1, 1, 1, 1.5, 1.9],
@@ -191,7 +231,7 @@ def test_r1():
     for row in gone:
         if row["case"] == "LoRA" and row["factor"] == 8:
             del row["test"]  # diverged: counts as chance
-    assert r1(gone).parts[0][0].startswith(f"at 8 times its base rate LoRA loses {100 * (0.6 - CHANCE):.1f}")
+    assert r1(gone).parts[0].text.startswith(f"at 8 times its base rate LoRA loses {100 * (0.6 - CHANCE):.1f}")
 
 
 def test_r2():
@@ -244,10 +284,11 @@ def test_r4():
     grown = [1.0, 2.0] + [2.0 + 0.11 * i for i in range(1, 11)]  # from the second of twelve on by 55 %
     rows = [long("LoRA", grown, [0.6] * 11 + [0.3]), long("DoRA", grown, ones)]
     rows += [long("DeLoRA", flat, ones), long("DeLoRA, lam fixed", flat, ones)]
-    assert r4(rows).holds
-    assert not r4([long("LoRA", flat, ones), *rows[1:]]).holds
-    assert not r4([long("LoRA", grown, ones), *rows[1:]]).holds  # no further below its best than DeLoRA
-    assert not r4([*rows[:2], long("DeLoRA", [1.0] * 11 + [1.21], ones), rows[3]]).holds
+    assert r4(twice(rows)).holds
+    assert not r4(twice([long("LoRA", flat, ones), *rows[1:]])).holds
+    fallen = long("DeLoRA", flat, [0.6] * 11 + [0.2])  # further below its best than LoRA
+    assert not r4(twice([*rows[:2], fallen, rows[3]])).holds
+    assert not r4(twice([*rows[:2], long("DeLoRA", [1.0] * 11 + [1.21], ones), rows[3]])).holds
 
 
 def test_r5():
@@ -264,7 +305,7 @@ def test_the_ladder():
     score = {"L0": 0.5, "L1": 0.55, "L2": 0.62, "E0": 0.3, "E1": 0.5, "E2": 0.55, "E3": 0.6, "E4": 0.62}
 
     def judged(**other):
-        return ladder([{"case": case, "test": value} for case, value in (score | other).items()]).holds
+        return ladder(twice([{"case": case, "test": value} for case, value in (score | other).items()])).holds
 
     assert judged()
     assert not judged(E1=0.4)
@@ -331,7 +372,7 @@ def test_lam_by_the_rank_is_compared_at_each_ones_best_rate():
     made += rows("constant", 32, 1e-2, [0.7, 0.7]) + rows("by rank", 2, 1e-3, [0.8, 0.82])
     verdict = by_rank([*made, *rows("by rank", 32, 1e-3, [0.8, 0.79])])
     assert verdict.holds
-    assert verdict.parts[0][0].startswith("the gain is +9.8 points")
+    assert verdict.parts[0].text.startswith("the gain is +9.8 points")
     assert not by_rank([*made, *rows("by rank", 32, 1e-3, [0.5, 0.5])]).holds
 
 
@@ -341,7 +382,7 @@ def test_an_export_may_lose_a_tenth_of_what_the_change_is_worth():
 
     verdict = cut(rows(0.01, 0.01, 0.016), "digits")
     assert verdict.holds
-    assert verdict.parts[0][0] == "digits, 1 times the base rate: it loses 1.2 ± 0.2 of 20.0 points"
+    assert verdict.parts[0].text == "digits, 1 times the base rate: it loses 1.2 ± 0.2 of 20.0 points"
     assert not cut(rows(0.01, 0.01, 0.028), "digits").holds  # 1.6 in the mean, but not surely below 2
     assert not cut([*rows(0.0, 0.0), *(row | {"factor": 4.0} for row in rows(0.1, 0.1))], "digits").holds  # at one of two rates
 
@@ -374,7 +415,7 @@ def spoken(**other):
     for case, (test, perplexity) in kept.items():
         rows.append({"case": case, "test": 0.7, "perplexity": 20.0, "perplexity_before": 20.0})
         rows.append({"case": case, "factor": 4.0, "test": test, "perplexity": perplexity})
-    return rows
+    return twice(rows)
 
 
 def test_every_run_of_the_chat_study_is_the_recipe(tmp_path, monkeypatch):
@@ -403,4 +444,4 @@ def test_the_rule_for_the_chat_model():
     assert not chat(spoken(DeLoRA=(0.64, 20.0))).holds
     assert not chat(spoken(DeLoRA=(0.7, 31.0))).holds
     gone = [r for r in spoken() if r["case"] != "LoRA" or "factor" not in r]
-    assert chat([*gone, {"case": "LoRA", "factor": 4.0}]).holds  # diverged: chance, and all forgotten
+    assert chat([*gone, *twice([{"case": "LoRA", "factor": 4.0}])]).holds  # diverged: chance, and all forgotten
