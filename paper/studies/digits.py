@@ -170,6 +170,12 @@ def modes() -> Iterator[Job]:
         yield reaching("strength", mode, lr, seed, mode, reach.REACH)
 
 
+def modes_at_their_own() -> Iterator[Job]:
+    """The same at higher reaches, of which each mode has its own."""
+    for seed, lr, reach_, mode in product(reach.OWN_SEEDS, reach.RATES, reach.OWN_REACHES, reach.MODES):
+        yield reaching("strength-own", mode, lr, seed, mode, reach_)
+
+
 def choose() -> Iterator[Job]:
     """Reach and rate, for `knobs.default`."""
     for seed, lr, reach_ in product(reach.CHOOSING_SEEDS, reach.CHOOSING_RATES, reach.REACHES):
@@ -204,6 +210,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "starts-judged": starts_judged,
     "cut": cut,
     "strength": modes,
+    "strength-own": modes_at_their_own,
     "choose": choose,
     "equal": equal,
     "knob": knob,
