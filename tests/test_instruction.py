@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import delora
 from delora import ETHER, DeLoRA, EtherPlus
-from delora.data import sentences
+from delora.data import alpaca, sentences
 from delora.data.examples import DataError
 from delora.data.sentences import Sentence
 from delora.evaluation import harness
@@ -191,6 +191,30 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(llama, tmp_path):
 
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
     assert numbers(tmp_path / "whole")["best_epoch"] == 2  # the one that it ended in
+
+
+def test_an_over_long_prompt_is_left_out_and_told(llama, tmp_path):
+    """One of 41 prompts leaves no room for a response: its loss, a mean over no token, would make the run's scores NaN."""
+    file = Path(made(tmp_path, 40))
+    parts = [vars(item) for part in alpaca.split(alpaca.read(str(file)), test=8) for item in part]
+
+    def trained(rows: list[dict[str, str]], test: int, max_tokens: int = 64) -> Any:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(42)).tolist()  # in which they are divided
+        file.write_text(json.dumps([row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]))
+        data = {"source": str(file), "test": test, "max_tokens": max_tokens, "response_only": True}
+        out = tmp_path / f"out-{test}-{max_tokens}"
+        return experiments.train(instructions, parse(recipe(llama, "", out, data=data)), QUIET).results[0]
+
+    without = trained(parts, 8)
+    long = {"instruction": "word1 " * 64, "output": "great"}
+    with pytest.warns(UserWarning, match=r"1 of 9 instructions held out are left out: .* data\.max_tokens = 64"):
+        result = trained([*parts, long], 9)
+    assert result.scores == without.scores
+    assert result.validation == without.validation
+    assert math.isfinite(result.validation)
+    with pytest.raises(DataError, match=r"all 32 instructions to train on fill data\.max_tokens = 8"):
+        trained(parts, 8, max_tokens=8)
+    assert not (tmp_path / "out-8-8").exists()
 
 
 def test_bfloat16_weights_and_adapters_in_float32(llama, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from delora.data.examples import DataError
 
-__all__ = ["FILE", "IGNORED", "Instruction", "encode", "read", "split"]
+__all__ = ["FILE", "IGNORED", "Instruction", "encode", "read", "split", "trained"]
 
 # The archive that the published runs were trained on, from the GitHub repository tloen/alpaca-lora: 51,759 instructions.
 FILE = "alpaca_data_cleaned_archive.json"
@@ -134,3 +134,12 @@ def encode(item: Instruction, tokenizer: Any, max_tokens: int = 256, response_on
     ids = [*tokenizer(item.prompt + item.output)["input_ids"], tokenizer.eos_token_id][:max_tokens]
     hidden = min(len(tokenizer(item.prompt)["input_ids"]), len(ids)) if response_only else 0
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * hidden + ids[hidden:]}
+
+
+def trained(encoded: dict[str, list[int]]) -> int:
+    """The number of tokens that the loss is on. The first one has none before it to be predicted from.
+
+    >>> trained({"labels": [1, IGNORED, 3]})
+    1
+    """
+    return sum(label != IGNORED for label in encoded["labels"][1:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,14 +220,45 @@ def material(experiment: Settings) -> Material:
         other = Path(text).read_text("utf-8")
     if data.domain is None:
         train, held_out = alpaca.split(alpaca.read(data.source), 42, cast(int, data.test))
-        return Material(train, held_out, {}, other)
+        return Material(*learnable(experiment, train, held_out), {}, other)
     parts = sentences.split(sentences.read(data.domain, data.source, neutral=True), experiment.seed, *data.sizes())
 
     def every(part: list[sentences.Sentence]) -> list[Instruction]:
         return [question for kind in QUESTIONS for question in sentences.questions(kind, part)]
 
     questions = {kind: sentences.questions(kind, parts.test) for kind in QUESTIONS if kind in experiment.evaluate.tasks}
-    return Material(every(parts.train), every(parts.validation), questions, other)
+    return Material(*learnable(experiment, every(parts.train), every(parts.validation)), questions, other)
+
+
+def learnable(
+    experiment: Settings, train: list[Instruction], held_out: list[Instruction]
+) -> tuple[list[Instruction], list[Instruction]]:
+    """The two parts without the instructions that ``max_tokens`` leaves no token of the response: their loss is no number.
+
+    Raises:
+        DataError: all of a part are so.
+    """
+    if not experiment.data.response_only:  # every token is a label
+        return train, held_out
+    tokenizer = language_tokenizer(experiment.model)
+    kept = []
+    for part, name in ((train, "to train on"), (held_out, "held out")):
+        encoded = Encoded(part, tokenizer, experiment)
+        some = [item for i, item in enumerate(part) if alpaca.trained(encoded[i])]
+        most = f"data.max_tokens = {experiment.data.max_tokens}"
+        if not some:
+            raise DataError(
+                f"{experiment.name}: the prompts of all {len(part):,} instructions {name} fill {most}, so that no token of a "
+                "response is left to train on: raise it, or shorten the prompts"
+            )
+        if left := len(part) - len(some):
+            warnings.warn(
+                f"{experiment.name}: {left:,} of {len(part):,} instructions {name} are left out: their prompts fill {most}, "
+                "so that no token of the response is left",
+                stacklevel=2,
+            )
+        kept.append(some)
+    return kept[0], kept[1]
 
 
 # ---------------------------------------------------------------- scores
