@@ -63,6 +63,7 @@ figures: .venv/ready
 
 claims: .venv/ready
 	$(BIN)/python -m paper.studies.page
+	$(BIN)/python -m paper.studies.strengths
 	$(BIN)/python -m paper.studies.standins
 
 studies: .venv/ready

