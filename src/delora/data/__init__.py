@@ -8,5 +8,9 @@
 ``alpaca``       instructions in the form of Alpaca
 ``dreambooth``   photographs of subjects, with the prompts by which they are judged
 ``maps``         pictures with their label maps and captions
+``tables``       a user's own data: what is recognised, which columns, what is odd
+``rows``         the rows of a user's own files, with the place of each
+``turns``        conversations of a user's own
+``dividing``     rows divided into training, validation and test
 ===============  ===============================================================================
 """
