@@ -72,8 +72,10 @@ studies: .venv/ready
 	$(BIN)/python -m paper.studies.chat
 	$(BIN)/python -m paper.studies.fashion
 
+# The documentation as a site, in site/.
 docs: .venv/ready
-	$(BIN)/pdoc delora -o site
+	$(BIN)/python -m docs.collect build/pages
+	$(BIN)/zensical build --clean --strict
 
 clean:
-	rm -rf .venv .venv-vllm runs site dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm runs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -385,7 +385,7 @@ class TwoSided(Update):
 
     @takes_frozen
     def low_rank(self, W: Frozen) -> LowRank | None:
-        """(I + a b) W (I + c d) - W = [W c, a] [d; b W + (b W c) d]."""
+        """``(I + a b) W (I + c d) - W = [W c, a] [d; b W + (b W c) d]``."""
         right, left = (None if side is None else side.excess() for side in (self.right, self.left))
         if (right is None) != (self.right is None) or (left is None) != (self.left is None):
             return None

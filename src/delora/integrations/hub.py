@@ -181,7 +181,8 @@ def push(
         name: the adapter's name in the model; the active one if None.
         private: whether a new repository can be seen by others; None leaves it to the account's setting.
         revision: the branch, "main" if None; it is created if it does not exist.
-        data, metrics: for the card, as in `card`.
+        data: for the card, as in `card`.
+        metrics: for the card, as in `card`.
         message: of the commit.
         token: instead of the one that ``hf auth login`` has stored. It is in no message of an error.
 

@@ -76,8 +76,9 @@ class AdapterCheckpoints(Base):
       given: it would load another base from its file.
 
     Raises:
-        TypeError: the class is derived in the other order. ValueError: the model has no active adapter, an argument would have
-        no effect, or the model would be sharded by DeepSpeed or FSDP1, or by FSDP2 beside its reference.
+        TypeError: the class is derived in the other order.
+        ValueError: the model has no active adapter, an argument would have no effect, or the model would be sharded by
+            DeepSpeed or FSDP1, or by FSDP2 beside its reference.
 
     >>> class Mine(AdapterCheckpoints, Trainer):
     ...     pass

@@ -25,7 +25,9 @@ class DoRA:
     a column.
 
     Args:
-        r, alpha, rslora: as in `LoRA`.
+        r: as in `LoRA`.
+        alpha: as in `LoRA`.
+        rslora: as in `LoRA`.
         fixed_magnitude: m stays at the norms of the frozen W (DeLoRA's Appendix C): only directions are learned.
 
     Example:

@@ -25,9 +25,9 @@ class LoReFT:
 
     Args:
         r: rank, at least 1.
-        first, last: how many of the first and last positions of an output [batch, positions, d] are edited; if both are 0,
-            all positions, of an output of any shape. Padding counts as positions. In generation with a cache, every call
-            counts its positions from 0, so ``first`` suits encoders.
+        first: how many of the first positions of an output [batch, positions, d] are edited. Padding counts as positions. In
+            generation with a cache, every call counts its positions from 0, so ``first`` suits encoders.
+        last: how many of the last positions are edited. If both are 0, all positions are, of an output of any shape.
 
     Example:
         >>> import delora
