@@ -47,6 +47,13 @@ FACTS = {
         "LoRA's",
         "LoRA at a small rank falls short and its cost matters little.",
     ),
+    "nblora": (
+        "r (in + out)",
+        "as LoRA",
+        "low-rank: runs like LoRA, after the inverse of an [r, r] matrix in float64; merges, exports as a LoRA of rank r",
+        "3e-3 to 3e-2",
+        "Every singular value of the change has to be bounded, not only its size.",
+    ),
     "ether": (
         "in (or out), whatever the number of blocks",
         "as LoRA",
@@ -67,6 +74,13 @@ FACTS = {
         "transforms the input, W is not read; a linear system of every block is solved in every forward; merges; not low-rank",
         "6e-5 (the authors' images), more for short runs",
         "The angles between the neurons should stay as they are.",
+    ),
+    "hra": (
+        "r in",
+        "as LoRA",
+        "transforms the input, W is not read; merges; exports as a LoRA of rank r",
+        "1e-3 to 1e-2",
+        "The angles between the neurons should stay as they are, at LoRA's cost.",
     ),
     "reflections": (
         "r in + 1; 2 r in + 1 with `relaxed`",
@@ -115,7 +129,7 @@ LABELS = ("Parameters of a layer", "Where", "How it runs", "A rate to begin with
 
 HEAD = """# The methods
 
-Every method that the DeLoRA paper names, behind one interface: `delora.inject(model, METHOD, targets)`. W is [out, in], as in
+Every method that the DeLoRA paper names, and two of its closest rivals (HRA, NB-LoRA), behind one interface: `delora.inject(model, METHOD, targets)`. W is [out, in], as in
 `nn.Linear`. All of them save, load, and work with `disabled`, `strength`, several named adapters, `torch.compile`, gradient
 checkpointing and half precision; what differs is said below. Rates are those of the papers where they say one; tune them.
 
@@ -123,7 +137,7 @@ checkpointing and half precision; what differs is said below. Rates are those of
 other than 0 and 1 costs a second forward of the layer. Distances are computed from the small factors where a change is low-rank,
 from the whole matrices where it is not, and do not exist where no weight changes.
 
-On a convolution or an embedding, whose input is not one vector, methods that transform the input (ETHER, ETHER+, OFT,
+On a convolution or an embedding, whose input is not one vector, methods that transform the input (ETHER, ETHER+, OFT, HRA,
 `Reflections`, `IA3(side="input")`) build the merged matrix in every forward: right, but slower.
 
 This file is made from the docstrings by `python -m docs.generate`.

@@ -13,7 +13,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import delora
-from delora import ETHER, IA3, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
+from delora import (
+    ETHER,
+    HRA,
+    IA3,
+    OFT,
+    RED,
+    BitFit,
+    Bottleneck,
+    DeLoRA,
+    DoRA,
+    EtherPlus,
+    LoRA,
+    LoReFT,
+    NBLoRA,
+    Reflections,
+)
 from delora.layer import Placed, attach
 from examples.own_layer import HeadwiseLinear
 from examples.own_method import VeRA
@@ -69,6 +84,7 @@ METHODS = {
     "DeLoRA fixed lam": DeLoRA(r=4, lam=3.0, learn_lam=False),
     "DoRA": DoRA(r=4),
     "DoRA fixed magnitude": DoRA(r=4, fixed_magnitude=True),
+    "NB-LoRA": NBLoRA(r=4, reach=1.0),
     "ETHER": ETHER(blocks=2),
     "ETHER output": ETHER(side="output"),
     "ETHER+": EtherPlus(blocks=2),
@@ -79,6 +95,8 @@ METHODS = {
     "E3": Reflections(r=4, relaxed=True),
     "OFT": OFT(blocks=2),
     "OFT constrained": OFT(blocks=2, radius=0.5),
+    "HRA": HRA(r=4),
+    "HRA orthogonal": HRA(r=3, orthogonal=True),
     "BitFit": BitFit(),
     "IA3": IA3(),
     "IA3 input": IA3(side="input"),

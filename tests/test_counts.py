@@ -14,7 +14,22 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 import delora
-from delora import ETHER, IA3, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, Full, LoRA, LoReFT
+from delora import (
+    ETHER,
+    HRA,
+    IA3,
+    OFT,
+    RED,
+    BitFit,
+    Bottleneck,
+    DeLoRA,
+    DoRA,
+    EtherPlus,
+    Full,
+    LoRA,
+    LoReFT,
+    NBLoRA,
+)
 
 DOCS = Path(__file__).parents[1] / "docs" / "methods.md"
 
@@ -84,6 +99,8 @@ ROWS = [
     roberta_row("adapter (Houlsby), size 8", Bottleneck(8), BOTH_OUT, 313_536, None),
     roberta_row("adapter (Houlsby), size 16", Bottleneck(16), BOTH_OUT, 608_640, None),
     roberta_row("DeLoRA, r = 8", DeLoRA(r=8), QV, 294_936, "0.3M"),
+    roberta_row("NB-LoRA, r = 8", NBLoRA(r=8), QV, 294_912, None),
+    roberta_row("HRA, r = 8", HRA(r=8), QV, 147_456, None),
     Row("Stable Diffusion v1.5", "full finetuning (DreamBooth)", Full(), r"[^.]*", 859_520_964, "859.5M"),
     unet_row("OFT, n = 4", OFT(blocks=4), 11_602_368, "11.6M"),
     unet_row("ETHER+, two-sided, any n", EtherPlus(blocks=4), 398_592, "0.4M"),
@@ -93,6 +110,8 @@ ROWS = [
     unet_row("DeLoRA, r = 16", DeLoRA(r=16), 3_188_864, "3.2M"),
     llama_row("LoRA, r = 8", LoRA(r=8), 4_194_304, "4.19M"),
     llama_row("DoRA, r = 8", DoRA(r=8), 4_456_448, "4.19M"),
+    llama_row("NB-LoRA, r = 8", NBLoRA(r=8), 4_194_304, None),
+    llama_row("HRA, r = 8", HRA(r=8), 2_097_152, None),
     llama_row("ETHER, n = 32", ETHER(blocks=32), 262_144, "0.26M"),
     llama_row("ETHER+, two-sided, n = 32", EtherPlus(blocks=32), 1_048_576, "1.04M"),
     llama_row("DeLoRA, r = 8", DeLoRA(r=8), 4_194_304 + 64, "4.19M"),

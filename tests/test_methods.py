@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel
 import delora
 from delora import (
     ETHER,
+    HRA,
     IA3,
     METHODS,
     OFT,
@@ -25,6 +26,7 @@ from delora import (
     Full,
     LoRA,
     LoReFT,
+    NBLoRA,
     Reflections,
 )
 from delora.diagnostics import inspect
@@ -111,10 +113,75 @@ def test_no_tensors_leave_the_bound(W, name):
     with torch.no_grad():
         for size in (1e-3, 1.0, 1e3):
             for key, tensor in made.saved().items():
-                if key != "lam0":
+                if key not in ("lam0", "sigma"):  # fixed: what the bound is made of
                     tensor.add_(size * torch.randn_like(tensor))
             change = made.update().merge(W) - W
             assert change.norm() <= made.method.bound(made.tensors()) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("method", [HRA(r=4), HRA(r=3, orthogonal=True)], ids=str)
+def test_hra_keeps_lengths_and_angles_of_the_rows(W, method):
+    H, made = right(method, W)
+    eye = torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(H @ H.T, eye, **EXACT)
+    assert torch.linalg.det(H).item() == pytest.approx((-1) ** method.r)
+    assert torch.linalg.matrix_rank(H - eye) == method.r
+    new = made.update().merge(W)
+    torch.testing.assert_close(new @ new.T, W @ W.T, **EXACT)
+
+
+def test_two_equal_reflections_cancel_and_orthogonal_ones_never_do(W):
+    torch.testing.assert_close(placed(HRA(r=6), linear(W)).update().merge(W), W, **EXACT)
+    H, _ = right(HRA(r=6, orthogonal=True), W)
+    torch.testing.assert_close(torch.linalg.svdvals(H - torch.eye(12)), torch.tensor([2.0] * 6 + [0.0] * 6).double(), **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_no_singular_value_of_nb_lora_is_above_its_bound(dtype, size, parallel):
+    """Also where the vectors are large and nearly parallel, as after a collapse at a far too large rate."""
+    r, out, inp = 16, 200, 240
+    A, B = torch.randn(r, inp, dtype=dtype), torch.randn(out, r, dtype=dtype)
+    A, B = (size * M[:, :1] * M[:1] + 0.1 * M if parallel else size * M for M in (A, B))
+    p = {"A": A.requires_grad_(), "B": B.requires_grad_(), "sigma": torch.tensor([0.7], dtype=dtype)}
+    update = NBLoRA(r, sigma=0.7).update(None, p)
+    _, sigma, _ = update.svd()
+    assert sigma[0] <= 0.7 * (1 + 1e-5)
+    assert sigma[-1] > 0
+    (update.up @ update.down).square().sum().backward()
+    assert p["A"].grad.isfinite().all()
+    assert p["B"].grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("out", "inp"), [(10, 12), (12, 10), (9, 4)])
+@pytest.mark.parametrize("shares", [[1.0, 1.0, 1.0, 1.0], [1.0, 0.5, 0.1, 1e-3], [0.3, 0.3, 0.0, 0.0]])
+def test_nb_lora_reaches_every_matrix_of_its_rank_within_the_bound(out, inp, shares):
+    """A and B from the singular value decomposition of the change, by the inverse of Cayley's transform."""
+    r, sigma, shares = 4, 2.0, torch.tensor(shares, dtype=torch.float64)
+    U, _ = torch.linalg.qr(torch.randn(out, r, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(inp, r, dtype=torch.float64))
+    half = shares.asin() / 2  # 2 cos(half) sin(half) is the share
+    Q = torch.cat([V * half.cos(), U * half.sin()])  # orthonormal columns
+    left, _, right = torch.linalg.svd(Q[:r])
+    Q = Q @ (left @ right).T  # the same product; its first r rows are now positive semidefinite, so that I + E has an inverse
+    eye = torch.eye(r, dtype=torch.float64)
+    inverse = torch.linalg.inv(eye + Q[:r])
+    Z = 2 * inverse - eye
+    G = torch.cat([(Z - Z.T) / 4, -Q[r:] @ inverse])
+    torch.testing.assert_close(slow.cayley(G), Q, rtol=1e-9, atol=1e-9)
+    change = NBLoRA(r, sigma=sigma).update(None, {"A": G[:inp].T, "B": G[inp:], "sigma": torch.tensor([sigma]).double()})
+    torch.testing.assert_close(change.up @ change.down, sigma * U * shares @ V.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("r", [1, 4])
+def test_the_reach_of_nb_lora_is_the_largest_share_of_the_weight(W, r):
+    made = placed(NBLoRA(r, reach=0.3), linear(W))
+    assert made.method.bound(made.tensors()).item() == pytest.approx(0.3 * W.norm().item())
+    with pytest.raises(ValueError, match="reach = 0.3: W is zero, so no change is a share of it; give sigma"):
+        placed(NBLoRA(r, reach=0.3), linear(torch.zeros(10, 12)))
+    assert placed(NBLoRA(r, sigma=2.0), linear(torch.zeros(10, 12))).tensors()["sigma"].item() == 2.0
+    assert NBLoRA() == NBLoRA(reach=0.1)
 
 
 def test_the_first_rung_is_ether_plus(W):
@@ -142,7 +209,7 @@ def test_every_rung_starts_at_the_base_and_takes_a_step():
         assert (model(x) - 1).square().mean() < (before - 1).square().mean(), name
 
 
-@pytest.mark.parametrize("method", [ETHER(blocks=2), EtherPlus(blocks=2), OFT(blocks=2), IA3(side="input")], ids=str)
+@pytest.mark.parametrize("method", [ETHER(blocks=2), EtherPlus(blocks=2), OFT(blocks=2), HRA(r=2), IA3(side="input")], ids=str)
 def test_multiplication_does_not_read_the_weight(method):
     """The layer runs; its weight is never touched, so a quantised one may stay as it is."""
 
@@ -315,7 +382,7 @@ LOW_RANK = [name for name, m in CASES.items() if placed(m, nn.Linear(8, 8)).low_
 
 def test_the_change_is_low_rank_of_the_additive_methods_and_the_reflections_alone():
     kinds = {type(CASES[name]) for name in LOW_RANK} & set(METHODS.values())
-    assert kinds >= {LoRA, DeLoRA, ETHER, EtherPlus, Reflections}
+    assert kinds >= {LoRA, DeLoRA, NBLoRA, ETHER, EtherPlus, HRA, Reflections}
     assert not kinds & {DoRA, OFT, BitFit, IA3, RED, LoReFT, Bottleneck}
 
 
@@ -372,6 +439,11 @@ def test_low_rank_changes_of_different_methods_blend_exactly():
         (lambda: OFT(blocks=-4), "blocks = -4"),
         (lambda: OFT(radius=0.0), "radius = 0.0: must be a finite number above 0"),
         (lambda: OFT(radius=math.nan), "radius = nan"),
+        (lambda: HRA(r=3), "r = 3: the reflections cancel in pairs, so r must be even"),
+        (lambda: HRA(r=0), "r = 0: the rank"),
+        (lambda: NBLoRA(sigma=1.0, reach=0.1), "sigma = 1.0 and reach = 0.1: both say how large the change can be"),
+        (lambda: NBLoRA(sigma=0.0), "sigma = 0.0: must be a finite number above 0"),
+        (lambda: NBLoRA(reach=-0.1), "reach = -0.1: must be"),
         (lambda: Reflections(r=3), "r = 3: the terms cancel in pairs, so r must be even"),
         (lambda: Reflections(lam=math.inf), "lam = inf"),
         (lambda: IA3(side=None), "side = None"),

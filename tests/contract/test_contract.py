@@ -20,6 +20,7 @@ EXACT = (
     "rsLoRA",
     "DeLoRA soft",
     "DeLoRA zero",
+    "NB-LoRA",
     "DoRA",
     "DoRA fixed magnitude",
     "IA3",

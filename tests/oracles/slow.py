@@ -139,6 +139,32 @@ def oft(W: Tensor, free: Tensor, size: int, radius: float | None) -> Tensor:
     return W @ in_blocks(blocks).T
 
 
+def hra(W: Tensor, U: Tensor, orthogonal: bool) -> Tensor:
+    """W' = W H_1 H_2 ... H_r, one dense reflection after the other; ``U [r, in]``, made orthogonal first or not."""
+    for u in orthonormal_rows(U) if orthogonal else U:
+        W = W @ (torch.eye(len(u), dtype=W.dtype) - 2 * projector(u))
+    return W
+
+
+def cayley(G: Tensor) -> Tensor:
+    """A matrix with orthonormal columns for any G = [X; Y] [n, r]: [(I - Z) M; -2 Y M], Z = X - X' + Y'Y, M = (I + Z)^-1."""
+    r = G.shape[1]
+    Z = [[G[i, j] - G[j, i] + sum(y[i] * y[j] for y in G[r:]) for j in range(r)] for i in range(r)]
+    eye = torch.eye(r, dtype=G.dtype)
+    M = torch.linalg.inv(eye + matrix(Z))
+    return torch.stack([(eye[i] - torch.stack(Z[i])) @ M if i < r else -2 * G[i] @ M for i in range(len(G))])
+
+
+def nblora(W: Tensor, p: dict[str, Tensor]) -> Tensor:
+    """W' = W + 2 sigma Q_B Q_A', one rank-one term after the other."""
+    r, inp = p["A"].shape
+    Q = cayley(torch.cat([p["A"].T, p["B"]]))
+    new = W
+    for k in range(r):
+        new = new + 2 * p["sigma"] * torch.outer(Q[inp:, k], Q[:inp, k])
+    return new
+
+
 def orthonormal_rows(R: Tensor) -> Tensor:
     """Gram and Schmidt, row by row."""
     rows: list[Tensor] = []

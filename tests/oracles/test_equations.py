@@ -6,7 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from delora import ETHER, IA3, METHODS, OFT, RED, BitFit, Bottleneck, DeLoRA, DoRA, EtherPlus, LoRA, LoReFT, Reflections
+from delora import (
+    ETHER,
+    HRA,
+    IA3,
+    METHODS,
+    OFT,
+    RED,
+    BitFit,
+    Bottleneck,
+    DeLoRA,
+    DoRA,
+    EtherPlus,
+    LoRA,
+    LoReFT,
+    NBLoRA,
+    Reflections,
+)
 from tests.cases import NORMS, STARTS, placed, plain
 from tests.oracles import slow
 
@@ -18,7 +34,7 @@ def adapter(method):
     layer = nn.Linear(IN, OUT).double().requires_grad_(False)
     made = placed(method, layer)
     for key, tensor in made.saved().items():
-        positive = key.startswith("lam")
+        positive = key in ("lam", "lam0", "sigma")
         made.put(key, torch.rand(1, dtype=torch.float64) + 0.5 if positive else torch.randn_like(tensor))
     return made
 
@@ -111,6 +127,17 @@ def test_oft_is_cayleys_transform(blocks, radius):
     check(OFT(blocks, radius), lambda W, p: slow.oft(W, p["Q"], IN // blocks, radius))
 
 
+@pytest.mark.parametrize("r", [2, 4])
+def test_hra_is_a_chain_of_reflections(r):
+    check(HRA(r), lambda W, p: slow.hra(W, p["U"], orthogonal=False))
+    check(HRA(r + 1, orthogonal=True), lambda W, p: slow.hra(W, p["U"], orthogonal=True))
+
+
+@pytest.mark.parametrize("r", [1, 3, 6])
+def test_nb_lora_is_a_product_of_two_parts_of_cayleys_matrix(r):
+    check(NBLoRA(r, sigma=2.0), slow.nblora)
+
+
 def test_ia3_scales_the_input():
     check(IA3(side="input"), lambda W, p: torch.stack([W[:, j] * p["l"][j] for j in range(IN)], dim=1))
 
@@ -136,8 +163,8 @@ def test_the_bottleneck_adapter():
     check_output(Bottleneck(size=3), slow.bottleneck)
 
 
-def test_every_method_of_the_paper_has_its_equation_here():
+def test_every_method_of_the_paper_and_its_rivals_have_their_equations_here():
     """One that is added has its own beside them (CONTRIBUTING, step 3); full finetuning has none."""
     here = {value for value in globals().values() if isinstance(value, type)}
     paper = {DeLoRA, LoRA, DoRA, ETHER, EtherPlus, OFT, Reflections, BitFit, IA3, RED, LoReFT, Bottleneck}
-    assert paper <= here & set(METHODS.values())
+    assert paper | {HRA, NBLoRA} <= here & set(METHODS.values())

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from peft import DeloraConfig, IA3Config, LoraConfig, OFTConfig, get_peft_model
+from peft import DeloraConfig, HRAConfig, IA3Config, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 
 import delora
-from delora import IA3, OFT, DeLoRA, DoRA, LoRA
+from delora import HRA, IA3, OFT, DeLoRA, DoRA, LoRA
 from tests.cases import Net, ids, shake
 
 
@@ -137,3 +137,33 @@ def test_oft_is_pefts_oft_with_the_exact_cayley_transform(blocks):
         ours.get_submodule(name).adapter.Q.data.copy_(theirs_q.data)
     x = ids()
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_hra_is_pefts_hra(orthogonal):
+    theirs, ours = pair(
+        HRAConfig(r=4, apply_GS=orthogonal, target_modules=["q", "v"], init_weights=False), HRA(4, orthogonal=orthogonal)
+    )
+    parameters = []
+    for name in ("q", "v"):
+        U = theirs.base_model.model.get_submodule(name).hra_u["default"]  # [in, r]
+        ours.get_submodule(name).adapter.U.data.copy_(U.data.T)
+        parameters.append((ours.get_submodule(name).adapter.U, U))
+    x = ids()
+    torch.testing.assert_close(ours(x), theirs(x))
+    theirs(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    for own, their in parameters:
+        torch.testing.assert_close(own.grad, their.grad.T, rtol=1e-4, atol=1e-6)
+
+
+def test_hra_starts_as_pefts():
+    """Equal in pairs, drawn from the same distribution."""
+    wide = nn.Sequential(nn.Linear(3000, 4))
+    theirs = get_peft_model(copy.deepcopy(wide), HRAConfig(r=4, target_modules=["0"])).base_model.model[0].hra_u["default"].T
+    ours = delora.inject(wide, HRA(4), ["0"])[0].adapter.U
+    for U in (ours, theirs):
+        assert torch.equal(U[::2], U[1::2])
+        assert not torch.equal(U[0], U[2])
+        assert U.abs().max().item() == pytest.approx(2**-0.5, rel=5e-3)  # U(-1, 1) / sqrt(r / 2): 6,000 numbers
+        assert U.std().item() == pytest.approx(6**-0.5, rel=0.03)

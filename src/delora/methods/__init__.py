@@ -16,8 +16,10 @@ from delora.methods.delora import DeLoRA as DeLoRA
 from delora.methods.full import Full as Full
 from delora.methods.lora import LoRA as LoRA
 from delora.methods.dora import DoRA as DoRA
+from delora.methods.nblora import NBLoRA as NBLoRA
 from delora.methods.ether import ETHER as ETHER, EtherPlus as EtherPlus
 from delora.methods.oft import OFT as OFT
+from delora.methods.hra import HRA as HRA
 from delora.methods.reflections import Reflections as Reflections
 from delora.methods.bitfit import BitFit as BitFit
 from delora.methods.ia3 import IA3 as IA3
