@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 import delora
-from delora import RUNGS, DeLoRA, DoRA, EtherPlus, LoRA
+from delora import HRA, RUNGS, DeLoRA, DoRA, EtherPlus, LoRA, NBLoRA
 from paper.standins.digits import Job, accuracy, digits, finetune, pretrained, turned
 from paper.studies import cut as cuts
 from paper.studies import engine, knobs, reach
@@ -54,6 +54,14 @@ def rung(name: str) -> tuple[list[Any], tuple[float, ...]]:
     return [replace(method, lam=lam) for lam in LAMS], (1e-2, 2e-2, 4e-2)
 
 
+# Methods that the paper does not compare with: as many rates as DeLoRA, and as many strengths where there is one. HRA of r 16
+# has as many parameters as the others of r 8.
+RIVAL_REACHES = (0.125, 0.25, 0.5, 1.0)
+RIVALS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
+    "HRA": ([HRA(r=8), HRA(r=16)], HIGH),
+    "NB-LoRA": ([NBLoRA(r=8, reach=reach_) for reach_ in RIVAL_REACHES], HIGH),
+}
+
 LADDER = {name: rung(name) for name in RUNGS}
 
 # ---------------------------------------------------------------- which runs
@@ -85,6 +93,19 @@ def robustness() -> Iterator[Job]:
     for case, (method, lr) in best("tuning", METHODS).items():
         for factor, seed in product(FACTORS, SEEDS):
             yield Job("robustness", case, method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
+
+
+def rivals_tuning() -> Iterator[Job]:
+    for case, (methods, rates) in RIVALS.items():
+        for method, lr, seed in product(methods, rates, TUNING_SEEDS):
+            yield Job("rivals-tuning", case, method, lr, lr * LAM_SHARE, seed)
+
+
+def rivals() -> Iterator[Job]:
+    """`robustness` of methods that the paper does not compare with, to stand beside its rows."""
+    for case, (method, lr) in best("rivals-tuning", RIVALS).items():
+        for factor, seed in product(FACTORS, SEEDS):
+            yield Job("rivals", case, method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
 
 
 def decoupling() -> Iterator[Job]:
@@ -201,6 +222,8 @@ def knob() -> Iterator[Job]:
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
+    "rivals-tuning": rivals_tuning,
+    "rivals": rivals,
     "decoupling": decoupling,
     "prolonged": prolonged,
     "rungs-tuning": rungs_tuning,

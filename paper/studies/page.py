@@ -148,7 +148,7 @@ def claims() -> str:
         lines += ["", "The subject's share of it [%]:", "", *_over_factors(rows, 0.0, "subject_share")]
         lines += ["", "The prompt's share of it [%]:", "", *_over_factors(rows, 0.0, "prompt")]
     lines += ["", "## The ladder", "", "Digits:", "", *_ladder(digits.read("rungs"))]
-    lines += [*_subject_tables(), *_maps_table(), "", LIMITS, "", "## Cost", "", *_cost()]
+    lines += [*_subject_tables(), *_maps_table(), *_rivals(), "", LIMITS, "", "## Cost", "", *_cost()]
     return "\n".join(lines) + "\n"
 
 
@@ -576,6 +576,46 @@ def _maps_table() -> list[str]:
         f"FID is of our classifier's 64 unit features on 640 pictures, not of Inception's. The segmenter has mIoU {real:.1f} % on the real pictures. "
         f"{_difference(rows, 'L2', 'L0')}",
     ]
+
+
+def _rivals() -> list[str]:
+    """Methods that the paper does not compare with, beside DeLoRA's rows of `robustness`."""
+    rivals = whole("rivals", digits)
+    if not rivals:
+        return []
+    rows = [*(r for r in digits.read("robustness") if r["case"] == "DeLoRA"), *rivals]
+    chosen = {"DeLoRA": digits.best("tuning", digits.METHODS)["DeLoRA"]} | digits.best("rivals-tuning", digits.RIVALS)
+    lines = [
+        "",
+        "## Rivals",
+        "",
+        "HRA (a chain of reflections) and NB-LoRA (every singular value of the change is bounded; [as far as it is known]"
+        "(../../docs/fidelity.md#the-others)) are not among the paper's methods, and no claim is about them. Digits, the seeds and factors of DeLoRA's "
+        f"runs above, {len(digits.HIGH)} rates each; {len(digits.RIVAL_REACHES)} strengths of NB-LoRA, as of DeLoRA, and two sizes of HRA. Chosen by "
+        f"validation: {'; '.join(f'{case}: `{m}` at {lr:g}' for case, (m, lr) in chosen.items())}. Test accuracy [%]:",
+        "",
+        *_over_factors(rows, CHANCE),
+        "",
+        "|W' - W| / |W| in percent, mean over the layers:",
+        "",
+        *_over_factors(rows, float("nan"), "relative"),
+        "",
+        "Rule, fixed before these runs: a method is better than another where the mean difference over the seeds is more than twice its standard error.",
+        "",
+    ]
+
+    def scores(case: str, least: float) -> list[float]:
+        """By seed, means over the factors from ``least`` on."""
+        runs = [r for r in rows if r["case"] == case and r.get("factor", 1.0) >= least]
+        return [100 * fmean(r.get("test", CHANCE) for r in runs if r["seed"] == seed) for seed in digits.SEEDS]
+
+    for case in digits.RIVALS:
+        for least, where in ((0.0, "over all factors"), (8.0, "at 8 times its base rate and above")):
+            differences = [a - b for a, b in zip(scores(case, least), scores("DeLoRA", least), strict=True)]
+            mean, error = fmean(differences), stdev(differences) / len(differences) ** 0.5
+            word = "not told apart" if abs(mean) <= 2 * error else f"**{case if mean > 0 else 'DeLoRA'} is better**"
+            lines.append(f"- {case} less DeLoRA {where}: {mean:+.1f} ± {error:.1f} points: {word}")
+    return lines
 
 
 def _cost() -> list[str]:
