@@ -45,8 +45,8 @@ STARTS: dict[str, Fields] = {
 # ---------------------------------------------------------------- 4.
 RANKS, JUDGED_RATES, JUDGED_SEEDS = (8, 4, 32), (0.03, 0.1, 0.3, 0.6), (110, 111, 112, 113, 114)
 LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # alpha is 2 r
-# On sentences, which take half a minute, ranks other than 8 have fewer rates and seeds.
-FEW_RATES, FEW_SEEDS = (0.03, 0.1, 0.6), JUDGED_SEEDS[:3]
+# Sentences have rank 8 alone: a run takes half a minute. Product ratings were left out before their first judged run: no time.
+FEW_RATES = (0.03, 0.1, 0.6)
 # The chat model's runs take minutes, a subject's half a minute: one rank, fewer rates and seeds.
 CHAT_SEEDS, CHAT_LORA_RATES = (115, 116), (3e-4, 1e-3, 3e-3, 1e-2)
 SUBJECT_SEEDS, SUBJECT_LORA_RATES = (115, 116), (5e-4, 2e-3, 8e-3)
