@@ -184,8 +184,8 @@ class Cell:
         return "fails" if self.gain.gain < -2 * self.gain.error else "undecided"
 
 
-def knob(tasks: Mapping[str, Task]) -> list[Cell]:
-    """One reach at every rate and rank against LoRA, tuned for each task and rank.
+def knob(tasks: Mapping[str, Task], own: float) -> list[Cell]:
+    """DeLoRA of reach ``own`` at every rate and rank against LoRA, tuned for each task and rank.
 
     LoRA's rate is the one with the best mean validation score over the judged seeds (subjects: the best score). Claim: on every
     task, at every rank and every rate, DeLoRA's mean test score is at most one standard error of the paired difference
@@ -194,11 +194,12 @@ def knob(tasks: Mapping[str, Task]) -> list[Cell]:
     cells = []
     for name, task in tasks.items():
         for r in sorted({row["r"] for row in task.rows}):
-            rates = {case: sorted({row["lr"] for row in task.rows if (row["case"], row["r"]) == (case, r)}) for case in CASES}
+            mine = [row for row in task.rows if row["r"] == r and row.get("reach", own) == own]
+            rates = {case: sorted({row["lr"] for row in mine if row["case"] == case}) for case in CASES}
             tuned = max(rates["LoRA"], key=lambda lr: fmean(task.scores(task.chosen_by, case="LoRA", r=r, lr=lr).values()))
             base = task.scores(case="LoRA", r=r, lr=tuned)
             cells += [
-                Cell(name, r, lr, tuned, fmean(base.values()), gain(task.scores(case="DeLoRA", r=r, lr=lr), base))
+                Cell(name, r, lr, tuned, fmean(base.values()), gain(task.scores(case="DeLoRA", r=r, lr=lr, reach=own), base))
                 for lr in rates["DeLoRA"]
             ]
     return cells

@@ -174,8 +174,8 @@ def knob(study: str, task: str) -> Iterator[Job]:
     """The chosen reach against LoRA at rank 8, for `knobs.knob`."""
     chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
     for seed in reach.JUDGED_SEEDS:
-        for lr in reach.JUDGED_RATES:
-            yield reaching(study, task, mode, lr, seed, "DeLoRA", chosen)
+        for own, lr in product((reach.PRETRAINED, chosen), reach.JUDGED_RATES):
+            yield reaching(study, task, mode, lr, seed, "DeLoRA", own)
         for lr in reach.LORA_RATES:
             yield Job(study, "LoRA", {"method": "lora", "r": 8, "alpha": 16.0}, lr, seed, task=task, size=MIDDLE)
 

@@ -106,7 +106,7 @@ def defaults() -> list[str]:
 
 
 def decisive() -> list[str]:
-    cells = knobs.knob(knobs.read("knob"))
+    cells = knobs.knob(knobs.read("knob"), knobs.chosen_default()[0])
     rates = sorted({c.lr for c in cells})
     table = [
         "| task | rank | LoRA, its rate | " + " | ".join(f"rate {lr:g}" for lr in rates) + " |",
