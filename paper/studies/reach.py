@@ -45,9 +45,9 @@ STARTS: dict[str, Fields] = {
 # ---------------------------------------------------------------- 4.
 RANKS, JUDGED_RATES, JUDGED_SEEDS = (8, 4, 32), (0.03, 0.1, 0.3, 0.6), (110, 111, 112, 113, 114)
 LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # alpha is 2 r
-# The rule of `choose` gave 0.25, because digits, of which it takes the same mean, need it: on film reviews that reach had lost 15
-# points at one rate, while all lower ones lay within a point. So a second claim was set then, before its runs: of the models that
-# were pretrained by others, film reviews and chat, this reach is enough. It is judged by the same rule.
+# The rule of `choose` gave 0.25, because digits, which have the same weight in it, need it: on film reviews that reach had lost
+# 15 points at one rate, while all lower ones lay within a point. So a second claim was set then, before its runs: for models
+# that others have pretrained, film reviews and chat, this reach is enough. It is judged by the same rule.
 PRETRAINED = 0.1
 # Sentences have rank 8 alone: a run takes half a minute. Product ratings were left out before their first judged run: no time.
 FEW_RATES = (0.03, 0.1, 0.6)
