@@ -51,7 +51,7 @@ FACTS = {
         "r (in + out)",
         "as LoRA",
         "low-rank: runs like LoRA, after the inverse of an [r, r] matrix in float64; merges, exports as a LoRA of rank r",
-        "3e-3 to 3e-2",
+        "5e-3 to 1e-2 (turned digits)",
         "Every singular value of the change has to be bounded, not only its size.",
     ),
     "ether": (
@@ -79,7 +79,7 @@ FACTS = {
         "r in",
         "as LoRA",
         "transforms the input, W is not read; merges; exports as a LoRA of rank r",
-        "1e-3 to 1e-2",
+        "5e-3 to 2e-2 (turned digits)",
         "The angles between the neurons should stay as they are, at LoRA's cost.",
     ),
     "reflections": (
