@@ -8,7 +8,8 @@
 ``alpaca``       instructions in the form of Alpaca
 ``dreambooth``   photographs of subjects, with the prompts by which they are judged
 ``maps``         pictures with their label maps and captions
-``tables``       a user's own data: what is recognised, which columns, what is odd
+``tables``       a user's own data: its kind, its three parts, what is odd
+``recognising``  what a user's rows are for, and which column holds what
 ``rows``         the rows of a user's own files, with the place of each
 ``turns``        conversations of a user's own
 ``dividing``     rows divided into training, validation and test

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
@@ -10,49 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from delora.data.dividing import divide, units
 from delora.data.examples import DataError
+from delora.data.recognising import KINDS, Kind, Roles, flat, measured, missing, named, nearest, recognise, recognised
 from delora.data.rows import LARGEST, Rows, brief, read_source
 from delora.data.turns import conversation, is_turns, silent
 
 __all__ = ["KINDS", "Kind", "Table", "read"]
 
-Kind = Literal["classification", "regression", "chat", "completion", "preference", "text"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 ORDER = ("train", "validation", "test")
 
-TEXTS = ("text", "sentence", "body", "content", "review", "comment", "utterance", "document")
-PAIRS = (
-    ("sentence1", "sentence2"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-)
-LABELS = ("label", "labels", "class", "category", "target", "intent", "sentiment", "rating", "score", "stars", "similarity")
-# Columns, by role, of what is not text and label. The first that are all there decide; a role in brackets may be absent.
-SHAPES: tuple[tuple[Kind, dict[str, str], dict[str, str]], ...] = (
-    ("preference", {"chosen": "chosen", "rejected": "rejected"}, {"prompt": "prompt"}),
-    ("chat", {"messages": "messages"}, {"tools": "tools"}),
-    ("chat", {"messages": "conversations"}, {"tools": "tools", "system": "system"}),
-    ("chat", {"messages": "conversation"}, {"tools": "tools", "system": "system"}),
-    ("completion", {"prompt": "prompt", "completion": "completion"}, {}),
-    ("completion", {"prompt": "prompt", "completion": "response"}, {}),
-    ("completion", {"instruction": "instruction", "completion": "output"}, {"input": "input"}),
-    ("completion", {"instruction": "instruction", "completion": "response"}, {"input": "input"}),
-)
-ROLES: dict[Kind, tuple[tuple[str, ...], tuple[str, ...]]] = {  # that a kind must have, and may have
-    "classification": (("text", "label"), ()),
-    "regression": (("text", "label"), ()),
-    "chat": (("messages",), ("tools", "system")),
-    "completion": (("completion",), ("prompt", "instruction", "input")),
-    "preference": (("chosen", "rejected"), ("prompt",)),
-    "text": (("text",), ()),
-}
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MISSING = ("nan", "na", "n/a", "none", "null", "-", "?")
 
 
@@ -131,161 +99,17 @@ def read(
         if not rows.rows:
             raise DataError(f"{source}: the part {part!r} has columns and no rows: it needs a row for each example")
     told = [sentence for rows in parts.values() for sentence in rows.told]
-    found, roles = _recognise(str(source), parts["train"], kind, _named(text, label, columns), group)
+    found, roles = recognise(str(source), parts["train"], kind, named(text, label, columns), group)
     for rows in parts.values():
-        for column in (*_flat(roles), *([group] if group else [])):
+        for column in (*flat(roles), *([group] if group else [])):
             if column not in rows.columns:
                 raise DataError(f"{rows.at[0]}: there is no column {column!r}; {nearest(column, rows.columns)}")
-    if found == "classification" and kind is None and _measured(parts["train"], str(roles["label"])):
+    if found == "classification" and kind is None and measured(parts["train"], str(roles["label"])):
         found = "regression"
     reader = _Reader(found, roles, group)
     read_parts = {part: reader.part(parts[part]) for part in ORDER if part in parts}
-    told = [_recognised(str(source), found, roles, parts["train"].columns, group), *told, *reader.told()]
+    told = [recognised(str(source), found, roles, parts["train"].columns, group), *told, *reader.told()]
     return _table(str(source), found, roles, read_parts, seed, told)
-
-
-# ---------------------------------------------------------------- which column is what
-
-
-Roles = dict[str, str | tuple[str, ...]]
-
-
-def _named(text: str | Sequence[str] | None, label: str | None, columns: Mapping[str, str] | None) -> Roles:
-    """The columns that the user named, by role. Two texts have a comma between their names."""
-    given: Roles = {**(columns or {}), **({"label": label} if label is not None else {})}
-    if text is not None:
-        given["text"] = text if isinstance(text, str) else tuple(text)
-    if isinstance(both := given.get("text"), str) and "," in both:
-        given["text"] = tuple(name.strip() for name in both.split(","))
-    if isinstance(both := given.get("text"), tuple) and len(both) == 1:
-        given["text"] = both[0]
-    if isinstance(both, tuple) and not 1 <= len(both) <= 2:
-        raise DataError(f"text = {', '.join(both)}: an example has one or two texts; name one or two columns")
-    return given
-
-
-def _flat(roles: Roles) -> list[str]:
-    return [name for value in roles.values() for name in ((value,) if isinstance(value, str) else value)]
-
-
-def _recognise(source: str, rows: Rows, kind: Kind | None, given: Roles, group: str | None) -> tuple[Kind, Roles]:
-    """The kind of the data, and the column of each role: as the user says, else as the columns' names and values say."""
-    for column in _flat(given):
-        if column not in rows.columns:
-            raise DataError(f"{source}: there is no column {column!r}; {nearest(column, rows.columns)}")
-    known = {role for must, may in ROLES.values() for role in (*must, *may)}
-    if unknown := [role for role in given if role not in known]:
-        raise DataError(f"{source}: no column has the role {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
-    if given and not {"text", "label"} & set(given):
-        fitting = [k for k, (must, may) in ROLES.items() if set(must) <= set(given) <= {*must, *may} and kind in (None, k)]
-        if not fitting:
-            raise DataError(f"{source}: the columns for {', '.join(given)} alone make none of {', '.join(KINDS)}")
-        return fitting[0], given
-    lower = {column.lower(): column for column in reversed(rows.columns)}
-    if not given:
-        for shape, must, may in SHAPES:
-            if kind in (None, shape) and all(name in lower for name in must.values()):
-                return shape, {role: lower[name] for role, name in (must | may).items() if name in lower}
-    if kind not in (None, "text", "classification", "regression"):
-        needs = " and ".join(ROLES[kind][0])
-        raise _ambiguous(source, rows, f"no columns make {kind}, which needs {needs}: --columns ROLE=COLUMN,...")
-    texts = given.get("text") or _text_column(rows, lower, given.get("label"), group)
-    if texts is None:
-        raise _ambiguous(source, rows, "it is not clear which column is the text")
-    alone = "label" not in given and ("text" in given or texts == lower.get("text") or len(rows.columns) == 1)
-    if kind == "text":
-        return "text", {"text": texts}
-    label = given.get("label") or _label_column(rows, lower, texts, group)
-    if label is None and alone and kind is None and not _others(rows, texts, group):
-        return "text", {"text": texts}
-    if label is None:
-        raise _ambiguous(source, rows, "it is not clear which column is the label (for plain text without one: kind=text)")
-    if label in (texts if isinstance(texts, tuple) else (texts,)):
-        raise DataError(f"{source}: the column {label!r} cannot be both text and label: name two columns")
-    return kind or "classification", {"text": texts, "label": label}
-
-
-def _others(rows: Rows, texts: str | tuple[str, ...], group: str | None) -> list[str]:
-    return [c for c in rows.columns if c != group and c not in ((texts,) if isinstance(texts, str) else texts)]
-
-
-def _text_column(rows: Rows, lower: dict[str, str], label: Any, group: str | None) -> str | tuple[str, ...] | None:
-    for pair in PAIRS:
-        if all(name in lower for name in pair):
-            return tuple(lower[name] for name in pair)
-    named = [lower[name] for name in TEXTS if name in lower and lower[name] != label]
-    if named and (len(named) == 1 or named[0] == lower.get("text")):
-        return named[0]
-    like = [c for c in rows.columns if c not in (label, group) and _is_prose(rows.values(c))]
-    return like[0] if len(like) == 1 and not named else None
-
-
-def _label_column(rows: Rows, lower: dict[str, str], texts: str | tuple[str, ...], group: str | None) -> str | None:
-    others = _others(rows, texts, group)
-    named = [lower[name] for name in LABELS if name in lower and lower[name] in others]
-    if named and (len(named) == 1 or named[0] == lower.get("label")):
-        return named[0]
-    if named:
-        return None
-    like = [c for c in others if _repeats(rows.values(c)) or (len(others) == 1 and _measured(rows, c))]
-    return like[0] if len(like) == 1 else None
-
-
-def _is_prose(values: list[Any]) -> bool:
-    """Whether values are texts: strings that differ, most of them of several words."""
-    given = [value for value in values if isinstance(value, str) and value.strip()]
-    many = sum(" " in value.strip() for value in given) > len(given) / 2
-    return bool(given) and many and len(given) > len(values) / 2 and len(set(given)) > len(given) / 2
-
-
-def _repeats(values: list[Any]) -> bool:
-    """Whether values are classes: each stands in several rows."""
-    given = [value for value in values if not _missing(value)]
-    if not given or not all(isinstance(value, str | int) for value in given):
-        return False
-    return len(set(given)) <= len(given) / 2 and not _is_prose(values)
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
-
-
-def _numbers(values: list[Any]) -> str | None:
-    """ "fractions" if most values are numbers and one has a fraction, "whole" if all numbers are whole, else None."""
-    given = [value for value in values if not _missing(value)]
-    texts = [str(value).strip() for value in given if not isinstance(value, bool | list | dict)]
-    numbers = [text for text in texts if NUMBER.fullmatch(text)]
-    if not numbers or len(numbers) <= len(given) / 2:
-        return None
-    return "fractions" if any(re.search(r"[.eE]", number) for number in numbers) else "whole"
-
-
-def _measured(rows: Rows, label: str) -> bool:
-    return _numbers(rows.values(label)) == "fractions"
-
-
-def _ambiguous(source: str, rows: Rows, problem: str) -> DataError:
-    shown = ", ".join(
-        f"{c!r} (such as {brief(next((v for v in rows.values(c) if not _missing(v)), None))})" for c in rows.columns
-    )
-    return DataError(f"{source}: {problem}. Its columns are {shown}: name them with --text COLUMN --label COLUMN")
-
-
-def _recognised(source: str, kind: Kind, roles: Roles, columns: list[str], group: str | None) -> str:
-    uses = ", ".join(f"{role}: {' and '.join(map(repr, (c,) if isinstance(c, str) else c))}" for role, c in roles.items())
-    left = [column for column in columns if column not in (*_flat(roles), group)]
-    note = f"; left out: {', '.join(map(repr, left))}" if left else ""
-    return f"{source}: {kind} ({uses}{'; group: ' + repr(group) if group else ''}{note})"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint: the known name that is most like this one, or all of them if none is.
-
-    >>> nearest("txt", ["text", "label"])
-    "did you mean 'text'? There are text, label"
-    """
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{f'did you mean {close[0]!r}? ' if close else ''}{'There' if close else 'there'} are {', '.join(known)}"
 
 
 # ---------------------------------------------------------------- what stands in a row
@@ -345,7 +169,7 @@ class _Reader:
         columns = self.roles["text"]
         made = {}
         for column in (columns,) if isinstance(columns, str) else columns:
-            if _missing(row[column]):
+            if missing(row[column]):
                 return self._leave(f"the text {column!r} is empty", at)
             name = column if self.kind in ("classification", "regression") else "text"
             made[name] = _string(row[column], column, at)
@@ -356,7 +180,7 @@ class _Reader:
         texts = self._texts(row, at)
         if texts is None:
             return None
-        if _missing(row[column]):
+        if missing(row[column]):
             return self._leave(f"the label {column!r} is missing", at)
         return texts | {column: self._label(row[column], column, at)}
 
@@ -387,11 +211,11 @@ class _Reader:
 
     def _chat(self, row: dict[str, Any], at: str) -> dict[str, Any] | None:
         value = row[str(self.roles["messages"])]
-        if _missing(value) or value == []:
+        if missing(value) or value == []:
             return self._leave("the conversation is empty", at)
         turns = self._turns(value, at)
         system = row[str(self.roles["system"])] if "system" in self.roles else None
-        if not _missing(system) and turns[0]["role"] != "system":
+        if not missing(system) and turns[0]["role"] != "system":
             turns = [{"role": "system", "content": _string(system, "system", at)}, *turns]
         if silent(turns):
             return self._leave("no turn of the assistant's, or an empty one, so that nothing can be learned", at)
@@ -408,7 +232,7 @@ class _Reader:
         """A text, or turns; None if there is nothing."""
         column = str(self.roles[role])
         value = row[column]
-        if _missing(value) or value == []:
+        if missing(value) or value == []:
             return None
         kind = list if is_turns(value) else str
         first, where = self.types.setdefault(role, (kind, at))
@@ -461,9 +285,8 @@ def _table(source: str, kind: Kind, roles: Roles, parts: dict[str, _Part], seed:
     columns = roles if kind in ("classification", "regression") else own
     label = str(roles["label"]) if kind == "classification" else None
     told += _clean(parts, label)
-    missing = [part for part in ORDER if part not in parts]
-    if missing:
-        told += _divided(source, parts, missing, label, seed)
+    if wanted := [part for part in ORDER if part not in parts]:
+        told += _divided(source, parts, wanted, label, seed)
     labels: tuple[str, ...] = ()
     if label is not None:
         labels = _classes(source, parts, label)
@@ -516,21 +339,21 @@ def _repeated(keys: list[str], at: list[str]) -> list[str]:
     return [where for key, where in zip(keys, at, strict=True) if key in seen or seen.add(key)]  # type: ignore[func-returns-value]
 
 
-def _divided(source: str, parts: dict[str, _Part], missing: list[str], label: str | None, seed: int) -> list[str]:
-    """Take the missing parts out of the training rows."""
+def _divided(source: str, parts: dict[str, _Part], wanted: list[str], label: str | None, seed: int) -> list[str]:
+    """Take the wanted parts out of the training rows."""
     train = parts["train"]
     texts = [_key(row, label) for row in train.rows]
     classes = [str(row[label]) if label is not None else "" for row in train.rows]
     if label is not None and len(set(classes)) > len(classes) / 2:
         raise _too_many(source, label, classes)
     unit = units(texts, train.group)
-    chosen = divide(unit, classes, missing, seed)
-    for part in ("train", *missing):
+    chosen = divide(unit, classes, wanted, seed)
+    for part in ("train", *wanted):
         these = [i for i, each in enumerate(chosen) if each == part]
         if not these:
             what = "groups" if any(each is not None for each in train.group) else "different rows"
             raise DataError(
-                f"{source} has {len(set(unit))} {what}: too few to divide into train, {' and '.join(missing)}; add rows"
+                f"{source} has {len(set(unit))} {what}: too few to divide into train, {' and '.join(wanted)}; add rows"
             )
         parts[part] = train.only(these)
     sizes = ", ".join(f"{part} {len(parts[part].rows):,}" for part in ORDER)
