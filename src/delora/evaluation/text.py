@@ -1,4 +1,4 @@
-"""Predictions for texts, and GLUE's metrics."""
+"""Predictions for texts, and the metrics of classes and of a regression."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef
+from torchmetrics.functional.classification import binary_f1_score, binary_matthews_corrcoef, multiclass_f1_score
 
 from delora.data.examples import Example, TextTask
 
-__all__ = ["METRICS", "accuracy", "decided", "encode", "predict", "scores", "standard_error"]
+__all__ = ["METRICS", "accuracy", "decided", "encode", "macro_f1", "predict", "scores", "standard_error"]
 
 
 @torch.no_grad()
@@ -32,11 +32,11 @@ def predict(
     return torch.cat(predictions)
 
 
-def encode(tokenizer: Any, part: Sequence[Example], max_tokens: int) -> Any:
-    """The token ids of the examples' one or two texts; if two are too long together, the longer one is cut."""
+def encode(tokenizer: Any, part: Sequence[Example], max_tokens: int | None) -> Any:
+    """The token ids of the examples' one or two texts; if two are too long together, the longer one is cut. None: uncut."""
     pairs = [example.pair for example in part]
     second = None if None in pairs else pairs
-    return tokenizer([example.text for example in part], second, truncation=True, max_length=max_tokens)
+    return tokenizer([example.text for example in part], second, truncation=max_tokens is not None, max_length=max_tokens)
 
 
 def decided(logits: Tensor, task: TextTask) -> Tensor:
@@ -72,10 +72,21 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
     return (predicted == labels).double().mean().item()
 
 
+def macro_f1(predicted: Tensor, labels: Tensor) -> Tensor:
+    """The mean of the classes' F1, over those that are predicted or true somewhere.
+
+    >>> round(float(macro_f1(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1]))), 3)
+    0.556
+    """
+    classes = int(max(predicted.max(), labels.max())) + 1
+    return multiclass_f1_score(predicted, labels, num_classes=max(2, classes), average="macro")
+
+
 # Each is a function of predictions and labels. f1 and matthews are for two classes.
 METRICS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "accuracy": accuracy,
     "f1": binary_f1_score,
+    "macro_f1": macro_f1,
     "matthews": binary_matthews_corrcoef,
     "pearson": pearson_corrcoef,
     "spearman": spearman_corrcoef,

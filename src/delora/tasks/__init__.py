@@ -1,7 +1,7 @@
 """Tasks: one module for each kind of experiment. It reads top to bottom: settings, model, inject, data, train, evaluate.
 
 ====================  ===============================================================================
-``classification``    GLUE's tasks, and sentences with human ratings: classes or a regression
+``classification``    a table of one's own, GLUE's tasks, sentences with human ratings: classes or a regression
 ``instructions``      instruction tuning of a causal language model
 ``subject``           a text-to-image model learns a subject from photographs (DreamBooth)
 ``semantic_map``      a text-to-image model learns to follow label maps
@@ -28,6 +28,7 @@ __all__ = ["NAMES", "find", "own_names", "parse", "read"]
 
 # The module of each task that a recipe can name.
 NAMES = {
+    **dict.fromkeys(("classification", "regression"), "classification"),
     **dict.fromkeys(("sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"), "classification"),
     "instructions": "instructions",
     "subject": "subject",

@@ -1,4 +1,4 @@
-"""Language understanding: GLUE, or sentences with human ratings.
+"""Language understanding: GLUE, sentences with human ratings, or a table of one's own with a text and a label in each row.
 
 The best run is delivered as an adapter, a merged model and a PEFT LoRA. Each is read back and compared with the trained model.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -18,30 +19,52 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 import delora
-from delora.data import glue, sentences
+from delora.data import glue, sentences, tables
 from delora.data.examples import Example, Splits, TextTask
 from delora.evaluation import text
+from delora.formats.files import read_json, write_atomically
 from delora.formats.native import is_adapter
 from delora.models import adapters
 from delora.training import delivery, parallel
 from delora.training.config import ConfigError, Count, Experiment, Strict
+from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import classifier, drawn, loading, skeleton
 from delora.training.runs import Result, RunContext, RunError, write_json
 from delora.training.task import Validation
 
-__all__ = ["Data", "Settings", "base", "check", "deliver", "evaluate", "read_splits", "run", "text_task", "validation"]
+__all__ = [
+    "Data",
+    "Settings",
+    "base",
+    "check",
+    "deliver",
+    "evaluate",
+    "examples",
+    "own_table",
+    "read_splits",
+    "run",
+    "sketch",
+    "task_of",
+    "text_task",
+    "validation",
+]
 
 PARALLEL = True
 PREDICTIONS = "predictions.json"
-RATED = ("sentiment", "rating")  # tasks on the rated sentences; the others are GLUE's
+MODEL_CONFIG = "config.json"  # transformers'
+# The first one chooses the best epoch, and is the one that is reported.
+OWN_METRICS = {"classification": ("accuracy", "macro_f1"), "regression": ("pearson", "spearman")}
+RATED = ("sentiment", "rating")  # tasks on the rated sentences
+OWN = ("classification", "regression")  # tasks on a table of the user's; all others are GLUE's
 
 
 class Data(Strict):
-    """The examples. ``source``: a packaged data set, a folder, or a name on the Hugging Face Hub.
+    """The examples. ``source``: a packaged data set, a file, a folder, or a name on the Hugging Face Hub.
 
     ``domain``, ``train``, ``validation`` and ``test`` choose the rated sentences of "sentiment" and "rating"; GLUE's tasks are
-    divided by `delora.data.glue.divide`. Texts of more than ``max_tokens`` tokens are cut.
+    divided by `delora.data.glue.divide`. ``text`` (two texts: with a comma between them), ``label`` and ``group`` are columns
+    of a table of one's own, see `delora.data.tables.read`. Texts of more than ``max_tokens`` tokens are cut.
 
     >>> Data(source="vaderSentiment", domain="movie", train=200, validation=100, test=50, max_tokens=32).sizes()
     (200, 100, 50)
@@ -52,6 +75,9 @@ class Data(Strict):
     train: Count | None = None
     validation: Count | None = None
     test: Count | None = None
+    text: str | None = None
+    label: str | None = None
+    group: str | None = None
     max_tokens: int = Field(ge=3)
 
     def sizes(self) -> tuple[int, int, int]:
@@ -61,10 +87,12 @@ class Data(Strict):
 
 RATED_DATA = {"source": "vaderSentiment", "domain": "movie", "train": 2000, "validation": 1000, "test": 1500, "max_tokens": 32}
 GLUE_DATA = {"source": glue.HUB, "max_tokens": 256}
+OWN_DATA = {"max_tokens": 256}
 
 
 class Settings(Experiment):
-    """An experiment of this kind; ``task`` is "sentiment" or "rating", or one of GLUE's.
+    """An experiment of this kind; ``task`` is "classification" or "regression" on a table of one's own, "sentiment" or
+    "rating", or one of GLUE's.
 
     >>> adapter = {"method": "lora", "r": 4, "targets": ["query"]}
     >>> recipe = {"task": "rte", "name": "mine", "out": "runs/mine", "model": "bert", "adapter": adapter}
@@ -72,7 +100,9 @@ class Settings(Experiment):
     256
     """
 
-    task: Literal["sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"]
+    task: Literal[
+        "classification", "regression", "sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"
+    ]
     data: Data
 
     @model_validator(mode="before")
@@ -81,24 +111,31 @@ class Settings(Experiment):
         """The task's defaults for what the recipe does not set."""
         if not isinstance(values, dict) or not isinstance(values.get("data", {}), dict):
             return values
-        defaults = RATED_DATA if values.get("task") in RATED else GLUE_DATA
+        task = values.get("task")
+        defaults = RATED_DATA if task in RATED else OWN_DATA if task in OWN else GLUE_DATA
         return values | {"data": defaults | values.get("data", {})}
 
     @model_validator(mode="after")
     def _parts(self) -> Self:
         for key in () if self.task in RATED else ("domain", "train", "validation", "test"):
             if getattr(self.data, key) is not None:
-                raise ValueError(f"data.{key} is for the rated sentences; the parts of {self.task} are GLUE's own")
+                own = "those of the files, or made of its rows" if self.task in OWN else "GLUE's own"
+                raise ValueError(f"data.{key} is for the rated sentences; the parts of {self.task} are {own}")
+        for key in () if self.task in OWN else ("text", "label", "group"):
+            if getattr(self.data, key) is not None:
+                raise ValueError(f"data.{key} is a column of a table of one's own: task = {' or '.join(map(repr, OWN))}")
         return self
 
     def other_data(self) -> bool:
-        return self.task in RATED
+        return self.task in (*RATED, *OWN)
 
 
 def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> Result:
     """Model, inject, data, train, evaluate. An interrupted run resumes from its last checkpoint, with the same results."""
     task, max_tokens = text_task(experiment), experiment.data.max_tokens
     begin(experiment, context)
+    for line in own_table(experiment).told if experiment.task in OWN else ():
+        context.console.print(line, markup=False, style="dim")
     model, tokenizer = classifier(experiment.model, task.labels)
     adapt(model, experiment)
     trainer = fit(
@@ -152,15 +189,85 @@ def text_task(experiment: Settings) -> TextTask:
     >>> text_task(Settings.model_validate(recipe)).reported
     'matthews'
     """
+    if experiment.task in OWN:
+        return task_of(own_table(experiment))
     return sentences.TASKS[experiment.task] if experiment.task in RATED else glue.TASKS[experiment.task]
+
+
+def task_of(table: tables.Table) -> TextTask:
+    """The labels and metrics of a table.
+
+    >>> task_of(tables.Table("regression", {"text": "text", "label": "stars"}, {}, (), ())).metrics
+    ('pearson', 'spearman')
+    """
+    return TextTask(table.labels or (str(table.columns["label"]),), OWN_METRICS[table.kind])
+
+
+def own_table(experiment: Settings) -> tables.Table:
+    """The user's own rows, divided by the experiment's seed. A file is read once, and again when it has changed."""
+    data = experiment.data
+    return _table(data.source, experiment.task, data.text, data.label, data.group, experiment.seed, _stamp(Path(data.source)))
+
+
+@lru_cache(maxsize=8)
+def _table(source: str, kind: str, text: str | None, label: str | None, group: str | None, seed: int, _: Any) -> tables.Table:
+    return tables.read(source, kind=kind, text=text, label=label, group=group, seed=seed)
+
+
+def _stamp(source: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells whether a file, or one in a folder, has changed."""
+    files = sorted(path for path in (source.rglob("*") if source.is_dir() else [source]) if path.is_file())
+    return tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def examples(table: tables.Table, labels: Sequence[str]) -> Splits[Example]:
+    """A table's rows as examples; a class is its place among ``labels``.
+
+    >>> import datasets
+    >>> rows = datasets.Dataset.from_dict({"text": ["Down again."], "queue": ["network"]})
+    >>> table = tables.Table("classification", {"text": "text", "label": "queue"}, {"train": rows}, ("network",), ())
+    >>> examples(table, ["billing", "network"]).train
+    [Example(text='Down again.', label=1, pair=None)]
+    """
+    columns, place = table.columns["text"], {label: i for i, label in enumerate(labels)}
+    first, second = (columns, None) if isinstance(columns, str) else columns
+
+    def part(name: str) -> list[Example]:
+        rows = table.parts.get(name, [])
+        read = ((row[first], row[table.columns["label"]], row[second] if second else None) for row in rows)
+        return [Example(text, place[label] if table.labels else label, pair) for text, label, pair in read]
+
+    return Splits(part("train"), part("validation"), part("test"))
 
 
 def read_splits(experiment: Settings) -> Splits[Example]:
     """The experiment's examples, divided by its seed."""
     data, seed = experiment.data, experiment.seed
+    if experiment.task in OWN:
+        return examples(own_table(experiment), text_task(experiment).labels)
     if experiment.task not in RATED:
         return glue.splits(experiment.task, data.source, seed)
     return sentences.splits(experiment.task, cast(str, data.domain), data.source, seed, data.sizes())
+
+
+def sketch(name: str, table: tables.Table) -> Sketch:
+    """What there is to know of a model and a table before a recipe is made: what to train whole, lengths, one example."""
+    labels = task_of(table).labels
+    model, tokenizer, train = skeleton(name, labels), loading(AutoTokenizer, name), examples(table, labels).train
+    lengths = [len(ids) for ids in text.encode(tokenizer, train, None)["input_ids"]]
+    first = train[0]
+    shown = tokenizer.decode(text.encode(tokenizer, [first], None)["input_ids"][0])
+    known = [getattr(model.config, "max_position_embeddings", 0), tokenizer.model_max_length]
+    limit = min([most for most in known if 0 < most < 1 << 30], default=max(lengths))
+    inside = f"{model.base_model_prefix}."
+    fresh = [key.rpartition(".")[0] for key in drawn(name, labels)]
+    heads = [layer for layer, module in model.named_modules() if f"{layer}.".startswith(inside) is False and _holds(module)]
+    target = f"{first.label:g}" if task_of(table).regression else repr(labels[int(first.label)])
+    return Sketch(model, list(dict.fromkeys([*heads, *fresh])), lengths, limit, f"{shown}  ->  {target}")
+
+
+def _holds(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters(recurse=False))
 
 
 # ---------------------------------------------------------------- before all runs, and after
@@ -205,12 +312,18 @@ def deliver(experiment: Settings, run: Path, splits: Splits[Example], out: Path)
         return equal
 
     auto = AutoModelForSequenceClassification
-    return delivery.deliver(experiment, run, out, lambda: base(experiment), auto, same), len(test)
+    made = delivery.deliver(experiment, run, out, lambda: base(experiment), auto, same)
+    if "peft" in made:  # PEFT's own files do not say how many classes there are, and what they are called
+        write_atomically(out / "peft" / MODEL_CONFIG, (out / "adapter" / MODEL_CONFIG).read_bytes())
+    return made, len(test)
 
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model, on the experiment's test examples; and how many these are."""
-    task = text_task(experiment)
+    task, test = text_task(experiment), None
+    if experiment.task in OWN and not task.regression:
+        task = replace(task, labels=_known(folder, task.labels))
+        test = examples(own_table(experiment), task.labels).test
     if is_adapter(folder):
         model, tokenizer = classifier(experiment.model, task.labels)
         delora.load(model, folder, methods=experiment.adapter.classes())
@@ -220,8 +333,24 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
             raise RunError(f"{folder} is no finetuned classifier: it has no {untrained[0]}")
     else:
         raise RunError(f"there is no folder {folder}")
-    test = read_splits(experiment).test
+    test = read_splits(experiment).test if test is None else test
     return text.scores(text.predict(model, tokenizer, test, task, experiment.data.max_tokens), test, task), len(test)
+
+
+def _known(folder: Path, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The classes of the model in a folder, in its own order: the data may have fewer of them, and no other.
+
+    A folder that does not name them is taken to have those of the data.
+    """
+    names = read_json(folder / MODEL_CONFIG).get("id2label") if (folder / MODEL_CONFIG).is_file() else None
+    if not isinstance(names, dict) or not all(key.isdigit() for key in names):
+        return labels
+    known = tuple(str(names[key]) for key in sorted(names, key=int))
+    if unknown := [label for label in labels if label not in known]:
+        raise RunError(
+            f"the data have the label {unknown[0]!r}, which the model in {folder} does not know: it knows {', '.join(known)}"
+        )
+    return known
 
 
 def validation(experiment: Settings, splits: Splits[Example]) -> Validation:

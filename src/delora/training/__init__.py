@@ -10,6 +10,7 @@
 ``progress``     the progress bar
 ``experiments``  all runs of an experiment one after the other, then the delivery of the best
 ``delivery``     the best run as files, each read back and compared
+``defaults``     settings that need no search, each with its reason
 ``dial``         the strength of a finished experiment's adapter, chosen on validation data
 ===============  =============================================================================
 """

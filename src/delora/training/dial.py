@@ -15,7 +15,7 @@ from delora.diagnostics import Recorder
 from delora.errors import UserError
 from delora.models import adapters
 from delora.training.config import Experiment
-from delora.training.experiments import ADAPTER, OUTCOME, Outcome, check
+from delora.training.experiments import ADAPTER, check, delivered
 from delora.training.runs import RunError, exclusive
 from delora.training.task import Task
 
@@ -54,12 +54,7 @@ def tune(
             Nothing is written then.
     """
     with exclusive(out):
-        if not (out / OUTCOME).is_file():
-            raise RunError(f"{out} is no folder of a finished experiment, which has a {OUTCOME}: delora train makes one")
-        delivered = Outcome.read(out).delivered
-        each = next((run for _, run in experiment.runs() if run.name == delivered), None)
-        if each is None:
-            raise RunError(f"{out / OUTCOME} names the run {delivered!r}, which its recipe does not have: train it anew")
+        each = delivered(experiment, out)
         measured = task.validation(each, check(task, each))
         model = delora.load(task.base(each), out / ADAPTER, methods=each.adapter.classes())
         model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")

@@ -55,9 +55,11 @@ __all__ = [
     "choose",
     "conclude",
     "cost",
+    "delivered",
     "environment",
     "finish",
     "fit",
+    "folder_of",
     "gather",
     "reached",
     "require_sizes",
@@ -386,6 +388,37 @@ def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence
     if not finite:
         raise RunError("every run diverged: there is nothing to deliver; lower train.lr")
     return max(of_the_method or finite, key=lambda i: cast(float, results[i].validation))
+
+
+def folder_of(place: Path) -> Path:
+    """The folder of the finished experiment that a folder is, or that it stands in.
+
+    Raises:
+        ConfigError: it is none.
+
+    >>> folder_of(Path("a/b"))
+    Traceback (most recent call last):
+    delora.training.config.ConfigError: a/b is no folder of a finished experiment, nor in one: give its recipe with --recipe
+    """
+    for folder in (place, place.parent):
+        if (folder / OUTCOME).is_file() and (folder / CONFIG).is_file():
+            return folder
+    raise ConfigError(f"{place} is no folder of a finished experiment, nor in one: give its recipe with --recipe")
+
+
+def delivered(experiment: Experiment, out: Path) -> Experiment:
+    """Of an experiment's runs the one that was delivered into ``out``.
+
+    Raises:
+        RunError: the experiment is not finished, or it has no such run.
+    """
+    if not (out / OUTCOME).is_file():
+        raise RunError(f"{out} is no folder of a finished experiment, which has a {OUTCOME}: delora train makes one")
+    name = Outcome.read(out).delivered
+    each = next((run for _, run in experiment.runs() if run.name == name), None)
+    if each is None:
+        raise RunError(f"{out / OUTCOME} names the run {name!r}, which its recipe does not have: train it anew")
+    return each
 
 
 def environment() -> dict[str, str]:

@@ -143,7 +143,12 @@ def classifier(name: str, labels: Sequence[str]) -> tuple[PreTrainedModel, Any]:
     A head that the checkpoint lacks is drawn from torch's random generator: seed it before.
     """
     model = loading(AutoModelForSequenceClassification, name, dtype=torch.float32, **_labels(labels))
-    return model, loading(AutoTokenizer, name)
+    tokenizer = loading(AutoTokenizer, name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:  # by which a decoder finds the last token of a row
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 @cache

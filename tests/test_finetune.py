@@ -1,0 +1,209 @@
+"""``delora finetune``: from a user's own table to a run that every other command takes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import delora
+from delora import finetuning, tasks
+from delora.evaluation.text import macro_f1
+from delora.models import adapters
+from tests import tiny
+from tests.test_cli import run
+
+QUEUES = {"billing": "good", "delivery": "bad", "login": "word0", 'bug "x", [y]': "word1"}  # a class for each word
+
+# The small random encoder knows nothing yet, and must change by more than a pretrained one.
+LEARNS = ("train.epochs=6", "train.lr=3e-2", "train.head_lr=1e-2", "adapter.reach=0.5")
+
+
+def tickets(file: Path, n: int = 120) -> Path:
+    """``n`` different short texts of four classes, which one word decides."""
+    draw, rows = random.Random(0), {}
+    while len(rows) < n:
+        queue = list(QUEUES)[len(rows) % 4]
+        words = [QUEUES[queue]] * 2 + draw.choices(tiny.OTHER[2:], k=5)
+        draw.shuffle(words)
+        rows[" ".join(words)] = queue
+    with file.open("w", newline="", encoding="utf-8-sig") as out:  # as spreadsheets save it
+        csv.writer(out).writerows([("body", "queue"), *rows.items()])
+    return file
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """From an empty folder: a model, a CSV of four classes, and what one command made of them."""
+    folder = tmp_path_factory.mktemp("user")
+    tiny.make_model(folder / "model")
+    tickets(folder / "tickets.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        code, out, err = run("finetune", "model", "tickets.csv", *LEARNS, "--out", "runs/mine")
+    assert code == 0, err
+    (folder / "stdout").write_text(out)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _there(world, monkeypatch):
+    monkeypatch.chdir(world)
+
+
+def test_the_run_has_learned_and_says_what_it_did(world):
+    summary = json.loads(Path("runs/mine/summary.json").read_text())
+    assert summary["results"][0]["test"] > 0.5  # chance is 0.25
+    assert summary["agreement"] == {"adapter": summary["test"], "peft": summary["test"], "merged": summary["test"]}
+    assert set(summary["results"][0]["scores"]) == {"accuracy", "macro_f1"}
+    printed = (world / "stdout").read_text()
+    for expected in ("text: 'body', label: 'queue'", "4 classes", "train 96, validation 12, test 12", "parameters train", "->"):
+        assert expected in printed
+
+
+def test_the_recipe_of_the_run_is_the_run():
+    """What `recipe.toml` says is what was run, whatever characters its values have; every setting has its reason."""
+    file = Path("runs/mine/recipe.toml")
+    ours = tasks.read(file).model_dump(mode="json")
+    assert ours == json.loads(Path("runs/mine/config.json").read_text())
+    assert all("  # " in line for line in file.read_text().splitlines() if "=" in line)
+    hostile = {"name": 'a "b" \\ \n\x7f\u2028', "train": {"lr": 1e-05, "on": True, "list": ["x]"]}, "data": {"c": {"a b": "d"}}}
+    assert tomllib.loads(finetuning.toml(hostile, {"train.lr": "a\nb"})) == hostile
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged", "peft"])
+def test_evaluate_finds_base_and_data_in_the_runs_folder(form):
+    summary = json.loads(Path("runs/mine/summary.json").read_text())
+    code, out, err = run("evaluate", f"runs/mine/{form}")
+    assert code == 0, err
+    assert f"accuracy {100 * summary['results'][0]['test']:.1f} ±" in " ".join(out.split())
+    if form == "adapter":
+        assert run("evaluate", "runs/mine")[1].split(":")[1] == out.split(":")[1]
+
+
+def test_exported_and_merged_models_predict_as_the_run_did_and_name_the_classes(tmp_path):
+    trained = json.loads(next(Path("runs/mine/variants").glob("*/predictions.json")).read_text())
+    experiment = tasks.read("runs/mine/recipe.toml")
+    test = tasks.find("classification").check(experiment).test
+    for command, folder in (("merge", tmp_path / "merged"), ("export", tmp_path / "peft")):
+        code, _, err = run(command, "runs/mine", "--out", folder)
+        assert code == 0, err
+    code, _, err = run("merge", tmp_path / "peft", "--out", tmp_path / "again")  # the export alone says how many classes
+    assert code == 0, err
+    tokenizer = AutoTokenizer.from_pretrained("model")
+    for folder in ("merged", "again"):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder).eval()
+        assert list(model.config.id2label.values()) == sorted(QUEUES)
+        batch = tokenizer([example.text for example in test], padding=True, truncation=True, max_length=16, return_tensors="pt")
+        with torch.no_grad():
+            assert model(**batch).logits.argmax(-1).tolist() == trained
+
+
+def test_inspect_and_tune_strength_take_the_runs_folder():
+    code, out, err = run("inspect", "runs/mine")
+    assert code == 0, err
+    assert "query" in out
+    code, out, err = run("tune-strength", "runs/mine", "--strengths", "0,1", "--dry-run")
+    assert code == 0, err
+    assert "accuracy" in out
+
+
+def test_a_dry_run_shows_everything_and_claims_no_folder(tmp_path, monkeypatch, world):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("finetune", world / "model", world / "tickets.csv", "adapter.r=4", "--dry-run")
+    assert code == 0, err
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.toml"]
+    for expected in ("4 classes", "median", "are cut at", "  ->  '", "parameters train", "r = 4  # given", "reach = 0.1"):
+        assert expected in out
+    again = run("finetune", world / "model", world / "tickets.csv", "adapter.r=4", "--dry-run")
+    assert again[0] == 0
+    code, _, err = run("finetune", world / "model", world / "tickets.csv", "--dry-run")
+    assert code == 1
+    assert "recipe.toml exists and is another recipe" in err
+    assert "r = 4" in Path("recipe.toml").read_text()
+
+
+def test_another_method_gets_settings_of_its_own(world):
+    planned = finetuning.plan("model", "tickets.csv", ["adapter.method=lora"])
+    assert (planned.experiment.adapter.method, planned.experiment.train.lr) == ("lora", 1e-3)
+    assert "reach" not in planned.toml()
+    planned = finetuning.plan("model", "tickets.csv", ["adapter.lam=4.0", "train.epochs=1"])
+    assert planned.experiment.adapter.build() == delora.DeLoRA(r=8, lam=4.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tickets.csv", "trian.epochs=1"], "unknown key; did you mean train"),
+        (["tickets.csv", "adapter.method=dlora"], "did you mean delora"),
+        (["tickets.csv", "--kind", "regression"], "is no number"),
+        (["tickets.csv", "--text", "bdy", "--label", "queue"], "did you mean 'body'"),
+        (["tickets.csv", "--columns", "body"], "ROLE=COLUMN"),
+        (["nothing.csv"], "there is no file"),
+        (["pictures"], "holds pictures"),
+        (["pairs.jsonl"], "does not train on"),
+    ],
+)
+def test_a_start_that_fails_says_why_and_claims_no_folder(arguments, words, world):
+    Path("pictures").mkdir(exist_ok=True)
+    Path("pictures/mug.jpg").write_bytes(b"")
+    pairs = ({"prompt": f"a {i}", "chosen": "good", "rejected": "bad"} for i in range(30))
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    before = sorted(Path("runs").rglob("*"))
+    code, _, err = run("finetune", "model", *arguments)
+    assert code in (1, 2)
+    assert words in err
+    assert sorted(Path("runs").rglob("*")) == before
+
+
+def test_a_regression_and_two_texts(world):
+    draw = random.Random(0)
+    rows = [(f"word{i % 20} good word{i % 7}", f"word{i % 13} bad", f"{draw.uniform(1, 5):.2f}") for i in range(120)]
+    with Path("pairs.tsv").open("w") as out:
+        csv.writer(out, delimiter="\t").writerows([("sentence1", "sentence2", "similarity"), *rows])
+    code, out, err = run("finetune", "model", "pairs.tsv", "train.epochs=1")
+    assert code == 0, err
+    assert "Test pearson" in out
+    example = next(line for line in out.splitlines() if "one example" in line)
+    assert "good" in example  # of the first text
+    assert "bad" in example  # of the second
+    code, out, err = run("evaluate", "runs/pairs")
+    assert code == 0, err
+    assert "spearman" in out
+
+
+def test_a_model_is_not_judged_by_classes_that_it_does_not_know(world):
+    with Path("tickets.csv").open(encoding="utf-8-sig", newline="") as file:
+        kept = [row for row in csv.reader(file) if row[1] in ("queue", "login", "billing")]
+    Path("fewer.csv").write_text("".join(f"{body},{queue}\n" for body, queue in kept))
+    code, out, err = run("evaluate", "runs/mine/adapter", "data.source=fewer.csv")
+    assert code == 0, err  # the same classes at other places: login is no longer the fourth
+    assert float(out.split("accuracy ")[1].split()[0]) > 60
+    Path("other.csv").write_text(Path("fewer.csv").read_text().replace("login", "other"))
+    code, _, err = run("evaluate", "runs/mine/adapter", "data.source=other.csv")
+    assert code == 1
+    assert "does not know: it knows" in err
+
+
+def test_macro_f1_is_scikit_learns():
+    predicted, labels = torch.tensor([0, 2, 2, 1, 4, 0]), torch.tensor([0, 2, 1, 1, 3, 3])
+    assert float(macro_f1(predicted, labels)) == pytest.approx(f1_score(labels, predicted, average="macro"))
+
+
+def test_the_head_is_trained_whole(world):
+    experiment = tasks.read("runs/mine/recipe.toml")
+    assert experiment.adapter.also_train == ["classifier"]
+    model = AutoModelForSequenceClassification.from_pretrained("model", num_labels=4)
+    delora.load(model, "runs/mine/adapter")
+    assert [name for name, adapter in adapters(model).items() if adapter.whole] == ["classifier"]
+
+
+def test_the_command_says_its_version():
+    assert run("--version")[:2] == (0, f"{delora.__version__}\n")
