@@ -6,6 +6,8 @@
 ``sentences``    sentences whose sentiment was rated by people
 ``glue``         GLUE's eight tasks, with the split of the published runs
 ``alpaca``       instructions in the form of Alpaca
+``chats``        chats, completions and texts as tokens with labels, by the tokenizer's own chat template
+``packing``      rows of tokens in batches, padded or several in one row
 ``dreambooth``   photographs of subjects, with the prompts by which they are judged
 ``maps``         pictures with their label maps and captions
 ``tables``       a user's own data: its kind, its three parts, what is odd

@@ -12,7 +12,7 @@ import torch
 
 from delora.data.examples import DataError
 
-__all__ = ["FILE", "IGNORED", "Instruction", "encode", "read", "split", "trained"]
+__all__ = ["FILE", "IGNORED", "Instruction", "encode", "read", "split", "template", "trained"]
 
 # The archive that the published runs were trained on, from the GitHub repository tloen/alpaca-lora: 51,759 instructions.
 FILE = "alpaca_data_cleaned_archive.json"
@@ -143,3 +143,36 @@ def trained(encoded: dict[str, list[int]]) -> int:
     1
     """
     return sum(label != IGNORED for label in encoded["labels"][1:])
+
+
+# One instruction and its response as `encode` makes them. More turns follow in the same form; a system's message takes the
+# place of the sentence before them. An input is the user's message's own key ``input``.
+_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' and loop.first %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}"
+    "{% if loop.first %}{{ WITH_INPUT if message['input'] else WITHOUT_INPUT }}"
+    "{% elif loop.previtem['role'] != 'system' %}{{ '\\n\\n' }}{% endif %}"
+    "{{ '### Instruction:\\n' + message['content'] }}"
+    "{% if message['input'] %}{{ '\\n\\n### Input:\\n' + message['input'] }}{% endif %}"
+    "{{ '\\n\\n### Response:' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ raise_exception('the template of Alpaca has no turn of ' + message['role'] + ' here') }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def template(tokenizer: Any) -> str:
+    """The chat template that renders an instruction and its response as `encode` does; with a start token if the tokenizer
+    adds one.
+
+    >>> class Letters:
+    ...     bos_token_id = None
+    >>> template(Letters()).startswith("{% for message in messages %}")
+    True
+    """
+    starts = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    text = ("{{ bos_token }}" if starts else "") + _TEMPLATE
+    for name, words in (("WITH_INPUT", _WITH_INPUT), ("WITHOUT_INPUT", _WITHOUT_INPUT)):
+        text = text.replace(name, json.dumps(words.partition("### ")[0]))
+    return text

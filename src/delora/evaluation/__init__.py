@@ -2,7 +2,8 @@
 
 ================  ==============================================================================
 ``text``          predictions for texts, and GLUE's metrics
-``language``      the perplexity of a language model
+``language``      the perplexity of a language model, and the probability of an answer's tokens
+``answers``       what a chat model answers
 ``harness``       multiple choice through lm-evaluation-harness
 ``generation``    pictures of a text-to-image pipeline, with an adapter at several strengths
 ``images``        likeness of pictures to photographs and to prompts
