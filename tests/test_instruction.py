@@ -14,14 +14,16 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 import delora
-from delora import ETHER, DeLoRA, EtherPlus
+from delora import ETHER, DeLoRA, EtherPlus, cli
 from delora.data import alpaca, sentences
 from delora.data.examples import DataError
 from delora.data.sentences import Sentence
 from delora.evaluation import harness
+from delora.evaluation.answers import stops
 from delora.evaluation.language import perplexity
 from delora.tasks import instructions, parse, read
 from delora.training import experiments
@@ -191,6 +193,29 @@ def test_a_run_that_was_stopped_ends_with_the_same_numbers(llama, tmp_path):
 
     assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
     assert numbers(tmp_path / "whole")["best_epoch"] == 2  # the one that it ended in
+
+
+def test_what_is_served_is_what_was_trained(llama, tmp_path):
+    """Every delivered folder renders a chat as the instructions were trained, whatever the base model's own template."""
+    shutil.copytree(llama, tmp_path / "chatty")
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    tokenizer.chat_template = "{% for m in messages %}{{ 'word1 ' + m['content'] + ' word2 ' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    values = recipe(str(tmp_path / "chatty"), made(tmp_path), tmp_path / "out")
+    experiments.train(instructions, parse(values), QUIET)
+    again = tmp_path / "again"
+    command = ["merge", str(tmp_path / "out" / "adapter"), "--model", str(tmp_path / "chatty"), "--out", str(again)]
+    assert CliRunner().invoke(cli.app, command).exit_code == 0
+    for folder in (tmp_path / "out" / "merged", again):
+        served = AutoTokenizer.from_pretrained(folder)
+        assert served.eos_token_id in stops(AutoModelForCausalLM.from_pretrained(folder), served)
+        for item in instructions.check(parse(values)).held_out:
+            asked = {"role": "user", "content": item.instruction, "input": item.input}
+            chat = [asked, {"role": "assistant", "content": item.output}]
+            assert served.apply_chat_template(chat)["input_ids"] == alpaca.encode(item, tokenizer)["input_ids"]
+            assert served.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True) == item.prompt
+    for form in ("adapter", "peft"):
+        assert (tmp_path / "out" / form / "chat_template.jinja").read_text() == served.chat_template
 
 
 def test_an_over_long_prompt_is_left_out_and_told(llama, tmp_path):

@@ -430,11 +430,11 @@ def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, meth
     """Merge an adapter into the weights of its base model, and write a plain transformers model."""
     _empty(folder)
     _quiet()
-    from delora.training.models import adapted, named_base, save_merged
+    from delora.training.models import adapted, named_base, save_merged, template_of
 
     where = _local(adapter)
     with _refusals():
-        save_merged(adapted(where, model or named_base(where), _own(method)), folder)
+        save_merged(adapted(where, model or named_base(where), _own(method)), folder, template_of(where))
     out.print(f"Written to {folder}: a plain transformers model", markup=False)
 
 

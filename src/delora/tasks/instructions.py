@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, Self, cast
 
-import torch
 from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.data import Dataset
@@ -27,7 +26,7 @@ from delora.data.alpaca import Instruction
 from delora.data.examples import DataError
 from delora.data.sentences import QUESTIONS, Question
 from delora.evaluation import harness
-from delora.evaluation.language import perplexity
+from delora.evaluation.language import perplexity, predicted
 from delora.formats.files import read_json
 from delora.formats.native import is_adapter
 from delora.training import delivery, parallel
@@ -177,7 +176,7 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     )
 
     def score() -> dict[str, Any]:
-        tokens = predicted(model, tokenizer, data.held_out[:COMPARED], experiment)
+        tokens = predicted(model, compared(experiment, tokenizer, data))
         if parallel.first():
             write_json(context.folder / NEXT, tokens)
         loss = next(line["eval_loss"] for line in reversed(trainer.state.log_history) if "eval_loss" in line)
@@ -302,21 +301,6 @@ def scores_before(experiment: Settings, data: Material) -> dict[str, float]:
     return _BEFORE[key]
 
 
-@torch.no_grad()
-def predicted(model: Any, tokenizer: Any, part: Sequence[Instruction], experiment: Settings) -> dict[str, Any]:
-    """The most probable next token at every position of the instructions, and the mean loss."""
-    model.eval()
-    device = next(model.parameters()).device
-    tokens: list[int] = []
-    losses = []
-    for encoded in map(Encoded(part, tokenizer, experiment).__getitem__, range(len(part))):
-        ids, labels = (torch.tensor([encoded[key]], device=device) for key in ("input_ids", "labels"))
-        output = model(input_ids=ids, labels=labels)
-        tokens += output.logits[0].argmax(-1).tolist()
-        losses.append(output.loss.item())
-    return {"tokens": tokens, "loss": fmean(losses)}
-
-
 # ---------------------------------------------------------------- before all runs, and after
 
 
@@ -348,23 +332,40 @@ def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple
     In float32 all must be equal, and the mean loss to 0.8 %. In bfloat16, of the weights, which merging rounds, or of the
     computation, the loss alone.
     """
-    trained, part = read_json(run / NEXT), data.held_out[:COMPARED]
+    trained = read_json(run / NEXT)
     exact = experiment.train.weights == experiment.train.precision == "fp32"
-    count = len(trained["tokens"])
     tokenizer = language_tokenizer(experiment.model)
+    rows = compared(experiment, tokenizer, data)
 
     def same(kind: str, model: Any) -> int:
-        again = predicted(model, tokenizer, part, experiment)
-        equal = sum(a == b for a, b in zip(again["tokens"], trained["tokens"], strict=True))
-        off = abs(again["loss"] / trained["loss"] - 1)
-        if off > torch.finfo(torch.bfloat16).eps or (exact and equal < count):
-            raise RunError(
-                f"{out / kind} is not what was trained: its loss differs by {100 * off:.1f} %, "
-                f"its prediction in {count - equal} of {count} tokens"
-            )
-        return equal
+        return delivery.equal_tokens(out / kind, predicted(model, rows), trained, exact)
 
-    return delivery.deliver(experiment, run, out, lambda: base(experiment), AutoModelForCausalLM, same), count
+    served = chat_template(experiment, tokenizer, data)
+    return delivery.deliver(experiment, run, out, lambda: base(experiment), AutoModelForCausalLM, same, served), len(
+        trained["tokens"]
+    )
+
+
+def compared(experiment: Settings, tokenizer: Any, data: Material) -> list[dict[str, list[int]]]:
+    """The instructions on which the delivered files are compared with the trained model."""
+    part = data.held_out[:COMPARED]
+    return [Encoded(part, tokenizer, experiment)[i] for i in range(len(part))]
+
+
+def chat_template(experiment: Settings, tokenizer: Any, data: Material) -> str | None:
+    """The template by which a server renders what was trained; None, and a warning, if the tokenizer renders it otherwise."""
+    tokenizer.chat_template = alpaca.template(tokenizer)
+    for item in data.held_out[:COMPARED]:
+        asked = {"role": "user", "content": item.instruction, "input": item.input}
+        chat = [asked, {"role": "assistant", "content": item.output}]
+        if tokenizer.apply_chat_template(chat)["input_ids"] != alpaca.encode(item, tokenizer, 2**31)["input_ids"]:
+            warnings.warn(
+                f"{experiment.name}: the tokenizer of {experiment.model} makes other tokens of the template of Alpaca than of "
+                "the trained text: the delivered folders have no chat template; ask the model by the text itself",
+                stacklevel=2,
+            )
+            return ""
+    return str(tokenizer.chat_template)
 
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:

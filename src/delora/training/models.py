@@ -20,9 +20,10 @@ from transformers import (
     PreTrainedModel,
 )
 
+from delora.data.chats import end_of_turn
 from delora.data.packages import PACKAGES, Package, fetch
 from delora.errors import UserError
-from delora.formats.files import read_json, whole_folder
+from delora.formats.files import read_json, whole_folder, write_atomically
 from delora.formats.native import JSON, description, load, require_adapter, save
 from delora.formats.peft import CONFIG as PEFT_CONFIG
 from delora.formats.peft import write as write_peft
@@ -44,7 +45,11 @@ __all__ = [
     "refused",
     "save_merged",
     "skeleton",
+    "template_of",
+    "write_template",
 ]
+
+TEMPLATE = "chat_template.jinja"  # transformers' own name of the file
 
 # PEFT's names for what a model does. A folder of ours holds the model's config.json instead.
 TASKS = {
@@ -256,10 +261,35 @@ def converted(model: PreTrainedModel, source: Path, folder: Path) -> str:
         return f"an exact LoRA in PEFT's format, for PEFT has no such {' and '.join(sorted(methods))}"
 
 
-def save_merged(model: PreTrainedModel, folder: Path) -> None:
-    """Merge for good, then write a plain transformers model and its tokenizer. The folder exists only when it is complete."""
-    base = model.config._name_or_path
+def save_merged(model: PreTrainedModel, folder: Path, template: str | None = None) -> None:
+    """Merge for good, then write a plain transformers model and its tokenizer. The folder exists only when it is complete.
+
+    ``template``: the chat template that was trained with, which the tokenizer then has; "" for none. Default: the base model's.
+    """
+    tokenizer = loading(AutoTokenizer, model.config._name_or_path)
+    if template is not None:
+        tokenizer.chat_template = template or None
+    if template and (end := end_of_turn(tokenizer)) is not None:  # by which a server knows where an answer ends
+        stops = model.generation_config.eos_token_id
+        stops = [stops] if isinstance(stops, int) else stops or []
+        model.generation_config.eos_token_id = stops if end in stops else [*stops, end]
     merge(model)
     with whole_folder(folder, replace=True) as new:
         model.save_pretrained(new)
-        loading(AutoTokenizer, base).save_pretrained(new)
+        tokenizer.save_pretrained(new)
+
+
+def write_template(folder: Path, template: str | None) -> None:
+    """Put the chat template that an adapter was trained with beside it; "" or None: none."""
+    if template:
+        write_atomically(folder / TEMPLATE, template.encode())
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template beside an adapter; None if there is none.
+
+    >>> template_of(Path("no/such/folder")) is None
+    True
+    """
+    file = folder / TEMPLATE
+    return file.read_text("utf-8") if file.is_file() else None
