@@ -24,7 +24,7 @@ LEVELS = [
     {"merging", "routing", "references", "diagnostics", "choosing", "formats", "export"},
     {"outside", "recipes", "data", "integrations", "training", "evaluation"},
     {"tasks"},
-    {"sweep", "reports", "finetuning", "cli"},
+    {"sweep", "reports", "finetuning", "talking", "cli"},
     {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}

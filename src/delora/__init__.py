@@ -17,7 +17,8 @@ From the ground up; imports only point to what stands above them in this list:
 ``integrations``                                        in trainers of transformers, TRL and Lightning; the Hub; a server
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
-``reports`` ``sweep`` ``finetuning`` ``cli``            what came of it; many runs; from data to a run; the command line
+``reports`` ``sweep`` ``finetuning`` ``talking``        what came of it; many runs; from data to a run; a chat with one
+``cli``                                                 the command line
 ======================================================  =======================================================================
 """
 

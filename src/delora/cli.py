@@ -1,5 +1,5 @@
-"""The command line: ``delora finetune | recipes | train | sweep | report | evaluate | tune-strength | inspect | generate |
-merge | export | convert | serve``.
+"""The command line: ``delora finetune | recipes | train | sweep | report | evaluate | tune-strength | chat | inspect |
+generate | merge | export | convert | serve``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -378,6 +378,39 @@ def tune_strength(
 
 
 @app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            help="Strengths, answered side by side: 0 is the base model, 1 what was trained. Default: the adapter's own.",
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Another adapter's folder, in place of the run's.", show_default=False)
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the system says first.", show_default=False)] = None,
+    tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The most tokens of an answer.")] = 256,
+) -> None:
+    """Talk with a finished run's language model, at one strength of its adapter or at several side by side.
+
+    Lines are read from the terminal or a pipe. While talking: /strength 0,0.5,1, /clear, /quit.
+    """
+    _quiet()
+    import sys
+
+    from delora import talking
+
+    values = None if strength is None else talking.parse(strength)
+    with _refusals():
+        talk = talking.talk_of(run, values, adapter, system=system, tokens=tokens)
+    if sys.stdin.isatty():
+        out.print(talking.HELP, style="dim", markup=False, highlight=False)
+    talking.converse(talk, _lines(), out)
+
+
+@app.command()
 def generate(
     adapter: AdapterPlace,
     prompt: Annotated[
@@ -480,7 +513,7 @@ def export(
 
     from delora.export import gguf, peft, vllm
     from delora.formats.files import read_json
-    from delora.training.models import adapted, named_base
+    from delora.training.models import adapted, named_base, template_of, write_template
 
     where = _local(adapter)
     model = model or named_base(where)
@@ -500,7 +533,10 @@ def export(
             written = f"{peft(loaded, folder, kind=kind, **form)}: a PEFT adapter of type {kind.upper()}"
             if (where / "config.json").is_file() and "id2label" in read_json(where / "config.json"):
                 loaded.config.save_pretrained(folder)  # PEFT's own files do not say what the classes are called
+    write_template(folder, template := template_of(where))
     out.print(f"Written to {written}", markup=False)
+    if template:
+        out.print(f"Its chats were rendered by {folder / 'chat_template.jinja'}: serve it with that one", markup=False)
 
 
 @app.command()
@@ -519,12 +555,13 @@ def convert(
     """
     _empty(folder)
     _quiet()
-    from delora.training.models import adapted, converted, named_base
+    from delora.training.models import adapted, converted, named_base, template_of, write_template
 
     where = _local(adapter)
     loaded = adapted(where, model or named_base(where), _own(method))
     with _refusals():
         what = converted(loaded, where, folder)
+    write_template(folder, template_of(where))
     out.print(f"Written to {folder}: {what}", markup=False)
 
 
@@ -607,6 +644,18 @@ def _print(header: Any, rows: Any, title: str) -> None:
     for row in rows:
         table.add_row(*(escape(_line(cell)) for cell in row))  # text from a file is not markup
     out.print(table)
+
+
+def _lines() -> Iterator[str]:
+    """What a user types, line by line, or what comes through a pipe; Ctrl-C and Ctrl-D end it."""
+    import sys
+
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            yield input("> ")
 
 
 def _numbers(option: str, text: str) -> list[float]:

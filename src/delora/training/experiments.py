@@ -209,7 +209,7 @@ def arguments(
         output_dir=str(folder),
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=-(-64 // n) * n if metric else train.batch_size,
+        per_device_eval_batch_size=-(-64 // n) * n if metric and not tokens else train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         optim="adamw_torch",
         learning_rate=train.lr,
