@@ -77,7 +77,7 @@ def plan(
     seed = _given(changes, "seed", 0)
     table = tables.read(source, kind=kind, text=text, label=label, columns=_roles(columns), group=group, seed=seed)
     task = _task(table, source)
-    drawn: Sketch = _sketch(task)(model, table)
+    drawn: Sketch = _sketch(task)(model, table, _given(changes, "data", {}))
     method = str(_given(changes, "adapter.method", "delora"))
     named = Path(source).resolve().stem if Path(source).exists() else source.rpartition("/")[2]
     settings = [

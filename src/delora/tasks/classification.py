@@ -6,7 +6,7 @@ The best run is delivered as an adapter, a merged model and a PEFT LoRA. Each is
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -250,8 +250,11 @@ def read_splits(experiment: Settings) -> Splits[Example]:
     return sentences.splits(experiment.task, cast(str, data.domain), data.source, seed, data.sizes())
 
 
-def sketch(name: str, table: tables.Table) -> Sketch:
-    """What there is to know of a model and a table before a recipe is made: what to train whole, lengths, one example."""
+def sketch(name: str, table: tables.Table, data: Mapping[str, Any]) -> Sketch:
+    """What there is to know of a model and a table before a recipe is made: what to train whole, lengths, one example.
+
+    ``data``: the keys of the recipe's table of that name that the user gave.
+    """
     labels = task_of(table).labels
     model, tokenizer, train = skeleton(name, labels), loading(AutoTokenizer, name), examples(table, labels).train
     lengths = [len(ids) for ids in text.encode(tokenizer, train, None)["input_ids"]]
