@@ -207,3 +207,18 @@ def test_the_head_is_trained_whole(world):
 
 def test_the_command_says_its_version():
     assert run("--version")[:2] == (0, f"{delora.__version__}\n")
+
+
+def test_of_a_chat_the_example_marks_what_is_trained(world):
+    tiny.make_language_model(world / "lm")
+    tokenizer = AutoTokenizer.from_pretrained("lm")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' [EOS] ' }}{% endfor %}"
+    tokenizer.chat_template += "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    tokenizer.save_pretrained("lm")
+    answer = {"role": "assistant", "content": "good fine"}
+    rows = [{"messages": [{"role": "user", "content": f"word{i % 20} word{i % 7}"}, answer]} for i in range(140)]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    planned = finetuning.plan("lm", "chat.jsonl")
+    assert planned.experiment.task == "chat"
+    assert any("assistant[[good fine [EOS]]]" in line and "word" in line for line in planned.before)
+    assert not planned.experiment.adapter.also_train

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ from delora.formats.files import read_json, write_atomically
 from delora.formats.native import is_adapter
 from delora.training import delivery, parallel
 from delora.training.config import ConfigError, Count, Experiment, Strict
+from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton, language_tokenizer
 from delora.training.runs import Result, RunContext, RunError, write_json
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "material",
     "run",
+    "sketch",
     "tokenizer_of",
     "validation",
 ]
@@ -54,6 +57,7 @@ METRIC = "likelihood"
 COMPARED = 64  # test rows on which the delivered files are compared with the trained model
 NOT_SHARES = ("perplexity",)
 KINDS = ("chat", "completion", "text")
+UNCUT = 1 << 30  # more tokens than any row has
 
 
 class Data(Strict):
@@ -202,12 +206,16 @@ def tokenizer_of(experiment: Settings) -> Any:
     Raises:
         ConfigError: there is no such template.
     """
-    tokenizer, given = language_tokenizer(experiment.model), experiment.data.template
+    return _templated(experiment.model, experiment.data.template, experiment.name)
+
+
+def _templated(model: str, given: str | None, where: str) -> Any:
+    tokenizer = language_tokenizer(model)
     if given == "alpaca":
         tokenizer.chat_template = alpaca.template(tokenizer)
     elif given is not None:
         if not Path(given).is_file():
-            raise ConfigError(f'{experiment.name}: data.template = {given!r}: there is no such file; another is "alpaca"')
+            raise ConfigError(f'{where}: data.template = {given!r}: there is no such file; another is "alpaca"')
         tokenizer.chat_template = Path(given).read_text("utf-8")
     return tokenizer
 
@@ -271,6 +279,26 @@ def _told(encoded: Encoded, rows: int, part: str, most: int) -> list[str]:
             "model does not learn when to stop"
         )
     return told
+
+
+def sketch(name: str, table: tables.Table, data: Mapping[str, Any]) -> Sketch:
+    """What there is to know of a model and a table before a recipe is made: lengths, and one row with its trained tokens."""
+    template = data.get("template")
+    tokenizer, model = _templated(name, template, "finetune"), language_skeleton(name)
+    encoded = encode([_row(row, template) for row in table.parts["train"]], tokenizer, UNCUT, "the rows to train on")
+    if not encoded.rows:
+        raise DataError("no row has a token to train on: the chat template and the rows do not go together")
+    lengths = [len(row["labels"]) for row in encoded.rows]
+    known = [getattr(model.config, "max_position_embeddings", 0), tokenizer.model_max_length]
+    limit = min([most for most in known if 0 < most < UNCUT], default=max(lengths))
+    return Sketch(model, [], lengths, limit, _marked(encoded.rows[0], tokenizer))
+
+
+def _marked(row: Mapping[str, Tensor], tokenizer: Any) -> str:
+    """A row's text, with what is trained in double brackets."""
+    ids, trained = row["input_ids"].tolist(), row["labels"].ne(alpaca.IGNORED).tolist()
+    pieces = [(on, [i for i, _ in group]) for on, group in groupby(zip(ids, trained, strict=True), key=lambda each: each[1])]
+    return "".join(f"[[{tokenizer.decode(part)}]]" if on else tokenizer.decode(part) for on, part in pieces)
 
 
 # ---------------------------------------------------------------- before all runs, and after
