@@ -24,7 +24,7 @@ LEVELS = [
     {"merging", "routing", "references", "diagnostics", "choosing", "formats", "export"},
     {"outside", "recipes", "data", "integrations", "training", "evaluation"},
     {"tasks"},
-    {"sweep", "reports", "finetuning", "talking", "cli"},
+    {"sweep", "reports", "finetuning", "talking", "app", "cli"},
     {"__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
@@ -172,7 +172,9 @@ def test_every_public_name_has_a_docstring_with_an_example(name):
 
 
 ENGINE = [
-    path for path in FILES if part(module(path)) in ("training", "evaluation", "reports", "sweep", "cli", "data", "outside")
+    path
+    for path in FILES
+    if part(module(path)) in ("training", "evaluation", "reports", "sweep", "app", "cli", "data", "outside")
 ]
 
 

@@ -18,7 +18,7 @@ From the ground up; imports only point to what stands above them in this list:
 ``data`` ``training`` ``evaluation`` ``outside``        an engine for experiments; methods and tasks of one's own
 ``tasks`` ``recipes``                                   what is particular to each kind of experiment; recipes to start from
 ``reports`` ``sweep`` ``finetuning`` ``talking``        what came of it; many runs; from data to a run; a chat with one
-``cli``                                                 the command line
+``app`` ``cli``                                         a page of a run in a browser; the command line
 ======================================================  =======================================================================
 """
 

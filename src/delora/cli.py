@@ -1,5 +1,5 @@
 """The command line: ``delora finetune | recipes | train | sweep | report | evaluate | tune-strength | chat | inspect |
-generate | merge | export | convert | serve``.
+generate | merge | export | convert | app | serve``.
 
 Exit codes: 0 done, 1 failed, 2 misuse.
 """
@@ -52,6 +52,7 @@ EXTRAS = {
     "PIL": "images",
     "diffusers": "images",
     "gguf": "gguf",
+    "gradio": "app",
     "lm_eval": "lm-eval",
     "matplotlib": "plots",
     "ray": "sweep",
@@ -563,6 +564,27 @@ def convert(
         what = converted(loaded, where, folder)
     write_template(folder, template_of(where))
     out.print(f"Written to {folder}: {what}", markup=False)
+
+
+@app.command("app")
+def show(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Another adapter of the same base model, in place of the run's.", show_default=False)
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+) -> None:
+    """Open a page with the base model beside the adapted one, and the strength as a slider.
+
+    delora app runs/quickstart
+    """
+    _quiet()
+    from delora import app as pages
+
+    blocks = pages.page(pages.shown(folder, adapter))
+    out.print(f"http://{host}:{port}/ (Ctrl-C ends it)", markup=False)
+    blocks.launch(server_name=host, server_port=port, quiet=True, share=False)
 
 
 @app.command()

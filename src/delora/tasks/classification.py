@@ -6,7 +6,7 @@ The best run is delivered as an adapter, a merged model and a PEFT LoRA. Each is
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +31,7 @@ from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import classifier, drawn, loading, skeleton
 from delora.training.runs import Result, RunContext, RunError, write_json
-from delora.training.task import Validation
+from delora.training.task import Kind, Validation
 
 __all__ = [
     "Data",
@@ -295,6 +295,22 @@ def check(experiment: Settings) -> Splits[Example]:
 def base(experiment: Settings) -> nn.Module:
     """The frozen classifier."""
     return classifier(experiment.model, text_task(experiment).labels)[0]
+
+
+def respond(experiment: Settings) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
+    """The classifier, and the probability of each class for a text; or the value that a regression gives it."""
+    task = text_task(experiment)
+    model, tokenizer = classifier(experiment.model, task.labels)
+
+    @torch.no_grad()
+    def answer(prompt: str) -> Any:
+        encoded = text.encode(tokenizer, [Example(prompt, 0)], experiment.data.max_tokens)
+        logits = model(**tokenizer.pad(encoded, return_tensors="pt").to(next(model.parameters()).device)).logits[0].float()
+        if task.regression:
+            return f"{task.labels[0]}: {logits.item():.2f}"
+        return dict(zip(task.labels, logits.softmax(-1).tolist(), strict=True))
+
+    return "text" if task.regression else "classes", model, answer
 
 
 def deliver(experiment: Settings, run: Path, splits: Splits[Example], out: Path) -> tuple[dict[str, int], int]:

@@ -36,6 +36,7 @@ from delora.training.config import ConfigError, Count, Experiment, Rate, Strict,
 from delora.training.experiments import adapt, begin, finish, fit, reached
 from delora.training.models import loading, refused
 from delora.training.runs import METRICS, Result, RunContext, RunError, write_json
+from delora.training.task import Kind
 
 __all__ = [
     "Data",
@@ -462,6 +463,12 @@ def skeleton(model: str) -> nn.Module:
 def base(experiment: Settings) -> nn.Module:
     """The frozen U-Net."""
     return pipeline(experiment.model, experiment.train.weights).unet
+
+
+def respond(experiment: Settings) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
+    """The U-Net of the pipeline, and the picture that it draws for a prompt, from the noise of the experiment's seed."""
+    pipe = pipeline(experiment.model)
+    return "picture", pipe.unet, lambda prompt: sampled(experiment, pipe, prompt, experiment.seed, 1)[0]
 
 
 def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path) -> tuple[dict[str, int], int]:

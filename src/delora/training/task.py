@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,9 +15,10 @@ from delora.outside import OutsideError
 from delora.training.config import ConfigError, Experiment
 from delora.training.runs import Result, RunContext
 
-__all__ = ["Agreement", "Task", "Validation"]
+__all__ = ["Agreement", "Kind", "Task", "Validation"]
 
 Agreement = tuple[dict[str, int], int]
+Kind = Literal["classes", "text", "picture"]
 SELECTION = "The best epoch, and the best setting of a row, were chosen on the validation part alone."
 
 
@@ -51,6 +52,8 @@ class Task:
       returns for each how many of the ``n`` test predictions equal the run's. Default: writes the adapter alone.
     * ``evaluate(experiment, folder) -> (scores, n)``: the scores of the adapter or model in a folder, on ``n`` examples.
     * ``validation(experiment, data) -> Validation``: what a strength is chosen by after training (``delora tune-strength``).
+    * ``respond(experiment) -> (kind, model, answer)``: what ``delora app`` shows; ``answer(prompt)`` is {class: probability}, a
+      text or a picture of the frozen model, as ``kind`` says ("classes", "text", "picture").
     * ``columns(experiment) -> names``: scores that a table shows beside the reported one.
     * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
 
@@ -71,6 +74,7 @@ class Task:
     deliver: Callable[[Any, Path, Any, Path], Agreement]
     evaluate: Callable[[Any, Path], tuple[dict[str, float], int]]
     validation: Callable[[Any, Any], Validation]
+    respond: Callable[[Any], tuple[Kind, Any, Callable[[str], Any]]]
     columns: Callable[[Any], Sequence[str]]
     snapshots: Callable[[Path], dict[int, Path]]
     SELECTION: str = SELECTION
@@ -105,6 +109,11 @@ class Task:
                 f"the task {experiment.task} offers no score on validation data: delora.choose_strength takes one of your own"
             )
 
+        def respond(experiment: Experiment) -> tuple[Kind, Any, Callable[[str], Any]]:
+            raise ConfigError(
+                f"the task {experiment.task} has nothing to answer: delora app is for classes, texts and pictures"
+            )
+
         return cls(
             name=module.__name__,
             Settings=settings,
@@ -114,6 +123,7 @@ class Task:
             deliver=getattr(module, "deliver", deliver),
             evaluate=getattr(module, "evaluate", evaluate),
             validation=getattr(module, "validation", validation),
+            respond=getattr(module, "respond", respond),
             columns=getattr(module, "columns", lambda experiment: ()),
             snapshots=getattr(module, "snapshots", lambda run: {}),
             SELECTION=getattr(module, "SELECTION", SELECTION),

@@ -1,0 +1,136 @@
+"""``delora app``: a page in the browser for a finished run, the base model beside the adapted one, the strength as a slider."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import delora
+from delora import tasks
+from delora.errors import UserError
+from delora.formats.native import require_adapter
+from delora.models import adapters
+from delora.training.experiments import ADAPTER
+from delora.training.runs import CONFIG, RunError
+from delora.training.task import Kind
+
+__all__ = ["MOST", "Shown", "page", "shown"]
+
+MOST = 2.0  # the slider's right end
+LAYERS = 40  # bars of the picture of layers; of more, those that changed most
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the page shows of a run. ``answer(prompt)`` is the model's, at whatever strength it has.
+
+    An answer is {class: probability}, a text or a picture.
+
+    >>> Shown("mine", "text", torch.nn.Linear(2, 2), lambda prompt: prompt.upper()).answer("a")
+    'A'
+    """
+
+    title: str
+    kind: Kind
+    model: Any
+    answer: Callable[[str], Any]
+    report: Path | None = None
+
+    def at(self, strength: float, prompt: str) -> Any:
+        """The answer at a strength of the adapter; 0 is the base model, its modules that were trained whole included."""
+        if strength == 0:
+            with delora.disabled(self.model):
+                return self.answer(prompt)
+        delora.strength(self.model, strength)
+        return self.answer(prompt)
+
+    def layers(self, strength: float) -> Any:
+        """A picture of each layer's |W' - W| / |W| at a strength, and of its bound where the method has one."""
+        from matplotlib.figure import Figure
+
+        delora.strength(self.model, strength)
+        found = {n: r for n, r in delora.diagnostics.inspect(self.model).items() if r.relative is not None}
+        most = sorted(found, key=lambda n: -(found[n].relative or 0.0))[:LAYERS]
+        names = [name for name in found if name in most][::-1]
+        figure = Figure(figsize=(8, 1.2 + 0.22 * len(names)), layout="constrained")
+        axes = figure.subplots()
+        axes.barh(names, [100 * (found[n].relative or 0.0) for n in names], color="#0f766e", label="|W' - W|")
+        bounds = {
+            n: 100 * r.relative * r.bound / r.distance for n in names if (r := found[n]).bound and r.distance and r.relative
+        }
+        if bounds:
+            axes.plot(list(bounds.values()), list(bounds), "|", color="#b45309", markersize=9, label="bound")
+            axes.set_xscale("log")
+        axes.set_xlabel("of |W| [%]")
+        axes.tick_params(labelsize=7)
+        axes.legend(fontsize=8)
+        return figure
+
+
+def shown(run: Path, adapter: Path | None = None) -> Shown:
+    """The finished run in a folder, its adapter (or another one's folder) loaded into its base model.
+
+    Raises:
+        UserError: the folder holds no finished run, or its task has nothing to answer.
+    """
+    if not (run / CONFIG).is_file():
+        raise RunError(f"{run} is no run's folder, which has a {CONFIG}: delora train or delora finetune makes one")
+    experiment = tasks.read(run / CONFIG)
+    task = tasks.find(experiment.task)
+    folder = adapter or run / ADAPTER
+    require_adapter(folder)
+    kind, model, answer = task.respond(experiment)
+    delora.load(model, folder, methods=experiment.adapter.classes())
+    model.eval()
+    report = run / "report.html"
+    return Shown(experiment.name, kind, model, answer, report if report.is_file() else None)
+
+
+def page(what: Shown) -> Any:
+    """The page, a ``gradio.Blocks``, which ``launch`` serves. Prompts and names are shown as text, whatever they contain."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError(f'{error.name} is not installed: pip install "delora[app]"') from error
+
+    def output(label: str, name: str) -> Any:
+        if what.kind == "classes":
+            return gr.Label(label=label, elem_id=name)
+        if what.kind == "picture":
+            return gr.Image(label=label, format="png", elem_id=name)
+        return gr.Textbox(label=label, lines=8, elem_id=name)
+
+    def both(prompt: str, strength: float) -> tuple[Any, Any]:
+        if not prompt.strip():
+            raise gr.Error("Write something first.")
+        return what.at(0.0, prompt), what.at(strength, prompt)
+
+    with gr.Blocks(title=f"delora: {what.title}", analytics_enabled=False) as blocks:
+        gr.HTML(f"<h2>{html.escape(what.title)}</h2>")
+        prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+        strength = gr.Slider(
+            0, MOST, value=1.0, step=0.05, label="Strength: 0 is the base, 1 what was trained", elem_id="strength"
+        )
+        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+        with gr.Row():
+            whole = any(a.whole for a in adapters(what.model).values())
+            base = output("Base model" + (", with what was trained whole" if whole else ""), "base")
+            adapted = output("Adapted", "adapted")
+        ask.click(both, [prompt, strength], [base, adapted])
+        prompt.submit(both, [prompt, strength], [base, adapted])
+        strength.release(lambda p, s: what.at(s, p) if p.strip() else None, [prompt, strength], adapted)
+        if any(not a.whole for a in adapters(what.model).values()):
+            with gr.Accordion("How far each layer is from the base", open=False):
+                plot = gr.Plot(show_label=False)
+                gr.Button("Draw").click(what.layers, strength, plot)
+        if what.report is not None:
+            with gr.Accordion("The run's report", open=False):
+                # Without scripts and without this page's rights.
+                text = html.escape(what.report.read_text("utf-8"), quote=True)
+                gr.HTML(f'<iframe sandbox srcdoc="{text}" style="width: 100%; height: 80vh; border: 0"></iframe>')
+    return blocks
