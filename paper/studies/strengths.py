@@ -22,8 +22,8 @@ HEAD = """# One knob: which strength needs no search?
 Written by `make claims`: every result on this page is computed from the rows in `paper/results/`. `reach` is the share of |W| that the change of
 a layer comes to when its directions are random (`DeLoRA(reach=...)`); lam follows from it, the rank and the norms of W. The rules below, the
 grids and the seeds were committed before the runs; every seed is new (100 and above). The tasks are those of [the claims](claims.md), in
-smaller sizes: *film reviews* and *product ratings* are 1,000 sentences, of which 24 tokens are read, twice, in bfloat16, 800 to test on;
-*turned digits*, *chat* and *subjects* are as there. The rate is that of A and B.
+smaller sizes: *film reviews* are 1,000 sentences, of which 24 tokens are read, twice, in bfloat16, 800 to test on; *turned digits* are as there.
+The rate is that of A and B. **Not run, for time**: product ratings, the chat model and subjects, which the committed grids have too; the starts.
 """
 
 UNTIL = "Not decided yet: these studies are not complete.\n"
@@ -38,7 +38,7 @@ def page() -> str:
 
 def complete() -> bool:
     """Whether there are rows of every study that the sections need."""
-    return all(knobs.read(study) for study in ("strength", "strength-own", "choose", "knob", "equal"))
+    return all(knobs.read(study) for study in ("strength", "strength-own", "choose", "knob"))
 
 
 def _gain(gain: Gain) -> str:
@@ -106,43 +106,59 @@ def defaults() -> list[str]:
 
 
 def decisive() -> list[str]:
-    cells = knobs.knob(knobs.read("knob"), knobs.chosen_default()[0])
+    chosen, rate = knobs.chosen_default()
+    cells = knobs.knob(knobs.read("knob"), chosen)
+    pretrained = {name: t for name, t in knobs.read("knob").items() if name != "turned digits"}
+    second = knobs.knob(pretrained, reach.PRETRAINED)
+    return [
+        "## Against LoRA, tuned",
+        "",
+        "LoRA has alpha = 2 r and, for each task and rank, the best of its rates by validation on the judged seeds (subjects: by the score itself, in "
+        "LoRA's favour). **Claim, fixed before:** at one reach, on every task, at every rank and every rate DeLoRA's mean test score is at most one "
+        'standard error of the paired difference below LoRA\'s. A cell fails at more than two; between the two it is undecided ("?").',
+        "",
+        f"DeLoRA less LoRA in points, at the reach {chosen:g} that the rule chose:",
+        "",
+        *_cells(cells),
+        "",
+        f"{_outcome(cells)} At the one rate {rate:g} alone: {_counts([c for c in cells if c.lr == rate])}. {_spread(cells)}",
+        "",
+        "**A second claim, set after `choose` and before its own runs:** for models that others have pretrained "
+        f"({', '.join(pretrained)}) the reach {reach.PRETRAINED:g} is enough, by the same rule.",
+        "",
+        *_cells(second),
+        "",
+        f"{_outcome(second)} {_spread(second)}",
+        "",
+    ]
+
+
+def _cells(cells: list[knobs.Cell]) -> list[str]:
     rates = sorted({c.lr for c in cells})
     table = [
         "| task | rank | LoRA, its rate | " + " | ".join(f"rate {lr:g}" for lr in rates) + " |",
         "|---" * (3 + len(rates)) + "|",
     ]
-    marks = {"holds": "", "undecided": " ?", "fails": " **no**"}
     for task, r in dict.fromkeys((c.task, c.r) for c in cells):
         row = {c.lr: c for c in cells if (c.task, c.r) == (task, r)}
         first = next(iter(row.values()))
-        shown = [f"{_gain(row[lr].gain)}{marks[row[lr].outcome]}" if lr in row else "–" for lr in rates]
+        shown = [f"{_gain(row[lr].gain)}{MARKS[row[lr].outcome]}" if lr in row else "–" for lr in rates]
         table.append(f"| {task} | {r:g} | {100 * first.lora:.1f} at {first.lora_lr:g} | " + " | ".join(shown) + " |")
-    counts = {o: sum(c.outcome == o for c in cells) for o in marks}
-    chosen, rate = knobs.chosen_default()
-    at = [c for c in cells if c.lr == rate]
-    outcome = "fails" if counts["fails"] else "undecided" if counts["undecided"] else "holds"
-    failing = [
-        f"{task} ({sum(c.outcome == 'fails' for c in cells if c.task == task)})"
-        for task in dict.fromkeys(c.task for c in cells if c.outcome == "fails")
-    ]
-    return [
-        "## Against LoRA, tuned",
-        "",
-        f"DeLoRA has reach {chosen:g} everywhere. LoRA has alpha = 2 r and, for each task and rank, the best of its rates by validation on the judged seeds "
-        "(subjects: by the score itself, in LoRA's favour). **Claim, fixed before:** on every task, at every rank and every rate DeLoRA's mean test score "
-        'is at most one standard error of the paired difference below LoRA\'s. A cell fails at more than two; between the two it is undecided ("?").',
-        "",
-        "DeLoRA less LoRA in points:",
-        "",
-        *table,
-        "",
-        f"**The claim {outcome if outcome != 'undecided' else 'is undecided'}**: of {len(cells)} cells {counts['holds']} hold, {counts['undecided']} are undecided, "
-        f"{counts['fails']} fail{': ' + ', '.join(failing) if failing else ''}. At the one rate {rate:g} alone: "
-        f"{sum(c.outcome == 'holds' for c in at)} of {len(at)} hold, {sum(c.outcome == 'fails' for c in at)} fail. "
-        f"{_spread(cells)}",
-        "",
-    ]
+    return table
+
+
+MARKS = {"holds": "", "undecided": " ?", "fails": " **no**"}
+
+
+def _counts(cells: list[knobs.Cell]) -> str:
+    counts = {outcome: sum(c.outcome == outcome for c in cells) for outcome in MARKS}
+    return f"of {len(cells)} cells {counts['holds']} hold, {counts['undecided']} are undecided, {counts['fails']} fail"
+
+
+def _outcome(cells: list[knobs.Cell]) -> str:
+    outcomes = {c.outcome for c in cells}
+    word = "fails" if "fails" in outcomes else "is undecided" if "undecided" in outcomes else "holds"
+    return f"**The claim {word}**: {_counts(cells)}."
 
 
 def _spread(cells: Iterable[knobs.Cell]) -> str:
@@ -152,7 +168,9 @@ def _spread(cells: Iterable[knobs.Cell]) -> str:
         by_row.setdefault((c.task, c.r), []).append(c.gain.score)
     ours = max(max(v) - min(v) for v in by_row.values())
     theirs: list[float] = []
-    for task in knobs.read("knob").values():
+    for name, task in knobs.read("knob").items():
+        if name not in {c.task for c in cells}:
+            continue
         for r in sorted({row["r"] for row in task.rows}):
             rates = sorted({row["lr"] for row in task.rows if (row["case"], row["r"]) == ("LoRA", r)})
             means = [fmean(task.scores(case="LoRA", r=r, lr=lr).values()) for lr in rates]
@@ -164,6 +182,13 @@ def _spread(cells: Iterable[knobs.Cell]) -> str:
 
 
 def starts() -> list[str]:
+    if not knobs.read("equal"):
+        return [
+            "## The starts at equal reach",
+            "",
+            "The rule and the runs are written (`knobs.equal_starts`); they were not run yet.",
+            "",
+        ]
     equal = {name: Task([*t.rows, *_as_subtract(name)], t.chance) for name, t in knobs.read("equal").items()}
     start, gains = knobs.equal_starts(equal)
     return [
