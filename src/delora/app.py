@@ -30,7 +30,7 @@ class Shown:
 
     An answer is {class: probability}, a text or a picture.
 
-    >>> Shown("mine", "text", torch.nn.Linear(2, 2), lambda prompt: prompt.upper()).answer("a")
+    >>> Shown("mine", "text", None, str.upper).answer("a")
     'A'
     """
 
