@@ -234,7 +234,7 @@ def test_diffusers_gives_the_same_picture(kind, kohya, variant, tmp_path):
     base = picture(pipe)
     adapt(kind, pipe, kohya, variant)
     expected = picture(pipe)
-    assert (expected - base).abs().max() > 0.01, "the adapters do nothing: the test has nothing to tell"
+    assert (expected - base).abs().max() > 1e-3, "the adapters do nothing: the test has nothing to tell"
     delora.export.diffusers(pipe, tmp_path, kohya=kohya)
     fresh, messages = loaded(kind, tmp_path)
     assert messages == []
