@@ -52,6 +52,14 @@ def test_strength_0_is_the_base_and_1_what_was_trained(done):
     assert sum(trained.values()) == pytest.approx(1.0)
 
 
+def test_at_strength_0_a_new_head_stays_as_it_was_trained(done):
+    """Of the base with the head that a checkpoint does not have, every load would say something else."""
+    what, again = shown(done), shown(done)
+    assert what.at(0.0, "a fine film") == again.at(0.0, "a fine film")
+    what.at(0.0, "a fine film")
+    assert {a.strength for a in adapters(what.model).values() if a.whole} == {1.0}
+
+
 def test_what_is_no_run_is_refused_in_words(done, tmp_path):
     with pytest.raises(RunError, match="is no run's folder"):
         shown(tmp_path)

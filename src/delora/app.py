@@ -14,7 +14,7 @@ from delora import tasks
 from delora.errors import UserError
 from delora.formats.native import require_adapter
 from delora.models import adapters
-from delora.training.experiments import ADAPTER
+from delora.training.experiments import ADAPTER, delivered
 from delora.training.runs import CONFIG, RunError
 from delora.training.task import Kind
 
@@ -41,27 +41,31 @@ class Shown:
     report: Path | None = None
 
     def at(self, strength: float, prompt: str) -> Any:
-        """The answer at a strength of the adapter; 0 is the base model, its modules that were trained whole included."""
-        if strength == 0:
-            with delora.disabled(self.model):
-                return self.answer(prompt)
-        delora.strength(self.model, strength)
+        """The answer at a strength of the adapter: 0 is the base model, with what was trained whole as it is trained.
+
+        What such a module was before, a new head above all, may be random: a base with it would answer at random.
+        """
+        self.turn(strength)
         return self.answer(prompt)
+
+    def turn(self, strength: float) -> None:
+        """Set the strength of what `at` turns; where all was trained whole, of that."""
+        placed = adapters(self.model).values()
+        for each in [a for a in placed if not a.whole] or list(placed):
+            each.adapter.strength = strength
 
     def layers(self, strength: float) -> Any:
         """A picture of each layer's |W' - W| / |W| at a strength, and of its bound where the method has one."""
         from matplotlib.figure import Figure
 
-        delora.strength(self.model, strength)
+        self.turn(strength)
         found = {n: r for n, r in delora.diagnostics.inspect(self.model).items() if r.relative is not None}
         most = sorted(found, key=lambda n: -(found[n].relative or 0.0))[:LAYERS]
         names = [name for name in found if name in most][::-1]
         figure = Figure(figsize=(8, 1.2 + 0.22 * len(names)), layout="constrained")
         axes = figure.subplots()
         axes.barh(names, [100 * (found[n].relative or 0.0) for n in names], color="#0f766e", label="|W' - W|")
-        bounds = {
-            n: 100 * r.relative * r.bound / r.distance for n in names if (r := found[n]).bound and r.distance and r.relative
-        }
+        bounds = {n: 100 * r.relative / r.bound_used for n in names if (r := found[n]).bound_used and r.relative is not None}
         if bounds:
             axes.plot(list(bounds.values()), list(bounds), "|", color="#b45309", markersize=9, label="bound")
             axes.set_xscale("log")
@@ -79,7 +83,7 @@ def shown(run: Path, adapter: Path | None = None) -> Shown:
     """
     if not (run / CONFIG).is_file():
         raise RunError(f"{run} is no run's folder, which has a {CONFIG}: delora train or delora finetune makes one")
-    experiment = tasks.read(run / CONFIG)
+    experiment = delivered(tasks.read(run / CONFIG), run)
     task = tasks.find(experiment.task)
     folder = adapter or run / ADAPTER
     require_adapter(folder)
