@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 import delora
-from delora import cli
+from delora import cli, sweep, tasks
 from delora.data import sentences
+from delora.data.packages import PACKAGES
+from delora.recipes import shipped
 from tests import tiny
 from tests.cases import shake
 
@@ -219,6 +223,39 @@ def test_help_loads_nothing_heavy():
     code = "import sys, delora.cli; print(*(m for m in ('transformers', 'matplotlib', 'pydantic', 'peft') if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def commands(command, words=("delora",)):
+    """Every command and group below one, by the words that call it."""
+    yield words, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*words, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_help_ends_with_examples_that_are_calls(words):
+    """Each is a command with its arguments and options; a recipe in it is shipped, with its keys, and a base model packaged."""
+    shown = run(*words[1:], "--help")[1]
+    _, heading, shown = shown.rpartition("Examples:")
+    examples = [" ".join(line.split()) for line in shown.splitlines() if line.strip()]
+    assert heading
+    assert 1 <= len(examples) <= 3
+    for example in examples:
+        called, *rest = shlex.split(example)
+        path = (called,)
+        while (*path, *rest[:1]) in COMMANDS and rest:
+            path = (*path, rest.pop(0))
+        assert path[: len(words)] == words, example
+        given = COMMANDS[path].make_context(example, rest).params  # as the command line reads it
+        for name in ("recipe", "file"):
+            if given.get(name) in {recipe.name for recipe in shipped()}:
+                read = tasks.read if name == "recipe" else sweep.read
+                assert read(given[name], given["changes"] or [])
+        if path[1:] == ("finetune",) or (path[1:] == ("serve",)):
+            assert PACKAGES[given["model"]].kind == "model"
 
 
 def test_a_run_that_is_moved_goes_on(world, tmp_path):

