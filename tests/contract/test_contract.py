@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import pytest
 import torch
 import torch.utils.checkpoint
 
 import delora
-from delora import DeLoRA, frozen
-from delora.diagnostics import inspect
+from delora import DeLoRA, diagnostics, frozen
 from delora.frozen import Frozen
 from delora.hosts import host
 from delora.methods.base import has_dropout, starts_at_base
@@ -44,9 +46,22 @@ def method(request):
     return METHODS[request.param]
 
 
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
+def in_every_dtype(law):
+    """One test of a law for all dtypes: to set up and report a test apart for each costs more than what it computes."""
+
+    @functools.wraps(law)
+    def test(**arguments):
+        for dtype in DTYPES:
+            torch.manual_seed(0)
+            try:
+                law(dtype=dtype, **arguments)
+            except Exception as error:
+                error.add_note(f"in {dtype}")
+                raise
+
+    signature = inspect.signature(law)
+    test.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p.name != "dtype"])
+    return test
 
 
 def rounding(reference: torch.Tensor, terms: int = 1) -> float:
@@ -55,6 +70,7 @@ def rounding(reference: torch.Tensor, terms: int = 1) -> float:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
+@in_every_dtype
 def test_training_starts_at_the_base(layer, method, dtype, dropout):
     x = layer.x(dtype)
     model = layer.model(dtype)
@@ -76,6 +92,7 @@ def test_training_starts_at_the_base(layer, method, dtype, dropout):
         assert (after - before).abs().max().item() <= rounding(before, 3) * (2 if dropout else 1)
 
 
+@in_every_dtype
 def test_merging_changes_nothing(layer, method, dtype):
     model = shake(adapted(layer, method, dtype)).eval()
     x = layer.x(dtype)
@@ -97,6 +114,7 @@ def test_merging_changes_nothing(layer, method, dtype):
     torch.testing.assert_close(model(x), before, atol=tolerance, rtol=tolerance)
 
 
+@in_every_dtype
 def test_merged_restores_every_bit_ten_times_over(layer, method, dtype):
     model = shake(adapted(layer, method, dtype)).eval()
     x = layer.x(dtype)
@@ -136,6 +154,7 @@ def strength_is_a_dial(model, x):
     assert torch.equal(model(x), full)
 
 
+@in_every_dtype
 def test_eject_gives_the_base_back(layer, method, dtype):
     model = layer.model(dtype)
     x, inner = layer.x(dtype), model.layer
@@ -147,6 +166,7 @@ def test_eject_gives_the_base_back(layer, method, dtype):
     assert all(p.requires_grad for p in model.parameters())
 
 
+@in_every_dtype
 def test_gradients_reach_every_trainable_tensor_and_nothing_else(layer, method, dtype):
     model = shake(adapted(layer, method, dtype))
     (model(layer.x(dtype)).float() ** 2).mean().backward()
@@ -161,7 +181,7 @@ def test_gradients_reach_every_trainable_tensor_and_nothing_else(layer, method, 
 
 def test_distance_and_spectrum_from_factors_are_those_of_the_dense_change(layer, method):
     model = shake(adapted(layer, method, torch.float64))
-    report = inspect(model)["layer"]
+    report = diagnostics.inspect(model)["layer"]
     adapter = model.layer.adapter
     if not adapter.mergeable():
         assert delora.distances(model) == {}
@@ -186,15 +206,16 @@ def test_distance_and_spectrum_from_factors_are_those_of_the_dense_change(layer,
     assert report.effective_rank == pytest.approx(torch.special.entr(share).sum().exp().item(), rel=1e-6)
 
 
+@in_every_dtype
 def test_a_file_brings_the_adapter_back_bit_for_bit(layer, method, dtype, tmp_path):
     dropout = 0.25 if has_dropout(method) else 0.0
     model = shake(adapted(layer, method, dtype, dropout=dropout)).eval()
     base = {key: t.clone() for key, t in model.layer.base.state_dict().items()}
     delora.strength(model, 0.75)
-    delora.save(model, tmp_path)
+    delora.save(model, tmp_path / str(dtype))
     fresh = layer.model(dtype).eval()
     fresh.layer.load_state_dict(base)
-    delora.load(fresh, tmp_path, methods=[type(method)])
+    delora.load(fresh, tmp_path / str(dtype), methods=[type(method)])
     x = layer.x(dtype)
     assert torch.equal(fresh(x), model(x))
     assert fresh.layer.adapter.method == method
@@ -294,6 +315,7 @@ def test_gradient_checkpointing_changes_no_gradient(layer, method):
         torch.testing.assert_close(again, plain)  # not bit for bit: the order of a sum follows the memory layout
 
 
+@in_every_dtype
 def test_a_host_tells_shape_dtype_and_device_and_reads_any_rows(layer, dtype):
     looked_at = host(layer.model(dtype).layer)
     W = looked_at.matrix().detach()
@@ -305,6 +327,7 @@ def test_a_host_tells_shape_dtype_and_device_and_reads_any_rows(layer, dtype):
         assert not rows.requires_grad
 
 
+@in_every_dtype
 def test_what_a_weight_tells_in_blocks_is_what_the_dense_matrix_tells(layer, dtype, monkeypatch):
     monkeypatch.setattr(frozen, "ON_CPU", 40)
     looked_at = host(layer.model(dtype).layer)
