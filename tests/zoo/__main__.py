@@ -1,9 +1,10 @@
-"""The census of model types: ``python -m tests.zoo --all --processes 2``."""
+"""The census of model types: ``python -m tests.zoo --built``; ``--all`` tries those that were not built before, too."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections import Counter
@@ -46,6 +47,11 @@ def page(rows: list[Row], least: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def not_built(text: str) -> set[str]:
+    """The types that the page lists as not built."""
+    return set(re.findall(r"^- (\S+): ", text.partition("## Not built")[2], re.MULTILINE))
+
+
 def _escaped(text: str) -> str:
     return " ".join(text.replace("|", "/").replace("<", "(").replace(">", ")").split())
 
@@ -59,8 +65,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("types", nargs="*", help="types such as bert or diffusers:UNet2DConditionModel")
     parser.add_argument("--all", action="store_true", help="every type")
+    parser.add_argument("--built", action="store_true", help=f"every type but those that {PAGE.name} lists as not built")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--least", type=int, default=LEAST, help="with --all: how many types of transformers have to be built")
+    parser.add_argument(
+        "--least", type=int, default=LEAST, help="with --all or --built: how many types of transformers have to be built"
+    )
     parser.add_argument("--build", action="store_true", help="only build, without the laws")
     parser.add_argument("--write", action="store_true", help="write docs/zoo.md")
     parser.add_argument("--rows", type=Path, help="also write every row to this file, as JSON")
@@ -69,7 +78,10 @@ def main() -> int:
 
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     start, rows = time.monotonic(), []
-    for row in census(types() if args.all else args.types, args.processes, not args.build):
+    kinds = types() if args.all or args.built else args.types
+    if args.built:
+        kinds = [kind for kind in kinds if kind not in not_built(PAGE.read_text())]
+    for row in census(kinds, args.processes, not args.build):
         rows.append(row)
         if not row.built:
             print(f"{row.kind}: not built: {row.why[:300]}", flush=True)
@@ -82,13 +94,17 @@ def main() -> int:
     built, count = sum(row.built for row in rows), Counter(row.outcome() for row in rows if row.built)
     print(f"\n{table(rows)}\n\n{len(rows)} types, {built} built, in {time.monotonic() - start:.0f} seconds: ", end="")
     print(", ".join(f"{kind} {count[kind]}" for kind in KINDS[:-1]))
+    for row in rows:
+        if row.outcome() == "wrong":
+            print(_line(row))
     if args.write:
         PAGE.write_text(page(rows, args.least))
     own = sum(row.built for row in rows if ":" not in row.kind)
-    few = args.all and own < args.least
+    whole = args.all or args.built
+    few = whole and own < args.least
     if few:
         print(f"only {own} types of transformers were built: fewer than {args.least}")
-    return int(bool(few or count["wrong"] or (not args.all and built < len(rows))))
+    return int(bool(few or count["wrong"] or (not whole and built < len(rows))))
 
 
 if __name__ == "__main__":
