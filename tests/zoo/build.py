@@ -148,8 +148,9 @@ def _timm(name: str) -> list[tuple[str, Recipe]]:
     return [(name, lambda tiny: library.create_model(name, num_classes=5))]
 
 
-def build(kind: str, seconds: float = 5.0) -> Built:
-    """A tiny model of a type and inputs that it runs with. ``seconds`` are of computing: what is found does not depend on load.
+def build(kind: str, seconds: float = 5.0, patience: float = 1.0) -> Built:
+    """A tiny model of a type and inputs that it runs with. ``seconds`` are of computing, which differ less with the load of a
+    machine than the clock's; ``patience`` multiplies them and all others, for what a slower machine shall find as well.
 
     Raises:
         NotBuilt: none was found within the time.
@@ -158,7 +159,7 @@ def build(kind: str, seconds: float = 5.0) -> Built:
     start = time.process_time()
     library, _, name = kind.rpartition(":")
     recipes = {"diffusers": _diffusers, "timm": _timm}.get(library, _transformers)(name)
-    search = _Search(start + seconds)
+    search = _Search(start + patience * seconds, patience)
     for i, (words, recipe) in enumerate(recipes):
         for level in (0, 1, 2) if i == 0 else (0, 1):
             found = search.attempt(words, recipe, Tiny(level))
@@ -191,8 +192,8 @@ class _Large(Exception):
 class _Search:
     """Tries sizes of a model one after the other, until the time has passed, and keeps what came nearest."""
 
-    def __init__(self, end: float) -> None:
-        self.end = end
+    def __init__(self, end: float, patience: float) -> None:
+        self.end, self.patience = end, patience
         self.tried: list[str] = []
         self.best: tuple[tuple[int, ...], str, Recipe, Tiny, str, dict[str, Any] | None] | None = None
 
@@ -200,7 +201,7 @@ class _Search:
         self, words: str, recipe: Recipe, tiny: Tiny, seconds: float = 1.5, near: dict[str, Any] | None = None
     ) -> tuple[nn.Module, dict[str, Any]] | None:
         """A model of this size with its inputs, or None; the reason is then in ``tried``."""
-        left = self.end - time.process_time()
+        left, seconds = self.end - time.process_time(), self.patience * seconds
         if left < 0:
             return None
         score: tuple[int, ...] = (0,)
@@ -224,7 +225,7 @@ class _Search:
 
     def mended(self, seconds: float = 60.0) -> tuple[nn.Module, dict[str, Any]] | None:
         """Sizes that were cut are given back one by one, and fields that an error asks for are set."""
-        end = min(self.end, time.process_time() + seconds)
+        end = min(self.end, time.process_time() + self.patience * seconds)
         while self.best is not None and time.process_time() < end:
             before = self.best
             _, words, recipe, tiny, reason, inputs = before

@@ -40,14 +40,14 @@ class Row:
         return next((k for k in ("wrong", "refused", "named") if k in kinds), "right")
 
 
-def one(kind: str, tell: Callable[[Row], None] = lambda row: None, laws: bool = True) -> Row:
+def one(kind: str, tell: Callable[[Row], None] = lambda row: None, laws: bool = True, patience: float = 1.0) -> Row:
     """Build a type and ask every law; ``tell`` is given the row after each step."""
     from tests.zoo.build import NotBuilt, build
     from tests.zoo.laws import check
 
     start, row = time.process_time(), Row(kind)
     try:
-        built = build(kind)
+        built = build(kind, patience=patience)
     except NotBuilt as error:
         row.why = str(error)
         row.seconds = time.process_time() - start
@@ -63,7 +63,7 @@ def one(kind: str, tell: Callable[[Row], None] = lambda row: None, laws: bool = 
     return row
 
 
-def _worker(kind: str, laws: bool, pipe: Connection) -> None:
+def _worker(kind: str, laws: bool, patience: float, pipe: Connection) -> None:
     import logging
     import os
     import warnings
@@ -78,11 +78,11 @@ def _worker(kind: str, laws: bool, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     spent = int(time.process_time())
     resource.setrlimit(resource.RLIMIT_CPU, (spent + int(SECONDS), spent + int(SECONDS) + 1))
-    pipe.send(("", one(kind, lambda row: pipe.send(("so far", row)), laws)))
+    pipe.send(("", one(kind, lambda row: pipe.send(("so far", row)), laws, patience)))
 
 
-def census(kinds: Sequence[str], processes: int = 2, laws: bool = True) -> Iterator[Row]:
-    """The row of every type, as they end."""
+def census(kinds: Sequence[str], processes: int = 2, laws: bool = True, patience: float = 1.0) -> Iterator[Row]:
+    """The row of every type, as they end; ``patience`` as in `build.build`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.zoo.preload"])
     waiting, running = list(reversed(kinds)), {}
@@ -90,7 +90,7 @@ def census(kinds: Sequence[str], processes: int = 2, laws: bool = True) -> Itera
         while waiting and len(running) < processes:
             kind = waiting.pop()
             here, there = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(kind, laws, there), daemon=True)
+            process = context.Process(target=_worker, args=(kind, laws, patience, there), daemon=True)
             process.start()
             there.close()
             running[here] = (process, time.monotonic() + PATIENCE * SECONDS, Row(kind))
