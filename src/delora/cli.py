@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise SystemExit(f'{error.name} is not installed: pip install "delora[cli]"') from error
 
-from delora.errors import UserError
+from delora.errors import UserError, nearest, nearest_path
 from delora.formats.files import printable
 
 __all__ = ["Terminal", "app", "exit_code", "main"]
@@ -164,12 +164,12 @@ def copy(
     files = {recipe.name: recipe.file for recipe in shipped()}
     commands = {recipe.name: recipe.command.removesuffix(f" {recipe.name}") for recipe in shipped()}
     if name not in files:
-        raise typer.BadParameter(f"there is no recipe {name!r}; there are {', '.join(files)}")
+        raise typer.BadParameter(f"there is no recipe {name!r}; {nearest(name, list(files))}")
     target = folder / files[name].name if folder.is_dir() else folder
     if target.exists():
         raise typer.BadParameter(f"{target} exists: choose another file")
     if not target.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {target.parent}")
+        raise typer.BadParameter(f"there is no folder {target.parent}{nearest_path(target.parent)}")
     target.write_bytes(files[name].read_bytes())
     out.print(f"Written to {target}; run it with: {commands[name]} {target}", markup=False)
 
@@ -721,7 +721,7 @@ def serve(
         require_adapter(folder)
         folders[called] = folder
     if shelf is not None and not shelf.is_dir():
-        raise typer.BadParameter(f"--shelf {shelf}: there is no such folder")
+        raise typer.BadParameter(f"--shelf {shelf}: there is no such folder{nearest_path(shelf)}")
     dtype = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     base = loading(AutoModelForCausalLM, model, dtype=dtype).to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {"max_batch": batch, "max_tokens": tokens, "shelf": shelf, "methods": _own(method)}

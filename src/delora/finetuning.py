@@ -13,10 +13,10 @@ import delora
 from delora import tasks
 from delora.data import tables
 from delora.data.examples import DataError
-from delora.errors import UserError
+from delora.errors import UserError, nearest
 from delora.formats.files import write_atomically
 from delora.training import defaults, experiments
-from delora.training.config import ConfigError, Experiment, assign, method_class, nearest, slug
+from delora.training.config import ConfigError, Experiment, assign, method_class, slug
 from delora.training.defaults import Setting, Sketch
 from delora.training.runs import CONFIG, claim, discard, exclusive, place
 

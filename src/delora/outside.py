@@ -10,10 +10,11 @@ import dataclasses
 import importlib
 import os
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
-from delora.errors import UserError
+from delora.errors import UserError, nearest, nearest_path
 
 __all__ = ["OutsideError", "method", "module"]
 
@@ -45,7 +46,10 @@ def module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise OutsideError(f"there is no module {name!r}, neither in {here} nor among the installed packages") from error
+            file = Path(*name.split(".")).with_suffix(".py")
+            raise OutsideError(
+                f"there is no module {name!r}, neither in {here} nor among the installed packages{nearest_path(file)}"
+            ) from error
         raise OutsideError(f"{name} imports {error.name!r}, which is not installed") from error
     except Exception as error:  # whatever a user's own file raises
         raise OutsideError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
@@ -67,7 +71,7 @@ def method(name: str) -> type:
     cls = getattr(source, attribute, None)
     if cls is None:
         classes = [key for key, value in vars(source).items() if isinstance(value, type) and value.__module__ == where]
-        raise OutsideError(f"{where} has no class {attribute!r}; it has {', '.join(classes) or 'none'}")
+        raise OutsideError(f"{where} has no class {attribute!r}; {nearest(attribute, classes) if classes else 'it has none'}")
     missing = [key for key in ("init", "update") if not callable(getattr(cls, key, None))]
     if not isinstance(cls, type) or not dataclasses.is_dataclass(cls) or missing:
         lacks = f"it has no {' and no '.join(missing)}" if missing else "it is none"

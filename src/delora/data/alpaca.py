@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from delora.data.examples import DataError
+from delora.errors import nearest_path
 
 __all__ = ["FILE", "IGNORED", "Instruction", "encode", "read", "split", "template", "trained"]
 
@@ -90,9 +91,9 @@ def _hub(source: str) -> list[Any]:
         return list(load_dataset(source, split="train"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"there are no instructions at {source!r}: it is no file, no folder that holds {FILE}, and the Hugging Face Hub "
-            f"did not provide it ({error}). Fetch {FILE} from the GitHub repository tloen/alpaca-lora and give its path as "
-            "data.source"
+            f"there are no instructions at {source!r}{nearest_path(source)}: it is no file, no folder that holds {FILE}, and "
+            f"the Hugging Face Hub did not provide it ({error}). Fetch {FILE} from the GitHub repository tloen/alpaca-lora and "
+            "give its path as data.source"
         ) from error
 
 

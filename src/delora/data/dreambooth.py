@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from delora.data.examples import DataError
+from delora.errors import nearest, nearest_path
 
 __all__ = ["FILE", "Subject", "open_image", "read"]
 
@@ -59,7 +60,7 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
             raise DataError(f"the prompt {prompt!r} must have {{}} once, in the subject's place")
     if word is not None:
         if not folder.is_dir():
-            raise DataError(f"there is no folder {source!r} of photographs")
+            raise DataError(f"there is no folder {source!r} of photographs{nearest_path(source)}")
         if not prompts:
             raise DataError("give subject.prompts, by which your subject is judged, such as ['a photo of {} on the beach']")
         return [Subject(folder.resolve().name, word, _images(folder), tuple(prompts))]
@@ -71,7 +72,7 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
     words, lists = _parse((folder / FILE).read_text("utf-8"), str(folder / FILE))
     for name in names:
         if name not in words:
-            raise DataError(f"{folder / FILE} has no subject {name!r}; there are {', '.join(words)}")
+            raise DataError(f"{folder / FILE} has no subject {name!r}; {nearest(name, list(words))}")
     chosen = sorted(names or words)
     by_name = {name: tuple(prompts) or lists[words[name] in LIVE] for name in chosen}
     return [Subject(name, words[name], _images(folder / name), by_name[name]) for name in chosen]

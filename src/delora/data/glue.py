@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from delora.data.examples import DataError, Example, Splits, TextTask
+from delora.errors import nearest_path
 
 __all__ = ["HUB", "TASKS", "GlueTask", "divide", "read", "splits"]
 
@@ -134,7 +135,8 @@ def _hub(task: str, source: str) -> Any:
         return datasets.load_dataset(source, task)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"there is no folder {source!r}, and the Hugging Face Hub did not provide its {task}: {type(error).__name__}.\n"
+            f"there is no folder {source!r}{nearest_path(source)}, and the Hugging Face Hub did not provide its {task}: "
+            f"{type(error).__name__}.\n"
             f"{_by_hand(task, 'FOLDER')}"
         ) from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +9,9 @@ from typing import Any, Literal, get_args
 
 from delora.data.examples import DataError
 from delora.data.rows import Rows, brief
+from delora.errors import nearest
 
-__all__ = ["KINDS", "Kind", "Roles", "flat", "measured", "missing", "named", "nearest", "recognise", "recognised"]
+__all__ = ["KINDS", "Kind", "Roles", "flat", "measured", "missing", "named", "recognise", "recognised"]
 
 Kind = Literal["classification", "regression", "chat", "completion", "preference", "text"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -71,10 +71,10 @@ def recognise(source: str, rows: Rows, kind: Kind | None, given: Roles, group: s
     """The kind of the data, and the column of each role: as the user says, else as the columns' names and values say."""
     for column in flat(given):
         if column not in rows.columns:
-            raise DataError(f"{source}: there is no column {column!r}; {nearest(column, rows.columns)}")
+            raise DataError(f"{source}: there is no column {column!r}; {nearest(column, rows.columns, repr)}")
     known = {role for must, may in ROLES.values() for role in (*must, *may)}
     if unknown := [role for role in given if role not in known]:
-        raise DataError(f"{source}: no column has the role {unknown[0]!r}; {nearest(unknown[0], sorted(known))}")
+        raise DataError(f"{source}: no column has the role {unknown[0]!r}; {nearest(unknown[0], sorted(known), repr)}")
     if given and not {"text", "label"} & set(given):
         fitting = [k for k, (must, may) in ROLES.items() if set(must) <= set(given) <= {*must, *may} and kind in (None, k)]
         if not fitting:
@@ -175,13 +175,3 @@ def recognised(source: str, kind: Kind, roles: Roles, columns: list[str], group:
     left = [column for column in columns if column not in (*flat(roles), group)]
     note = f"; left out: {', '.join(map(repr, left))}" if left else ""
     return f"{source}: {kind} ({uses}{'; group: ' + repr(group) if group else ''}{note})"
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint: the known name that is most like this one, or all of them if none is.
-
-    >>> nearest("txt", ["text", "label"])
-    "did you mean 'text'? There are text, label"
-    """
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"{f'did you mean {close[0]!r}? ' if close else ''}{'There' if close else 'there'} are {', '.join(known)}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from delora.data.examples import DataError
+from delora.errors import nearest_path
 
 __all__ = ["LARGEST", "PARTS", "Rows", "brief", "files", "part_of", "read_file", "read_source"]
 
@@ -357,15 +358,15 @@ def _saved(folder: Path) -> dict[str, Rows]:
 
 def _hub(name: str) -> dict[str, Rows]:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) or Path(name).suffix.lower() in READERS:
-        raise DataError(f"there is no file and no folder {name}: give the path of your data")
+        raise DataError(f"there is no file and no folder {name}{nearest_path(name)}: give the path of your data")
     import datasets
 
     try:
         loaded = datasets.load_dataset(name)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"there is no file and no folder {name!r}, and the Hugging Face Hub did not provide a data set of this name "
-            f"({type(error).__name__}); give a file's path, or fetch it where there is a network: "
+            f"there is no file and no folder {name!r}{nearest_path(name)}, and the Hugging Face Hub did not provide "
+            f"a data set of this name ({type(error).__name__}); give a file's path, or fetch it where there is a network: "
             f"hf download {name} --repo-type dataset --local-dir FOLDER"
         ) from error
     return _parts(loaded, name)

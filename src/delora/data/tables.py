@@ -13,9 +13,10 @@ from typing import Any
 
 from delora.data.dividing import divide, units
 from delora.data.examples import DataError
-from delora.data.recognising import KINDS, Kind, Roles, flat, measured, missing, named, nearest, recognise, recognised
+from delora.data.recognising import KINDS, Kind, Roles, flat, measured, missing, named, recognise, recognised
 from delora.data.rows import LARGEST, Rows, brief, read_source
 from delora.data.turns import conversation, is_turns, silent
+from delora.errors import nearest
 
 __all__ = ["KINDS", "Kind", "Table", "read"]
 
@@ -91,7 +92,7 @@ def read(
     ('classification', {'text': 'body', 'label': 'direction'}, ('down', 'up'), {'train': 16, 'validation': 2, 'test': 2})
     """
     if kind is not None and kind not in KINDS:
-        raise DataError(f"kind = {kind!r}: {nearest(kind, KINDS)}")
+        raise DataError(f"kind = {kind!r}: {nearest(kind, KINDS, repr)}")
     parts = read_source(source)
     if "train" not in parts:
         raise DataError(f"{source} has the part {next(iter(parts))!r} and none to train on: name a file train")
@@ -103,7 +104,7 @@ def read(
     for rows in parts.values():
         for column in (*flat(roles), *([group] if group else [])):
             if column not in rows.columns:
-                raise DataError(f"{rows.at[0]}: there is no column {column!r}; {nearest(column, rows.columns)}")
+                raise DataError(f"{rows.at[0]}: there is no column {column!r}; {nearest(column, rows.columns, repr)}")
     if found == "classification" and kind is None and measured(parts["train"], str(roles["label"])):
         found = "regression"
     reader = _Reader(found, roles, group)

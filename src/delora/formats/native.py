@@ -24,6 +24,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from delora.diagnostics import report
+from delora.errors import nearest_path
 from delora.formats import bases, cards
 from delora.formats.files import (
     AdapterError,
@@ -369,7 +370,7 @@ def require_adapter(folder: Path) -> None:
     delora.formats.files.AdapterError: there is no folder missing
     """
     if not folder.is_dir():
-        raise AdapterError(f"there is no folder {folder}")
+        raise AdapterError(f"there is no folder {folder}{nearest_path(folder)}")
     if not is_adapter(folder):
         there = sorted(p.name for p in folder.iterdir())[:10]
         raise AdapterError(f"{folder} holds no adapter: expected {JSON} (delora) or adapter_config.json (PEFT), found {there}")

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from delora.errors import UserError
+from delora.errors import UserError, nearest_path
 from delora.formats import cards, native
 from delora.formats import peft as peft_format
 from delora.formats.files import AdapterError, read_json
@@ -149,7 +149,9 @@ def local(place: str | os.PathLike[str], revision: str | None = None) -> Path:
     PosixPath('.')
     """
     if isinstance(place, str) and not Path(place).exists() and REPOSITORY.fullmatch(place):
-        with _in_words(f"there is no folder {place}, and the Hub did not provide such a repository") as hub:
+        with _in_words(
+            f"there is no folder {place}{nearest_path(place)}, and the Hub did not provide such a repository"
+        ) as hub:
             return Path(hub.snapshot_download(place, revision=revision, allow_patterns=[*OURS, *PEFTS]))
     if revision is not None:
         what = "but a folder, which has no revisions" if Path(place).exists() else "whose name is as 'user/name'"

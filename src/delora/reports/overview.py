@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from delora import tasks
+from delora.errors import nearest_path
 from delora.formats.files import get, read_json, shown, write_atomically
 from delora.reports import figures
 from delora.reports.experiment import NOTHING, REPORT, STYLE
@@ -82,7 +83,7 @@ def collect(folders: Sequence[Path], modules: Sequence[str] = ()) -> tuple[list[
     failed: dict[str, str] = {}
     for folder in folders:
         if not folder.is_dir():
-            raise RunError(f"there is no folder {folder}")
+            raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
         runs += [_run(file.parent, modules) for file in sorted(folder.rglob(RESULT))]
         failed |= {file.parent.name: get(read_json(file), "error", str, file) for file in sorted(folder.rglob(FAILED))}
     if not runs:

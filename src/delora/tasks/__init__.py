@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from delora import outside
+from delora.errors import nearest
 from delora.recipes import find as find_recipe
-from delora.training.config import ConfigError, Experiment, load_file, nearest
+from delora.training.config import ConfigError, Experiment, load_file
 from delora.training.config import parse as parse_as
 from delora.training.task import Task
 

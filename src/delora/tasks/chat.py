@@ -24,6 +24,7 @@ from delora.data import alpaca, tables
 from delora.data.chats import Encoded, encode
 from delora.data.examples import DataError
 from delora.data.packing import Collator, keeps_apart, packed
+from delora.errors import nearest_path
 from delora.evaluation.answers import answer
 from delora.evaluation.language import log_likelihood, predicted, token_sums
 from delora.formats.files import read_json, write_atomically
@@ -215,7 +216,8 @@ def _templated(model: str, given: str | None, where: str) -> Any:
         tokenizer.chat_template = alpaca.template(tokenizer)
     elif given is not None:
         if not Path(given).is_file():
-            raise ConfigError(f'{where}: data.template = {given!r}: there is no such file; another is "alpaca"')
+            near = nearest_path(given, ["alpaca"])
+            raise ConfigError(f'{where}: data.template = {given!r}: there is no such file{near}; another is "alpaca"')
         tokenizer.chat_template = Path(given).read_text("utf-8")
     return tokenizer
 
@@ -346,7 +348,7 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
     elif folder.is_dir():
         model, _ = language_model(str(folder), weights)
     else:
-        raise RunError(f"there is no folder {folder}")
+        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
     return scored(model, tokenizer, experiment, data.test), len(data.test)
 
 

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import delora
 from delora.data import glue, sentences, tables
 from delora.data.examples import Example, Splits, TextTask
+from delora.errors import nearest_path
 from delora.evaluation import text
 from delora.formats.files import read_json, write_atomically
 from delora.formats.native import is_adapter
@@ -351,7 +352,7 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
         if untrained := drawn(str(folder), task.labels):
             raise RunError(f"{folder} is no finetuned classifier: it has no {untrained[0]}")
     else:
-        raise RunError(f"there is no folder {folder}")
+        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
     test = read_splits(experiment).test if test is None else test
     return text.scores(text.predict(model, tokenizer, test, task, experiment.data.max_tokens), test, task), len(test)
 

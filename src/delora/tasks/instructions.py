@@ -25,6 +25,7 @@ from delora.data import alpaca, sentences
 from delora.data.alpaca import Instruction
 from delora.data.examples import DataError
 from delora.data.sentences import QUESTIONS, Question
+from delora.errors import nearest_path
 from delora.evaluation import harness
 from delora.evaluation.language import perplexity, predicted
 from delora.formats.files import read_json
@@ -215,6 +216,7 @@ def material(experiment: Settings) -> Material:
         if not Path(text).is_file():
             raise DataError(
                 f"evaluate.text = {text!r}: there is no such file, and no such domain ({', '.join(sentences.DOMAINS)})"
+                f"{nearest_path(text, sentences.DOMAINS)}"
             )
         other = Path(text).read_text("utf-8")
     if data.domain is None:
@@ -377,7 +379,7 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
     elif folder.is_dir():
         model, tokenizer = language_model(str(folder), weights)
     else:
-        raise RunError(f"there is no folder {folder}")
+        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
     return scored(model, tokenizer, experiment, data), len(data.held_out)
 
 

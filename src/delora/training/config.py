@@ -7,7 +7,6 @@ What is particular to a task is in the subclass of `Experiment` in the task's mo
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 import tomllib
@@ -27,7 +26,7 @@ from pydantic import (
 )
 
 from delora import outside
-from delora.errors import UserError
+from delora.errors import UserError, nearest, nearest_path
 from delora.methods import METHODS
 from delora.methods.base import one_of
 from delora.recipes import shipped
@@ -49,7 +48,6 @@ __all__ = [
     "differences",
     "load_file",
     "method_class",
-    "nearest",
     "parse",
     "slug",
     "validate",
@@ -393,9 +391,8 @@ def load_file(recipe: Path) -> dict[str, Any]:
         return json.loads(text) if recipe.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         names = [each.name for each in shipped()]
-        close = difflib.get_close_matches(recipe.name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"the shipped recipes are {', '.join(names)}"
-        raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror or error}; {hint}") from error
+        hint = nearest_path(recipe, names) or f"; the shipped recipes are {', '.join(names)}"
+        raise ConfigError(f"cannot read the recipe {recipe}: {error.strerror or error}{hint}") from error
     except ValueError as error:  # both decoders' errors, and that of bytes that are not UTF-8
         kind = "JSON" if recipe.suffix == ".json" else "TOML"
         raise ConfigError(f"{recipe} is not valid {kind}: {error}") from error
@@ -542,13 +539,3 @@ def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             known += _known(inner, f"{prefix}{key}.")
     return known
-
-
-def nearest(key: str, known: Sequence[str]) -> str:
-    """A hint: the known key that is most like this one, or all of them if none is.
-
-    >>> nearest("leaning_rate", ["learning_rate", "steps"])
-    'did you mean learning_rate?'
-    """
-    close = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"

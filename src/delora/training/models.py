@@ -22,7 +22,7 @@ from transformers import (
 
 from delora.data.chats import end_of_turn
 from delora.data.packages import PACKAGES, Package, fetch
-from delora.errors import UserError
+from delora.errors import UserError, nearest_path
 from delora.formats.files import read_json, whole_folder, write_atomically
 from delora.formats.native import JSON, description, load, require_adapter, save
 from delora.formats.peft import CONFIG as PEFT_CONFIG
@@ -117,7 +117,7 @@ def refused(name: str, library: str, error: Exception) -> ModelError:
     """
     if Path(path_of(name)).is_dir():
         return ModelError(f"{name} is not a folder that {library} can read as this kind of model: {error}")
-    packaged = ", ".join(sorted(n for n, package in PACKAGES.items() if package.kind == "model"))
+    packaged = sorted(n for n, package in PACKAGES.items() if package.kind == "model")
     hand = ""
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         hand = (
@@ -125,8 +125,8 @@ def refused(name: str, library: str, error: Exception) -> ModelError:
             "bring the folder here, and give it in the name's place (in a recipe: model=FOLDER)"
         )
     return ModelError(
-        f"there is no model {name!r}: it is no packaged model ({packaged}), no folder, and the Hugging Face Hub did not "
-        f"provide it{hand}"
+        f"there is no model {name!r}{nearest_path(name, packaged)}: it is no packaged model ({', '.join(packaged)}), no "
+        f"folder, and the Hugging Face Hub did not provide it{hand}"
     )
 
 
