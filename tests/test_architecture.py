@@ -8,6 +8,7 @@ import inspect
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -35,18 +36,22 @@ def module(path: Path) -> str:
     return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
+def tree(path):
+    return ast.parse(path.read_text("utf-8"))
+
+
 def imports(path: Path) -> set[str]:
     """The modules of ours that a file imports, anywhere in it, but for the sake of types."""
-    tree = ast.parse(path.read_text("utf-8"))
     typing = {
         id(inner)
-        for node in ast.walk(tree)
+        for node in ast.walk(tree(path))
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for inner in ast.walk(node)
     }
     found = set()
     known = {module(p) for p in FILES}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree(path)):
         if id(node) in typing:
             continue
         if isinstance(node, ast.Import):
@@ -139,22 +144,21 @@ def attributes(name: str) -> list[object]:
 
 @pytest.mark.parametrize("path", FILES, ids=module)
 def test_every_module_says_what_is_public(path):
-    body = ast.parse(path.read_text("utf-8")).body
+    body = tree(path).body
     public = {n.name for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")}
     if not public:
         return
     names = set(importlib.import_module(module(path)).__all__)
     assert names <= set(vars(sys.modules[module(path)]))
     # What another module of ours takes from it is public.
-    taken = {
-        alias.name
-        for other in FILES
-        for node in ast.walk(ast.parse(other.read_text("utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module == module(path)
-        for alias in node.names
-    }
+    taken = {alias.name for node in imported_from() if node.module == module(path) for alias in node.names}
     hidden = {name for name in taken & public if name not in names}
     assert not hidden, f"{module(path)}: {sorted(hidden)} are used elsewhere and not in __all__"
+
+
+@cache
+def imported_from():
+    return [node for path in FILES for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)]
 
 
 PUBLIC = [name for name in delora.__all__ if callable(getattr(delora, name)) and not inspect.ismodule(getattr(delora, name))]
@@ -183,7 +187,7 @@ def test_the_engine_holds_no_tasks_name(path):
     """All that is particular to a task is in its module; what data are for has the same names, which their readers know."""
     if module(path) in ("delora.data.glue", "delora.data.sentences", "delora.data.recognising", "delora.data.tables"):
         return
-    texts = {n.value for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Constant)}
+    texts = {n.value for n in ast.walk(tree(path)) if isinstance(n, ast.Constant)}
     assert not texts & {*tasks.NAMES, *tasks.NAMES.values()}
 
 
