@@ -20,10 +20,10 @@ FILE = Path(__file__).with_name("methods.md")
 # name: parameters of one layer, places, how the update runs and what can be done with it, a first rate, when to choose it
 FACTS = {
     "delora": (
-        "r (in + out) + 1",
+        "r (in + out), and 1 with `learn_lam`",
         "query and value projections (paper); any layer",
         "low-rank: runs like LoRA, merges, exports as a LoRA of rank r (2r for `subtract` and `copy`)",
-        "1e-3 to 3e-2 (Table 9), its strength the same",
+        "3e-2 to 3e-1 at reach 0.1; 1e-3 to 3e-2 (Table 9), a learned strength the same",
         "The learning rate cannot be tuned, training is long, or how far the weights may move has to be bounded.",
     ),
     "full": (
@@ -217,7 +217,7 @@ On the real shapes, heads not counted; every figure is a test. The model is buil
 {rows}
 
 - DoRA: the paper's figures leave out the magnitudes, 99,840 for Stable Diffusion and 262,144 for LLaMA-2.
-- DeLoRA: LoRA's, and one strength for each matrix (24, 128, 64).
+- DeLoRA: LoRA's, and with `learn_lam=True`, as the paper counts, one strength for each matrix (24, 128, 64).
 - ETHER+ on LLaMA-2: the paper cuts 1.0486M off.
 - The sizes of the bottleneck adapters are not given: 10 and 16 are those that fit the paper's figures.
 - OFT: the entries that are free, of which a program may store twice as many.

@@ -21,7 +21,7 @@ def fresh() -> nn.Module:
 
 
 def train(model: nn.Module, steps: int, folder: Path, resume: Path | None = None) -> list[Tensor]:
-    optimizer = torch.optim.AdamW(delora.param_groups(model, lr=1e-2, lam_lr=1e-2, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(delora.param_groups(model, lr=1e-2, weight_decay=0.01))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
     generator, first = torch.Generator().manual_seed(1), 0
     if resume is not None:

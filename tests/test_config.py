@@ -40,8 +40,10 @@ def test_every_recipe_of_the_repository_loads():
 def test_the_quickstart_compares_what_it_says():
     runs = {variant.name: run for variant, run in read("quickstart").runs()}
     assert runs["LoRA 3e-2"].adapter.build() == LoRA(r=8, alpha=16.0)
-    assert runs["DeLoRA 3e-3"].adapter.build() == DeLoRA(r=8, lam=12.0, start="subtract")
-    assert {run.train.lr for name, run in runs.items() if "LoRA" in name} == {3e-3, 3e-2}
+    assert runs["DeLoRA 3e-2"].adapter.build() == DeLoRA(r=8, reach=0.1, start="subtract")
+    rates = {name: run.train.lr for name, run in runs.items() if "LoRA" in name}
+    assert rates == {"LoRA 3e-3": 3e-3, "LoRA 3e-2": 3e-2, "DeLoRA 3e-2": 3e-2, "DeLoRA 3e-1": 3e-1}
+    assert not any(run.adapter.build().learn_lam for name, run in runs.items() if name.startswith("DeLoRA"))
     heads = [run for run in runs.values() if run.adapter.build() == Full()]
     assert len({run.train.head_lr for run in heads}) == len(heads) > 1
     assert len({run.data for run in runs.values()}) == len({run.seed for run in runs.values()}) == 1
@@ -53,6 +55,18 @@ def test_variants_change_what_they_name_and_nothing_else():
     assert lora.adapter.build() == LoRA(r=4, alpha=8.0)  # r is both methods', lam and start are DeLoRA's alone
     assert (lora.train.epochs, lora.train.lr, lora.adapter.targets) == (5, 1e-3, ["query"])
     assert (head.adapter.build(), head.adapter.targets, head.seed) == (Full(), ["classifier"], 3)
+
+
+def test_a_rate_for_a_lam_that_is_not_learned_is_refused_before_anything_runs():
+    for change in ("train.lam_lr=0.01", "train.lam_weight_decay=0.01"):
+        key = change.partition("=")[0]
+        with pytest.raises(
+            ConfigError, match=rf"{key} = 0.01: lam is not learned; leave it out, or set adapter.learn_lam = true"
+        ):
+            base(change)
+        assert base(change, "adapter.learn_lam=true").runs()
+        assert base(change, "adapter.overrides={query={learn_lam=true}}").runs()
+    assert base("train.lam_lr=0.0").runs()
 
 
 def test_reach_takes_the_place_of_lam_and_lam_that_of_reach():

@@ -98,7 +98,7 @@ ROWS = [
     roberta_row("adapter (Houlsby), size 10", Bottleneck(10), BOTH_OUT, 387_312, "0.4M"),
     roberta_row("adapter (Houlsby), size 8", Bottleneck(8), BOTH_OUT, 313_536, None),
     roberta_row("adapter (Houlsby), size 16", Bottleneck(16), BOTH_OUT, 608_640, None),
-    roberta_row("DeLoRA, r = 8", DeLoRA(r=8), QV, 294_936, "0.3M"),
+    roberta_row("DeLoRA, r = 8", DeLoRA(r=8, learn_lam=True), QV, 294_936, "0.3M"),
     roberta_row("NB-LoRA, r = 8", NBLoRA(r=8), QV, 294_912, None),
     roberta_row("HRA, r = 8", HRA(r=8), QV, 147_456, None),
     Row("Stable Diffusion v1.5", "full finetuning (DreamBooth)", Full(), r"[^.]*", 859_520_964, "859.5M"),
@@ -107,14 +107,14 @@ ROWS = [
     unet_row("LoRA, r = 4", LoRA(r=4), 797_184, "0.8M"),
     unet_row("LoRA, r = 16", LoRA(r=16), 3_188_736, "3.2M"),
     unet_row("DoRA, r = 16", DoRA(r=16), 3_288_576, "3.2M"),
-    unet_row("DeLoRA, r = 16", DeLoRA(r=16), 3_188_864, "3.2M"),
+    unet_row("DeLoRA, r = 16", DeLoRA(r=16, learn_lam=True), 3_188_864, "3.2M"),
     llama_row("LoRA, r = 8", LoRA(r=8), 4_194_304, "4.19M"),
     llama_row("DoRA, r = 8", DoRA(r=8), 4_456_448, "4.19M"),
     llama_row("NB-LoRA, r = 8", NBLoRA(r=8), 4_194_304, None),
     llama_row("HRA, r = 8", HRA(r=8), 2_097_152, None),
     llama_row("ETHER, n = 32", ETHER(blocks=32), 262_144, "0.26M"),
     llama_row("ETHER+, two-sided, n = 32", EtherPlus(blocks=32), 1_048_576, "1.04M"),
-    llama_row("DeLoRA, r = 8", DeLoRA(r=8), 4_194_304 + 64, "4.19M"),
+    llama_row("DeLoRA, r = 8", DeLoRA(r=8, learn_lam=True), 4_194_304 + 64, "4.19M"),
 ]
 
 

@@ -14,7 +14,7 @@ import delora
 from delora import DeLoRA, LoRA
 from delora.diagnostics import inspect
 from delora.methods.base import measure
-from tests.cases import LAYERS, NORMS, STARTS, adapted, change, shake
+from tests.cases import LAYERS, NORMS, STARTS, Net, adapted, change, ids, shake
 
 
 def first_step(start: str, lr: float, r: int = 8) -> float:
@@ -168,16 +168,36 @@ def test_copy_follows_the_present_lam_and_subtract_the_first():
 
 
 def test_a_frozen_lam_stays_frozen():
-    model = adapted(LAYERS["Linear"], DeLoRA(r=4, learn_lam=False))
+    model = adapted(LAYERS["Linear"], DeLoRA(r=4))
     lam = model.layer.adapter.tensors()["lam"]
     for mode in (True, False, True):
         model.train(mode)
         assert not lam.requires_grad
-    optimizer = torch.optim.AdamW(delora.param_groups(model, lr=0.1, lam_lr=0.1, weight_decay=0.1))
+    optimizer = torch.optim.AdamW(delora.param_groups(model, lr=0.1, weight_decay=0.1))
     model(LAYERS["Linear"].x()).square().sum().backward()
     optimizer.step()
     assert model.layer.adapter.tensors()["lam"].item() == 8.0
     assert "lam" in model.layer.adapter.saved()
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_by_default_no_strength_trains_and_the_first_bound_holds_at_a_far_too_high_rate(start):
+    torch.manual_seed(0)
+    model = delora.inject(Net(), DeLoRA(r=2, reach=0.1, start=start), ["q", "v"])
+    limits = {layer: report.bound for layer, report in inspect(model).items()}
+    groups = delora.param_groups(model, lr=10.0)
+    optimizer, x = torch.optim.AdamW(groups), ids()
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert [group["name"] for group in groups] == ["adapter"]
+    named = {name: id(p) for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in named} == {"A", "B"}
+    assert {id(p) for p in optimizer.state} == set(named.values())
+    for layer, report in inspect(model).items():
+        assert 0 < report.distance <= limits[layer] * (1 + 1e-5)
+        assert report.bound == limits[layer]
 
 
 def test_both_halves_see_the_same_dropped_input():

@@ -59,10 +59,11 @@ def test_overrides_change_fields_of_the_layers_they_find():
     assert methods["layer.2.q"] == DeLoRA(r=1, lam=2.0)
 
 
-def test_only_what_should_train_trains():
-    model = delora.inject(Net(), DeLoRA(r=2), ["q"], also_train=["classifier"])
+@pytest.mark.parametrize(("method", "learned"), [(DeLoRA(r=2), ()), (DeLoRA(r=2, learn_lam=True), ("lam",))], ids=str)
+def test_only_what_should_train_trains(method, learned):
+    model = delora.inject(Net(), method, ["q"], also_train=["classifier"])
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trains == {f"q.adapters.default.{t}" for t in ("A", "B", "lam")} | {
+    assert trains == {f"q.adapters.default.{t}" for t in ("A", "B", *learned)} | {
         f"classifier.adapters.default.module.{i}.{t}" for i in (0, 2) for t in ("weight", "bias")
     }
 
@@ -156,7 +157,7 @@ def test_disabled_comes_back_after_an_exception():
 
 
 def test_every_trainable_tensor_is_in_exactly_one_group():
-    model = delora.inject(Net(), DeLoRA(r=2), ["q", "v"], also_train=["classifier"])
+    model = delora.inject(Net(), DeLoRA(r=2, learn_lam=True), ["q", "v"], also_train=["classifier"])
     groups = delora.param_groups(model, lr=1e-2, lam_lr=1e-3, head_lr=1e-4, weight_decay=0.1)
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
@@ -170,6 +171,21 @@ def test_every_trainable_tensor_is_in_exactly_one_group():
     decayed = delora.param_groups(model, lr=1e-2, weight_decay=0.1, lam_weight_decay=0.01)
     assert {g["name"]: g["weight_decay"] for g in decayed}["lam"] == 0.01
     torch.optim.AdamW(groups)
+
+
+def test_without_a_learned_lam_there_is_no_group_for_it_and_its_rate_is_refused():
+    model = delora.inject(Net(), DeLoRA(r=2), ["q", "v"])
+    groups = delora.param_groups(model, lr=1e-2, lam_lr=0.0)
+    assert [(group["name"], len(group["params"])) for group in groups] == [("adapter", 4)]
+    for rate in ({"lam_lr": 1e-3}, {"lam_weight_decay": 0.01}):
+        (key,) = rate
+        with pytest.raises(ValueError, match=rf"{key} = .*: no strength lam of this model is learned; leave {key} out"):
+            delora.param_groups(model, lr=1e-2, **rate)
+    mixed = delora.inject(Net(), DeLoRA(r=2), ["q", "v"], overrides={"v": {"learn_lam": True}})
+    by_name = {group["name"]: group for group in delora.param_groups(mixed, lr=1e-2, lam_lr=1e-3)}
+    assert (by_name["lam"]["params"], by_name["lam"]["lr"]) == ([mixed.v.adapter.lam], 1e-3)
+    delora.inject(model, LoRA(r=2), ["q"], name="other")  # the fixed lam of an adapter that is not active is of no account
+    assert {group["lr"] for group in delora.param_groups(model, lr=1e-2, lam_lr=1e-3)} == {1e-2}
 
 
 def test_every_parameter_has_a_dimension():

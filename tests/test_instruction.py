@@ -78,8 +78,12 @@ def test_the_settings_that_are_published():
         return read(ROOT / "paper" / "recipes" / "instruct" / f"{name}.toml").runs()
 
     (_, run), (_, fixed) = of("llama2-7b-alpaca")
-    assert (run.adapter.build(), run.train.lr, run.train.lam_lr) == (DeLoRA(r=8, lam=8.0, start="copy"), 1e-2, 5e-3)
-    assert fixed.adapter.build() == DeLoRA(r=8, lam=8.0, start="copy", learn_lam=False)
+    assert (run.adapter.build(), run.train.lr, run.train.lam_lr) == (
+        DeLoRA(r=8, lam=8.0, start="copy", learn_lam=True),
+        1e-2,
+        5e-3,
+    )
+    assert (fixed.adapter.build(), fixed.train.lam_lr) == (DeLoRA(r=8, lam=8.0, start="copy"), 0.0)
     (dora,), (lora,) = ((each for _, each in of(name)) for name in ("dora", "lora"))
     assert (dora.train.lr, lora.train.lr) == (3e-4, 3e-4)
     assert dora.adapter.build().alpha == lora.adapter.build().alpha == 8.0

@@ -33,7 +33,9 @@ def arguments(folder: Path, **changes) -> TrainingArguments:
 
 def injected(net: nn.Module | None = None, name: str = "default", method=None) -> nn.Module:
     torch.manual_seed(0)
-    return delora.inject(net or Classifier(), method or DeLoRA(r=2), ["q", "v"], also_train=["classifier"], name=name)
+    return delora.inject(
+        net or Classifier(), method or DeLoRA(r=2, learn_lam=True), ["q", "v"], also_train=["classifier"], name=name
+    )
 
 
 def made(folder: Path, kind=AdapterTrainer, model: nn.Module | None = None, rates=None, callbacks=None, **changes):
@@ -64,7 +66,7 @@ def source(tmp_path_factory) -> str:
 
 def tuned(source: str, folder: Path, steps: int, **changes) -> Tuned:
     torch.manual_seed(0)
-    model = delora.inject(test_trl.base(source), DeLoRA(r=2), ["q_proj", "v_proj"], dropout=0.1, name="chat")
+    model = delora.inject(test_trl.base(source), DeLoRA(r=2, learn_lam=True), ["q_proj", "v_proj"], dropout=0.1, name="chat")
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": steps, "lr_scheduler_type": "constant", "lam_lr": 0.05}
     options |= {"bf16": False}
     return test_trl.trainer(model, folder, source, Tuned, **options | changes)

@@ -86,7 +86,7 @@ def test_bf16_and_fp16_bases_train(method):
 
 def test_lam_moves_by_less_than_bf16_could_hold():
     """A strength of 8 kept in bf16 could not move by 0.005: it is kept in float32."""
-    model = delora.inject(Net().bfloat16(), DeLoRA(r=2, lam=8.0), ["q"])
+    model = delora.inject(Net().bfloat16(), DeLoRA(r=2, lam=8.0, learn_lam=True), ["q"])
     optimizer = torch.optim.AdamW(delora.param_groups(shake(model, 0.01), lr=1e-3, lam_lr=5e-3))
     before = model.q.adapter.lam.item()
     model(ids()).float().square().sum().backward()

@@ -70,7 +70,7 @@ def test_the_product_of_all_lists(written, tmp_path):
 
 
 def test_a_factor_leaves_the_rate_of_lam_beside_it(written, tmp_path):
-    rates = {"train.lr": [1e-3], "train.lam_lr": [2e-3]}
+    rates = {"adapter.learn_lam": [True], "train.lr": [1e-3], "train.lam_lr": [2e-3]}
     (one,) = trials(asked(written, tmp_path, factors=[4.0], grid=rates))
     assert (one.experiment.train.lr, one.experiment.train.lam_lr) == (4e-3, 8e-3)
 
@@ -86,9 +86,22 @@ def test_a_factor_leaves_the_rate_of_lam_beside_it(written, tmp_path):
 )
 def test_a_case_may_scale_one_rate_alone(written, tmp_path, scaled, given, expected):
     rates = {"train.lr": [1e-3]} | ({} if given is None else {"train.lam_lr": [given]})
-    case = {"name": "one", "scaled": scaled}
+    case = {"name": "one", "set": {"adapter.learn_lam": True}, "scaled": scaled}
     (one,) = trials(asked(written, tmp_path, cases=[case], factors=[4.0], grid=rates))
     assert (one.experiment.train.lr, one.experiment.train.lam_lr) == expected
+
+
+def test_the_rate_of_a_lam_that_is_not_learned_is_not_scaled(written, tmp_path):
+    def swept(scaled):
+        return trials(
+            asked(written, tmp_path, cases=[{"name": "one", "scaled": scaled}], factors=[4.0], grid={"train.lr": [1e-3]})
+        )
+
+    for scaled in (["train.lr"], ["train.lr", "train.lam_lr"]):
+        (one,) = swept(scaled)
+        assert (one.experiment.train.lr, one.experiment.train.lam_lr) == (4e-3, None)
+    with pytest.raises(ConfigError, match="lam is not learned"):
+        swept(["train.lam_lr"])
 
 
 def test_the_papers_figure_is_not_that_of_a_sweep(written, tmp_path):

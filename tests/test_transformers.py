@@ -138,9 +138,9 @@ def test_a_pretrained_checkpoint_loads_into_an_injected_model():
 def test_the_readme_example_in_small(tmp_path):
     model = bert()
     base = copy.deepcopy(model)
-    delora.inject(model, DeLoRA(r=2, lam=4.0), targets=["query", "value"], dropout=0.2, also_train=["classifier"])
+    delora.inject(model, DeLoRA(r=2, reach=0.1), targets=["query", "value"], dropout=0.2, also_train=["classifier"])
     model.train()
-    optimizer = torch.optim.AdamW(delora.param_groups(model, lr=1e-2, lam_lr=1e-2, weight_decay=0.01))
+    optimizer = torch.optim.AdamW(delora.param_groups(model, lr=3e-2, head_lr=1e-2, weight_decay=0.01))
     x, labels = tokens(), torch.tensor([0, 1])
     losses = []
     for _ in range(30):

@@ -228,7 +228,7 @@ def finetune(
         arguments(folder, job.steps, job.lr, 16, job.seed, job.decay, job.clip),
         train_dataset=as_rows(turned(x), y),
         callbacks=[watch],
-        lam_lr=job.lam_lr,
+        lam_lr=job.lam_lr if getattr(job.method, "learn_lam", True) else None,  # none is taken for a fixed lam
     )
     try:
         trainer.train()

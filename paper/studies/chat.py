@@ -30,7 +30,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "LoRA": ({"method": "lora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
     "DoRA": ({"method": "dora", "r": 8, "alpha": 16.0}, (3e-4, 1e-3, 3e-3)),
     "ETHER+": ({"method": "etherplus", "blocks": 4}, (1e-3, 3e-3, 1e-2)),
-    "DeLoRA": ({"method": "delora", "r": 8, "lam": 8.0}, (3e-3, 1e-2, 3e-2)),
+    "DeLoRA": ({"method": "delora", "r": 8, "learn_lam": True, "lam": 8.0}, (3e-3, 1e-2, 3e-2)),
 }
 
 
@@ -97,7 +97,8 @@ def experiment(job: Job, out: Path) -> Experiment:
     """The recipe of the stand-in with the job's adapter, rate and seed. Only one run also scores the model before training."""
     data = read(RECIPE, ["variants=[]", "seeds=[]"]).model_dump(mode="json")
     adapter = {"targets": data["adapter"]["targets"]} | job.adapter
-    train = data["train"] | {"lr": job.lr, "lam_lr": job.lr / 2 if job.lam_lr is None else job.lam_lr}
+    rates = reach.rates(job.adapter, job.lr, job.lr / 2 if job.lam_lr is None else job.lam_lr)
+    train = data["train"] | rates
     first = (job.case, job.factor, job.seed) == ("LoRA", 1, SEEDS[0])
     evaluate = data["evaluate"] | {"before": first} if job.scored else {}
     return parse(data | {"seed": job.seed, "out": str(out), "adapter": adapter, "train": train, "evaluate": evaluate})

@@ -34,12 +34,13 @@ LAMS = (1.0, 2.0, 4.0, 8.0)
 LOW, HIGH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 LAM_SHARE = 0.5  # lam's rate over A's and B's
 
+DELORA = DeLoRA(r=8, learn_lam=True)  # as the paper trains it
 METHODS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
     "LoRA": ([LoRA(r=8, alpha=16.0)], LOW),
     "DoRA": ([DoRA(r=8, alpha=16.0)], LOW),
     "DoRA, fixed magnitude": ([DoRA(r=8, alpha=16.0, fixed_magnitude=True)], LOW),
     "ETHER+": ([EtherPlus()], HIGH),
-    "DeLoRA": ([DeLoRA(r=8, lam=lam) for lam in LAMS], HIGH),
+    "DeLoRA": ([replace(DELORA, lam=lam) for lam in LAMS], HIGH),
 }
 
 
@@ -158,7 +159,7 @@ def starts(study: str = "starts", clip: float = 0.0) -> Iterator[Job]:
     """Every start over lam and the rate (lam's rate is half of it); the runs of the first seed have a trace."""
     for seed, lam, lr, (case, fields) in product(SEEDS, START_LAMS, START_RATES, STARTS.items()):
         watched = (1, 2, 5, 6, 20, 21, 100, 101, 300) if seed == SEEDS[0] else ()
-        yield Job(study, case, DeLoRA(r=8, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
+        yield Job(study, case, replace(DELORA, lam=lam, **fields), lr, lr * LAM_SHARE, seed, clip=clip, watched=watched)
 
 
 JUDGED = ("subtract", "copy", "paired", "soft 0.01", "soft 0.03")
@@ -168,7 +169,7 @@ JUDGED_SEEDS, JUDGED_LAM, JUDGED_RATES = tuple(range(50, 60)), 8.0, (1e-3, 3e-3,
 def starts_judged() -> Iterator[Job]:
     """Five of the starts at the default lam and ten new seeds, for `verdicts.start`."""
     for seed, lr, case in product(JUDGED_SEEDS, JUDGED_RATES, JUDGED):
-        yield Job("starts-judged", case, DeLoRA(r=8, lam=JUDGED_LAM, **STARTS[case]), lr, lr * LAM_SHARE, seed)
+        yield Job("starts-judged", case, replace(DELORA, lam=JUDGED_LAM, **STARTS[case]), lr, lr * LAM_SHARE, seed)
 
 
 def cut() -> Iterator[Job]:

@@ -48,7 +48,7 @@ ENDS = (HIGH[0], HIGH[-1])
 
 LORA: Adapter = {"method": "lora", "r": R, "alpha": 2.0 * R}
 DORA: Adapter = {"method": "dora", "r": R, "alpha": 2.0 * R}
-DELORA: Adapter = {"method": "delora", "r": R}
+DELORA: Adapter = {"method": "delora", "r": R, "learn_lam": True}  # as the paper trains it
 # Each case with the settings and rates to choose from.
 METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
     "LoRA": ([LORA], LOW),
@@ -201,7 +201,8 @@ def experiment(job: Job, out: Path) -> Experiment:
     data = base.model_dump(mode="json")
     kept = {key: data["adapter"][key] for key in ("targets", "also_train")}
     steps = job.steps or data["train"]["steps"]
-    train = {"lr": job.lr, "lam_lr": job.lam_lr, "steps": steps, "save_steps": steps}  # a run of a minute is not resumed
+    rates = reach.rates(job.adapter, job.lr, job.lam_lr)
+    train: dict[str, Any] = rates | {"steps": steps, "save_steps": steps}  # a run of a minute is not resumed
     if job.lr == 0:
         train["head_lr"] = 0.0
     shots = {} if job.steps is None or job.subject is None else {"subject": data["subject"] | {"snapshots": 200}}

@@ -56,6 +56,15 @@ CHAT_SEEDS, CHAT_LORA_RATES = (115, 116), (1e-3, 3e-3, 1e-2)
 SUBJECT_SEEDS, SUBJECT_LORA_RATES = (115, 116), (5e-4, 2e-3, 8e-3)
 
 
+def rates(adapter: Fields, lr: float, lam_lr: float) -> dict[str, float | None]:
+    """The rates as a recipe takes them: it refuses one for a strength that is not learned.
+
+    >>> rates({"learn_lam": False}, 0.1, 0.05), rates({"learn_lam": True}, 0.1, 0.05)
+    ({'lr': 0.1, 'lam_lr': None}, {'lr': 0.1, 'lam_lr': 0.05})
+    """
+    return {"lr": lr, "lam_lr": lam_lr if adapter.get("learn_lam", True) else None}
+
+
 def lam_lr(mode: str, lr: float) -> float:
     """lam's rate beside the rate of A and B.
 

@@ -29,11 +29,12 @@ from paper.studies.digits import STARTS
 RESULTS = Path("paper/results/sentences")
 SEEDS = (10, 11)
 FACTORS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
+DELORA: dict[str, Any] = {"method": "delora", "r": 8, "learn_lam": True}  # as the paper trains it
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA": ({"method": "lora", "r": 8, "alpha": 16.0}, 3e-3),
     "DoRA": ({"method": "dora", "r": 8, "alpha": 16.0}, 3e-3),
     "ETHER+": ({"method": "etherplus", "blocks": 4}, 1e-2),
-    "DeLoRA": ({"method": "delora", "r": 8, "lam": 12.0}, 1e-2),
+    "DeLoRA": (DELORA | {"lam": 12.0}, 1e-2),
 }
 
 
@@ -105,14 +106,14 @@ def judged() -> Iterator[Job]:
 def starts(study: str, task: str, clip: float = 0.0) -> Iterator[Job]:
     """Every start over lam and the rate."""
     for seed, lam, lr, (case, fields) in product(START_SEEDS, START_LAMS, START_RATES, STARTS.items()):
-        adapter = {"method": "delora", "r": 8, "lam": lam, **fields}
+        adapter = DELORA | {"lam": lam} | fields
         yield Job(study, case, adapter, lr, seed, clip=clip, task=task, size=SHORT)
 
 
 def starts_judged(study: str, task: str) -> Iterator[Job]:
     """As `digits.starts_judged`, on sentences."""
     for seed, lr, case in product(digits.JUDGED_SEEDS, digits.JUDGED_RATES, digits.JUDGED):
-        adapter = {"method": "delora", "r": 8, "lam": digits.JUDGED_LAM, **STARTS[case]}
+        adapter = DELORA | {"lam": digits.JUDGED_LAM} | STARTS[case]
         yield Job(study, case, adapter, lr, seed, task=task, size=SHORT)
 
 
@@ -126,7 +127,7 @@ def ranks() -> Iterator[Job]:
     for seed, r, lr, (case, lam) in product(
         RANK_SEEDS, RANKS, RANK_RATES, (("constant", lambda r: FIXED_LAM), ("by rank", by_rank))
     ):
-        yield Job("ranks", case, {"method": "delora", "r": r, "lam": lam(r)}, lr, seed, size=SHORT)
+        yield Job("ranks", case, DELORA | {"r": r, "lam": lam(r)}, lr, seed, size=SHORT)
 
 
 def cut() -> Iterator[Job]:
@@ -209,7 +210,7 @@ def work(job: Job) -> dict[str, Any]:
     kind, domain, _ = TASKS[job.task]
     size = replace(job.size, test=1000) if job.cut else job.size
     train: dict[str, Any] = {"epochs": size.epochs} | ({"precision": "bf16"} if size.short else {})
-    lam_lr = job.lr / 2 if job.lam_lr is None else job.lam_lr
+    rates = reach.rates(job.adapter, job.lr, job.lr / 2 if job.lam_lr is None else job.lam_lr)
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
             {
@@ -224,7 +225,7 @@ def work(job: Job) -> dict[str, Any]:
                     **({"max_tokens": 24} if size.short else {}),
                 },
                 "adapter": job.adapter | {"targets": ["query", "value"], "also_train": ["pooler", "classifier"]},
-                "train": {"lr": job.lr, "lam_lr": lam_lr, "head_lr": 1e-3, "clip": job.clip} | train,
+                "train": rates | {"head_lr": 1e-3, "clip": job.clip} | train,
             }
         )
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))

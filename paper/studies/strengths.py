@@ -79,8 +79,8 @@ def modes() -> list[str]:
         "",
         *_gains(own, "mode"),
         "",
-        f'**By this rule, which decides, the default is to be "{mode}".** The library follows in its next change: until then `learn_lam=False` says it. '
-        "Validation and test examples are disjoint.",
+        f'**By this rule, which decides, the default is to be "{mode}".** `DeLoRA()` follows it; '
+        "the paper's recipes, the rungs and what comes from PEFT have `learn_lam=True`. Validation and test examples are disjoint.",
         "",
     ]
 

@@ -1,4 +1,4 @@
-"""delora: Decoupled Low-rank Adaptation. `W' = W + (lam / r) B Xi A diag(|W|)`, direction and strength learned apart.
+"""delora: Decoupled Low-rank Adaptation. `W' = W + (lam / r) B Xi A diag(|W|)`, directions apart from their strength.
 
 From the ground up; imports only point to what stands above them in this list:
 

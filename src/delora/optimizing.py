@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from delora.hosts import quantised_layers
 from delora.layer import Adapter, Copy
@@ -30,24 +30,35 @@ def param_groups(
     Args:
         model: a model with an adapter.
         lr: learning rate of the adapters and of everything that no other rate is for.
-        lam_lr: learning rate of the strengths lam (``lr`` if None).
+        lam_lr: learning rate of the strengths lam, of methods that learn them (``lr`` if None).
         head_lr: learning rate of the modules in ``also_train`` (``lr`` if None).
         weight_decay: for matrices; biases, scales of norms and other vectors are never decayed.
         lam_weight_decay: for the strengths lam.
 
     Raises:
-        ValueError: a rate is not a finite number of at least 0, or nothing trains.
+        ValueError: a rate is not a finite number of at least 0, nothing trains, or a rate or decay is given for strengths
+            of which none is learned.
 
     >>> import delora
     >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2), ["0"])
-    >>> [(group["name"], group["lr"]) for group in param_groups(model, lr=1e-3, lam_lr=1e-2)]
-    [('adapter', 0.001), ('lam', 0.01)]
+    >>> [(group["name"], group["lr"]) for group in param_groups(model, lr=1e-2)]
+    [('adapter', 0.01)]
+    >>> model = delora.inject(nn.Sequential(nn.Linear(4, 4)), delora.DeLoRA(r=2, learn_lam=True), ["0"])
+    >>> [(group["name"], group["lr"]) for group in param_groups(model, lr=1e-2, lam_lr=1e-3)]
+    [('adapter', 0.01), ('lam', 0.001)]
     """
     rates = {"lr": lr, "lam_lr": lam_lr, "head_lr": head_lr, "weight_decay": weight_decay, "lam_weight_decay": lam_weight_decay}
     for key, value in rates.items():
         if value is not None and (not is_number(value) or value < 0):
             raise ValueError(f"{key} = {value!r}: must be a finite number, at least 0")
     settle(model)
+    strengths = _strengths(model)
+    for key in ("lam_lr", "lam_weight_decay"):
+        if rates[key] and strengths and not any(p.requires_grad for p in strengths):
+            raise ValueError(
+                f"{key} = {rates[key]!r}: no strength lam of this model is learned; leave {key} out, or inject a method "
+                "that learns it, such as DeLoRA(learn_lam=True)"
+            )
     lam = {id(m.lam) for m in model.modules() if isinstance(m, Adapter) and hasattr(m, "lam")}
     head = {id(p) for m in model.modules() if isinstance(m, Copy) for p in m.parameters()}
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -67,6 +78,13 @@ def param_groups(
         }
         for (kind, matrix), parameters in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
+
+
+def _strengths(model: nn.Module) -> list[Tensor]:
+    """lam of every active adapter that has one."""
+    active = [layer.adapter for layer in adapted_layers(model).values() if layer.adapter is not None]
+    parts = [m for placed in active for m in placed.adapter.modules() if isinstance(m, Adapter)]
+    return [m.lam for m in parts if isinstance(getattr(m, "lam", None), Tensor)]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,8 @@ def trials(sweep: Sweep) -> list[Trial]:
     scaled, about = [], []
     for (name, case, setting, swept, changes), run in zip(plain, runs, strict=True):
         base = {"train.lr": run.train.lr, "train.lam_lr": run.train.lam_lr}
-        if base["train.lam_lr"] is None and len(case.scaled) == 1:
+        apart = case.scaled == ["train.lam_lr"] or (case.scaled == ["train.lr"] and not run.adapter.fixes_lam())
+        if base["train.lam_lr"] is None and apart:
             base["train.lam_lr"] = run.train.lr  # lam would follow the other rate, and with it the factor
         rates = {key: rate for key, rate in base.items() if rate is not None}
         for factor in sweep.factors:

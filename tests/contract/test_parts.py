@@ -337,7 +337,7 @@ def test_reports_summary_and_groups(each, name):
         assert report.distance == pytest.approx(dense.norm().item(), rel=1e-9)
         assert delora.distances(model)[layer] == pytest.approx((dense.norm() / W.norm()).item(), rel=1e-9)
     assert f"{len(each.names)} layers" in str(delora.summary(model))
-    grouped = [p for group in delora.param_groups(model, lr=1e-3, lam_lr=1e-2) for p in group["params"]]
+    grouped = [p for group in delora.param_groups(model, lr=1e-3) for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
 
 

@@ -21,7 +21,7 @@ CASTS = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cast", CASTS)
 def test_a_cast_model_trains_its_adapters_in_float32(cast, dtype, tmp_path):
-    model = delora.inject(Net(), DeLoRA(r=2), ["q", "v"], also_train=["classifier"])
+    model = delora.inject(Net(), DeLoRA(r=2, learn_lam=True), ["q", "v"], also_train=["classifier"])
     CASTS[cast](model, dtype)
     assert model.q.base.weight.dtype == dtype
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

@@ -85,6 +85,7 @@ def two_ways(r):
     }
 
 
+ZERO = DeLoRA(4, 15, start="zero", learn_lam=True)  # PEFT trains its lambda
 CASES = {
     "plain": (of("LORA", r=4, lora_alpha=8), Net, LoRA(4, 8)),
     "one expression": (of("LORA", target_modules=".*q|v"), Net, LoRA(8, 8)),
@@ -116,9 +117,9 @@ CASES = {
     "rank-stabilised": (of("LORA", use_rslora=True), Net, LoRA(8, 8, rslora=True)),
     "DoRA": (of("LORA", use_dora=True, rank_pattern={"v": 2}), Net, DoRA(8, 8)),
     "embedding": (of("LORA", target_modules=["emb", "q"]), Net, LoRA(8, 8)),
-    "DeLoRA": (of("DELORA", r=4), Net, DeLoRA(4, 15, start="zero")),
+    "DeLoRA": (of("DELORA", r=4), Net, ZERO),
     "DeLoRA by pattern": (
-        of("DELORA", rank_pattern={"v": 2}, lambda_pattern={"v": 3, ".*": 5}), Net, DeLoRA(8, 15, start="zero"),
+        of("DELORA", rank_pattern={"v": 2}, lambda_pattern={"v": 3, ".*": 5}), Net, dataclasses.replace(ZERO, r=8),
     ),
     "IA3": (of("IA3", feedforward_modules=["v"]), Net, IA3()),
     "IA3 by an expression": (of("IA3", target_modules="[qv]", feedforward_modules="v"), Net, IA3()),
@@ -245,7 +246,7 @@ LORA_FIELDS = {
 FIELDS = {
     "LORA": LORA_FIELDS,
     "DELORA": {
-        **COMMON, **NUMBERED, "r": (4, DeLoRA(4, 15, start="zero")), "delora_lambda": (3, DeLoRA(8, 3, start="zero")),
+        **COMMON, **NUMBERED, "r": (4, ZERO), "delora_lambda": (3, dataclasses.replace(ZERO, r=8, lam=3)),
         "module_dropout": (0.5, {"dropout": 0.5}), "bias": ("all", NO), "init_weights": (False, NO),
         "rank_pattern": ({"q": 2}, {"overrides": {r"^(.*\.)?(q)$": {"r": 2}}}),
         "lambda_pattern": ({"q": 2}, {"overrides": {r"^(.*\.)?(q)$": {"lam": 2}}}),

@@ -36,7 +36,7 @@ def loader() -> DataLoader:
 
 def injected() -> nn.Module:
     torch.manual_seed(1)
-    return delora.inject(Net(), DeLoRA(r=2), ["q", "v"], also_train=["classifier"])
+    return delora.inject(Net(), DeLoRA(r=2, learn_lam=True), ["q", "v"], also_train=["classifier"])
 
 
 def loss_of(net: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:

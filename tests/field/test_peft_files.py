@@ -1013,7 +1013,7 @@ def row_summary(left, right, folder):
 
 
 def row_rates(left, right, folder):
-    model = delora.inject(Net(), DeLoRA(2), ["q"], also_train=["classifier"])
+    model = delora.inject(Net(), DeLoRA(2, learn_lam=True), ["q"], also_train=["classifier"])
     groups = delora.param_groups(model, lr=1e-3, lam_lr=1e-2, head_lr=1e-4, weight_decay=0.1)
     lam = next(g for g in groups if any(p is model.q.adapter.lam for p in g["params"]))
     assert (lam["lr"], lam["weight_decay"]) == (1e-2, 0)

@@ -26,7 +26,7 @@ def llama() -> Any:
     """With a tied head, an adapted embedding, and a norm that trains outside of the adapter."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
-    delora.inject(model, DeLoRA(r=2), ["q_proj", "down_proj"], also_train=["layers.1.input_layernorm"])
+    delora.inject(model, DeLoRA(r=2, learn_lam=True), ["q_proj", "down_proj"], also_train=["layers.1.input_layernorm"])
     model.model.norm.weight.requires_grad_(True)
     return model
 
@@ -35,7 +35,7 @@ def bert() -> Any:
     """Whose blocks hold the input embedding."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-    return delora.inject(model, DeLoRA(r=2), ["query", "word_embeddings"], also_train=["classifier"])
+    return delora.inject(model, DeLoRA(r=2, learn_lam=True), ["query", "word_embeddings"], also_train=["classifier"])
 
 
 def rows(language: bool) -> list[dict[str, torch.Tensor]]:

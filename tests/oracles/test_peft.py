@@ -24,7 +24,8 @@ def pair(config, method):
 @pytest.mark.parametrize("r", [1, 4])
 def test_delora_zero_is_pefts_delora(r):
     theirs, ours = pair(
-        DeloraConfig(r=r, delora_lambda=5, target_modules=["q", "v"], init_weights=False), DeLoRA(r, 5.0, start="zero")
+        DeloraConfig(r=r, delora_lambda=5, target_modules=["q", "v"], init_weights=False),
+        DeLoRA(r, 5.0, start="zero", learn_lam=True),
     )
     for name in ("q", "v"):
         layer, adapter = theirs.base_model.model.get_submodule(name), ours.get_submodule(name).adapter

@@ -49,7 +49,7 @@ from delora.injection import activate, check_name, install, refuse_parallel
 from delora.layer import Adapted, Adapter, Copy, Placed, attach
 from delora.meeting import collective, writes
 from delora.methods import METHODS, Full
-from delora.methods.base import checked_replace, fields_of, has_dropout, name_of
+from delora.methods.base import checked_replace, fields_of, has_dropout, name_of, unsaid
 from delora.models import (
     active_adapter,
     adapted_layers,
@@ -499,7 +499,8 @@ def _method(name: str, fields: dict[str, Any], methods: Mapping[str, type], wher
             f"{where}: unknown method {shown(name)}: known are {', '.join(sorted(methods))}; "
             "pass your own as delora.load(..., methods=[YourMethod]), on the command line with --method module:YourMethod"
         )
-    return _made(lambda: methods[name](**fields), where)
+    kind = methods[name]
+    return _made(lambda: kind(**unsaid(kind) | fields), where)
 
 
 def _changed(method: Any, fields: dict[str, Any], where: str) -> Any:

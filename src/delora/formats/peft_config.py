@@ -119,7 +119,8 @@ def method_of(config: dict[str, Any], kind: str, where: object, **fields: Any) -
     number: Callable[[str], Any] = lambda field: get(config, field, (int, float), where)  # noqa: E731
     r = fields["r"] if "r" in fields else number("r")
     if kind == "DELORA":
-        return DeLoRA(r=r, lam=fields["lam"] if "lam" in fields else number("delora_lambda"), start="zero")
+        lam = fields["lam"] if "lam" in fields else number("delora_lambda")
+        return DeLoRA(r=r, lam=lam, start="zero", learn_lam=True)  # PEFT trains its lambda
     alpha = fields["alpha"] if "alpha" in fields else number("lora_alpha")
     rslora = bool(get(config, "use_rslora", bool, where, False))
     return (DoRA if get(config, "use_dora", bool, where, False) else LoRA)(r=r, alpha=alpha, rslora=rslora)

@@ -68,7 +68,7 @@ class AdapterCheckpoints(Base):
     - A checkpoint holds the adapter (`delora.load` reads it), what else trains, and the states of optimizer, schedule and
       random generators, never the base model. A resumed training goes on to the same numbers, or is refused.
     - The optimizer is the one of ``args.optim``, whichever that is, over the groups of `delora.param_groups`:
-      ``args.learning_rate`` for the adapter, ``lam_lr`` for the strengths, ``head_lr`` for the modules trained whole.
+      ``args.learning_rate`` for the adapter, ``lam_lr`` for learned strengths, ``head_lr`` for modules trained whole.
     - The best model is that of the best checkpoint (``load_best_model_at_end``).
     - Under FSDP2 (``fsdp=True``) all processes save and load together, a checkpoint is that of one process, and training goes
       on from it with any number of them.
@@ -309,7 +309,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
     >>> rows = [{"input_ids": torch.tensor([1, 2]), "labels": torch.tensor(0)}] * 4
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     arguments = TrainingArguments(folder, max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_steps=1)
-    ...     trainer = AdapterTrainer(model, arguments, train_dataset=rows, lam_lr=1e-2)
+    ...     trainer = AdapterTrainer(model, arguments, train_dataset=rows, head_lr=1e-2)
     ...     trainer.callback_handler.remove_callback(type(trainer.callback_handler.callbacks[-1]))  # which prints
     ...     trainer.train().global_step, (Path(folder) / "checkpoint-1" / "adapter.json").is_file()
     (2, True)

@@ -36,13 +36,13 @@ METHODS: dict[str, type] = {
 # strengths, and a rate for them (`param_groups`), are to be tuned: the paper gives none for the rungs.
 RUNGS: dict[str, Method] = {
     "L0": LoRA(r=16, alpha=32),
-    "L1": DeLoRA(r=16, norm="none", start="copy"),  # + normalised, with a controllable boundary
-    "L2": DeLoRA(r=16, start="copy"),  # + scaled by the weights: DeLoRA
+    "L1": DeLoRA(r=16, norm="none", start="copy", learn_lam=True),  # + normalised, with a controllable boundary
+    "L2": DeLoRA(r=16, start="copy", learn_lam=True),  # + scaled by the weights: DeLoRA
     "E0": EtherPlus(two_sided=False),
     "E1": Reflections(r=2),  # + a controllable boundary
     "E2": Reflections(r=16),  # + high rank
     "E3": Reflections(r=16, relaxed=True),  # + relaxed: no longer symmetric
-    "E4": DeLoRA(r=16, start="copy"),  # + additive: DeLoRA
+    "E4": DeLoRA(r=16, start="copy", learn_lam=True),  # + additive: DeLoRA
 }
 
 if not TYPE_CHECKING:  # type checkers read the names from the lines above

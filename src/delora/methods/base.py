@@ -54,6 +54,7 @@ __all__ = [
     "require_rank",
     "starts_at_base",
     "unit",
+    "unsaid",
 ]
 
 
@@ -200,6 +201,16 @@ def one_of(method: type) -> tuple[str, ...]:
     (('lam', 'reach'), ())
     """
     return getattr(method, "one_of", ())
+
+
+def unsaid(method: type) -> dict[str, Any]:
+    """Fields of a method that a file may lack, with what they then are: their defaults when it was written.
+
+    >>> import delora
+    >>> unsaid(delora.DeLoRA), unsaid(delora.LoRA)
+    ({'learn_lam': True}, {})
+    """
+    return getattr(method, "unsaid", {})
 
 
 def checked_replace(method: Any, changes: dict[str, Any], where: str) -> Any:

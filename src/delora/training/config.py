@@ -156,6 +156,11 @@ class AdapterSettings(Strict):
         """The method, as a value such as ``DeLoRA(r=8, lam=12.0)``."""
         return method_class(self.method)(**self.fields)
 
+    def fixes_lam(self) -> bool:
+        """Whether the method could learn its strength and does so in no layer."""
+        learned = [getattr(self.build(), "learn_lam", True), *(fields.get("learn_lam") for fields in self.overrides.values())]
+        return not any(learned)
+
     def classes(self) -> tuple[type, ...]:
         """The method's class, as the ``methods`` of `delora.load`."""
         return (method_class(self.method),)
@@ -177,13 +182,13 @@ def method_class(name: str) -> type:
 class Train(Strict):
     """How it is trained: AdamW with a learning-rate schedule and warm-up, for ``epochs``, or for ``steps`` if they are given.
 
-    ``lam_lr`` and ``head_lr`` are the learning rates of the strengths and of the modules trained whole (default: ``lr``);
-    ``lam_weight_decay`` is the weight decay of the strengths. ``warmup`` is a share of all steps if below 1, else a number of
-    steps. ``clip`` is the largest gradient norm (0: no clipping). A step takes ``batch_size * accumulation`` examples.
-    ``precision`` is that of the computation, ``weights`` that of the frozen model; trained parameters are in fp32.
-    ``save_steps`` is the number of steps between checkpoints (default: an epoch), ``record_steps`` that between lines of
-    metrics (default: a thousandth of all steps, at least one). ``record_layers``: adapted layers, by the ends of their names,
-    of which each line has |W' - W|_F.
+    ``head_lr`` and ``lam_lr`` are the learning rates of the modules trained whole and of strengths, where the method learns
+    them (default: ``lr``); ``lam_weight_decay`` is the weight decay of the latter. ``warmup`` is a share of all steps if below
+    1, else a number of steps. ``clip`` is the largest gradient norm (0: no clipping). A step takes ``batch_size *
+    accumulation`` examples. ``precision`` is that of the computation, ``weights`` that of the frozen model; trained parameters
+    are in fp32. ``save_steps`` is the number of steps between checkpoints (default: an epoch), ``record_steps`` that between
+    lines of metrics (default: a thousandth of all steps, at least one). ``record_layers``: adapted layers, by the ends of
+    their names, of which each line has |W' - W|_F.
 
     >>> Train(lr=1e-2).lam_lr is None
     True
@@ -364,6 +369,7 @@ def parse(
         _refuse_hidden(experiment, key)
     folders: dict[str, str] = {}
     for _, run in experiment.runs():
+        _refuse_idle(run, where)
         if (folder := slug(run.name)) in folders:
             raise ConfigError(f"{where}: variants: {folders[folder]!r} and {run.name!r} would have the same folder; rename one")
         folders[folder] = run.name
@@ -444,6 +450,16 @@ def _refuse_hidden(experiment: Experiment, key: str) -> None:
             f"{key}: these variants set it themselves: {', '.join(hiding)}; change it in the recipe, "
             "or add variants=[] to run the experiment without its variants"
         )
+
+
+def _refuse_idle(run: Experiment, where: str) -> None:
+    """Refuse a rate or a decay of strengths that are not learned."""
+    for key in ("lam_lr", "lam_weight_decay"):
+        if run.adapter.fixes_lam() and (value := getattr(run.train, key)):
+            raise ConfigError(
+                f"{where}: {run.name}: train.{key} = {value!r}: lam is not learned; leave it out, or set "
+                "adapter.learn_lam = true"
+            )
 
 
 def _has(data: Any, parts: list[str]) -> bool:

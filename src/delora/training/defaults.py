@@ -16,8 +16,8 @@ from torch import nn
 __all__ = ["Setting", "Sketch", "adapter", "batch_size", "epochs", "longest", "precision", "quantile", "training"]
 
 RANK, REACH, TARGETS = 8, 0.1, "all-linear"
-# The learning rates of DeLoRA's directions and of its strength, of other methods, and of modules that are trained whole.
-RATE, STRENGTH_RATE, OTHER_RATE, HEAD_RATE = 1e-1, 3e-3, 1e-3, 1e-3
+# The learning rates of DeLoRA, of other methods, and of modules that are trained whole.
+RATE, OTHER_RATE, HEAD_RATE = 1e-1, 1e-3, 1e-3
 # Of rows that a new head learns from, short as a rule, and of others.
 LARGEST_BATCH_OF_HEAD, LARGEST_BATCH, STEPS_AN_EPOCH = 32, 8, 20
 COVERED = 0.99  # of the rows that shall not be cut
@@ -138,7 +138,6 @@ def training(method: str, rows: int, head: bool) -> list[Setting]:
     settings = [epochs(rows, head), batch_size(rows, head)]
     if method == "delora":
         settings.append(Setting("train.lr", RATE, "the reach bounds the change, so that a high rate is safe"))
-        settings.append(Setting("train.lam_lr", STRENGTH_RATE, "the strength moves slowly"))
     else:
         settings.append(Setting("train.lr", OTHER_RATE, "usual for adapters; it may need a search"))
     if head:
