@@ -83,8 +83,8 @@ def param_groups(
 def _strengths(model: nn.Module) -> list[Tensor]:
     """lam of every active adapter that has one."""
     active = [layer.adapter for layer in adapted_layers(model).values() if layer.adapter is not None]
-    parts = [m for placed in active for m in placed.adapter.modules() if isinstance(m, Adapter)]
-    return [m.lam for m in parts if isinstance(getattr(m, "lam", None), Tensor)]
+    found = [getattr(m, "lam", None) for placed in active for m in placed.adapter.modules() if isinstance(m, Adapter)]
+    return [lam for lam in found if isinstance(lam, Tensor)]
 
 
 @dataclass(frozen=True)
