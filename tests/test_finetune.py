@@ -209,6 +209,20 @@ def test_a_regression_and_two_texts(world):
     assert "spearman" in out
 
 
+def test_a_regression_is_learned_in_any_units_and_answers_in_its_own(world):
+    """With values 4,096 times as large the run is the same, and so are its predictions, 4,096 times as large."""
+    draw, predicted = random.Random(1), {}
+    rows = [(f"word{i % 20} word{i % 7}", 1 + 0.2 * draw.random() + (i % 7)) for i in range(80)]
+    for name, factor in (("small", 1.0), ("large", 4096.0)):  # a power of two: every float is scaled exactly
+        Path(f"{name}.csv").write_text("text,score\n" + "".join(f"{text},{factor * value!r}\n" for text, value in rows))
+        code, out, err = run("finetune", "model", f"{name}.csv", "--kind", "regression", "train.epochs=1")
+        assert code == 0, err
+        (found,) = Path("runs", name).rglob("predictions.json")
+        predicted[name] = torch.tensor(json.loads(found.read_text()))
+    torch.testing.assert_close(predicted["large"] / 4096, predicted["small"], rtol=1e-4, atol=1e-4)
+    assert predicted["small"].mean() == pytest.approx(4.1, abs=1.5)
+
+
 def test_a_model_is_not_judged_by_classes_that_it_does_not_know(world):
     with Path("tickets.csv").open(encoding="utf-8-sig", newline="") as file:
         kept = [row for row in csv.reader(file) if row[1] in ("queue", "login", "billing")]

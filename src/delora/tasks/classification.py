@@ -37,6 +37,7 @@ from delora.training.task import Kind, Validation
 __all__ = [
     "Data",
     "Settings",
+    "Units",
     "base",
     "check",
     "deliver",
@@ -48,6 +49,7 @@ __all__ = [
     "sketch",
     "task_of",
     "text_task",
+    "units_of",
     "validation",
 ]
 
@@ -139,18 +141,23 @@ def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> R
         context.console.print(line, markup=False, style="dim")
     model, tokenizer = classifier(experiment.model, task.labels)
     adapt(model, experiment)
+    units = units_of(model, [float(e.label) for e in splits.train]) if experiment.task == "regression" else None
+    for line in () if units is None else units.told():
+        context.console.print(line, markup=False, style="dim")
     trainer = fit(
         experiment,
         context,
         model,
         metric=task.metrics[0],
-        train_dataset=Encoded(splits.train, tokenizer, max_tokens, task),
-        eval_dataset=Encoded(splits.validation, tokenizer, max_tokens, task),
+        train_dataset=Encoded(splits.train, tokenizer, max_tokens, task, units),
+        eval_dataset=Encoded(splits.validation, tokenizer, max_tokens, task, units),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=lambda output: text.scores(
             text.decided(torch.from_numpy(output.predictions), task), splits.validation, task
         ),
     )
+    if units is not None:
+        units.put_back()
 
     def score() -> dict[str, Any]:
         predicted = text.predict(model, tokenizer, splits.test, task, max_tokens)
@@ -164,6 +171,55 @@ def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> R
 
 
 @dataclass(frozen=True)
+class Units:
+    """The units that a head learns the values of a regression in: (value - middle) / spread.
+
+    A head starts near 0 and its rate moves it by about one in a short run, whatever the values are in. ``output``: the layer of
+    the head that puts out the value, which `put_back` gives the values' own units: W and b become spread W and
+    spread b + middle, so that all that is saved, merged and served answers in them.
+
+    >>> head = nn.Linear(2, 1)
+    >>> x, units = torch.ones(2), Units(head, middle=100.0, spread=10.0)
+    >>> before = head(x)
+    >>> units.put_back()
+    >>> bool(torch.isclose(head(x), 10 * before + 100))
+    True
+    """
+
+    output: nn.Linear
+    middle: float
+    spread: float
+
+    def told(self) -> tuple[str, ...]:
+        if (self.middle, self.spread) == (0.0, 1.0):
+            return ()
+        return (
+            f"the values are learned as (value - {self.middle:.4g}) / {self.spread:.4g}, and given in their own units after",
+        )
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        self.output.weight.mul_(self.spread)
+        if self.output.bias is not None:
+            self.output.bias.mul_(self.spread).add_(self.middle)
+
+
+def units_of(model: nn.Module, values: Sequence[float]) -> Units | None:
+    """The units for these values: their mean and their spread; without a bias the mean stays, and the spread is that around 0.
+
+    None if no layer of those trained whole, or several of them, put out a single value: the values are then learned as they
+    are.
+    """
+    copies = [each.adapter.module for each in adapters(model).values() if each.whole]
+    outputs = [m for copy in copies for m in copy.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if len(outputs) != 1:
+        return None
+    middle = sum(values) / len(values) if outputs[0].bias is not None else 0.0
+    spread = (sum((value - middle) ** 2 for value in values) / len(values)) ** 0.5
+    return Units(outputs[0], middle, spread or 1.0)
+
+
+@dataclass(frozen=True)
 class Encoded(Dataset[Any]):
     """Examples as the model takes them, tokenised one by one: MNLI's 393,000 would fill the memory."""
 
@@ -171,6 +227,7 @@ class Encoded(Dataset[Any]):
     tokenizer: Any
     max_tokens: int
     task: TextTask
+    units: Units | None = None
 
     def __len__(self) -> int:
         return len(self.part)
@@ -179,6 +236,8 @@ class Encoded(Dataset[Any]):
         example = self.part[index]
         encoded = text.encode(self.tokenizer, [example], self.max_tokens)
         label = float(example.label) if self.task.regression else int(example.label)
+        if self.units is not None:
+            label = (label - self.units.middle) / self.units.spread
         return {key: values[0] for key, values in encoded.items()} | {"labels": label}
 
 
