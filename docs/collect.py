@@ -1,11 +1,13 @@
 """Collect the pages of the site, with their links turned into the site's:  python -m docs.collect FOLDER
 
-The site shows README, CONTRIBUTING, ``docs`` and ``paper/docs``, which are written for a reader of the repository. A link to a
-file that is no page, such as a test, becomes its name. The pages of the reference are made from the public names.
+The site shows README, CONTRIBUTING, ``docs`` with its notebooks, and ``paper/docs``, which are written for a reader of the
+repository. A link to a file that is no page, such as a test, becomes its name. The pages of the reference are made from the
+public names.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import shutil
@@ -34,6 +36,8 @@ def pages() -> dict[str, str]:
         for file in sorted(ROOT.glob(pattern)):
             path = file.relative_to(ROOT).as_posix()
             shown[path] = path.removeprefix("docs/")
+    for file in sorted(ROOT.glob("docs/notebooks/*.ipynb")):
+        shown[file.relative_to(ROOT).as_posix()] = f"notebooks/{file.stem}.md"
     return shown
 
 
@@ -59,6 +63,19 @@ def relinked(text: str, source: str, shown: dict[str, str]) -> str:
         pieces += [LINK.sub(turn, text[end : code.start()]), code[0]]
         end = code.end()
     return "".join([*pieces, LINK.sub(turn, text[end:])])
+
+
+def notebook(text: str) -> str:
+    """A notebook's file as a page: its texts, and its code in blocks.
+
+    >>> notebook('{"cells": [{"cell_type": "code", "source": ["x = 1\\\\n", "x"]}]}')
+    '```python\\nx = 1\\nx\\n```\\n'
+    """
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def reference() -> dict[str, str]:
@@ -89,7 +106,8 @@ def main(out: Path) -> None:
         target = out / path
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".md":
-            target.write_text(relinked((ROOT / source).read_text("utf-8"), source, shown), "utf-8")
+            text = (ROOT / source).read_text("utf-8")
+            target.write_text(relinked(notebook(text) if source.endswith(".ipynb") else text, source, shown), "utf-8")
         else:
             shutil.copyfile(ROOT / source, target)
     for path, text in reference().items():
