@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
-from delora import METHODS
+from delora import METHODS, DeLoRA
+from delora.training import defaults
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +68,25 @@ def test_every_test_that_a_page_names_exists(page, least):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+
+
+def test_the_page_of_settings_starts_where_the_program_does_and_quotes_what_was_measured():
+    """Its second column is what `delora finetune` sets, and every figure stands in a page that is linked beside it."""
+    file = ROOT / "docs" / "choosing.md"
+    said = dict(re.findall(r"^\| [a-z ?]+ `(\w+)` \| `(.+?)` \|", file.read_text("utf-8"), re.MULTILINE))
+    ours = [*defaults.adapter("delora", True, ["classifier"]), *defaults.training("delora", 400, head=True)]
+    settings = {setting.key.rpartition(".")[2]: setting.value for setting in ours}
+    method = DeLoRA(r=settings["r"], reach=settings["reach"])
+    for key, value in said.items():
+        assert tomllib.loads(f"x = {value}")["x"] == settings.get(key, getattr(method, key, None)), key
+    assert said.keys() >= {"r", "reach", "learn_lam", "start", "lr", "head_lr", "targets"}
+
+    prose = re.sub(r"```.*?```|`[^`\n]+`", "", file.read_text("utf-8"), flags=re.DOTALL)
+    for piece in [line for line in prose.splitlines() if line.startswith("|")] + prose.split("\n## "):
+        linked = [(file.parent / target).read_text("utf-8") for target in re.findall(r"\]\(([^)]+\.md)\)", piece)]
+        for figure in re.findall(r"[+-]?\d+\.\d+(?: ± \d+\.\d+)?", piece):
+            found = [re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.])", text) for text in linked]
+            assert any(found), f"{figure} is in no page that is linked there: {piece[:60]}"
 
 
 PAGES = [file for file in ROOT.rglob("*.md") if not {"runs", ".venv", ".pytest_cache"} & set(file.relative_to(ROOT).parts)]
