@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
+import json
 import re
-import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
 from rich.console import Console
 
 import delora
+from delora import tasks
 from delora.app import page, shown
+from delora.evaluation.answers import answer
 from delora.formats.files import AdapterError
 from delora.formats.native import is_adapter
 from delora.models import adapters
-from delora.tasks import classification, parse
+from delora.talking import talk_of
+from delora.tasks import chat, classification, parse
 from delora.training import experiments
-from delora.training.runs import RunError
-from tests import tiny
+from delora.training.config import ConfigError
+from delora.training.experiments import Outcome
+from delora.training.models import language_model
+from tests import test_cli, tiny, tiny_chat
+from tests.browsing import CHROMIUM, browsing
 from tests.cases import shake
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HOSTILE_NAME = "<script>document.title=1</script>"
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> fine film'
+QUIET = Console(quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +40,74 @@ def done(tmp_path_factory):
     sources = tiny.make_model(folder / "model"), tiny.make_sentences(folder / "data")
     values = tiny.recipe(*sources, folder / "out", train__epochs=1) | {"name": HOSTILE_NAME}
     experiment, out = parse(values), folder / "out"
-    experiments.train(classification, experiment, Console(quiet=True))
-    model = delora.load(classification.base(experiment), out / "adapter")
+    experiments.train(classification, experiment, QUIET)
+    moved(classification.base(experiment), out / "adapter")
+    return out
+
+
+@pytest.fixture(scope="module")
+def talks(tmp_path_factory):
+    """A finished chat in two variants, whose recipe's own model is not there; the delivered adapter changes what is said."""
+    folder = tmp_path_factory.mktemp("talks")
+    model = tiny_chat.make_model(folder / "model", max_position_embeddings=104)
+    rows = [{"prompt": f"who are you {i}", "completion": "a pirate arr"} for i in range(20)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "task": "chat",
+        "name": "talks",
+        "out": str(folder / "out"),
+        "model": "not/there",
+        "data": {"source": str(folder / "chat.jsonl"), "max_tokens": 48},
+        "adapter": {"method": "delora", "r": 2, "lam": 8.0, "targets": "all-linear"},
+        "train": {"epochs": 1, "batch_size": 16, "lr": 1e-2},
+        "variants": [{"name": name, "model": model, "train": {"lr": lr}} for name, lr in (("slow", 1e-3), ("fast", 3e-2))],
+    }
+    outcome = experiments.train(chat, parse(values), QUIET)
+    template = (folder / "out" / "adapter" / "chat_template.jinja").read_text()
+    moved(language_model(model)[0], folder / "out" / "adapter")
+    assert (folder / "out" / "adapter" / "chat_template.jinja").read_text() == template
+    assert outcome.delivered in ("slow", "fast")
+    return folder / "out"
+
+
+def moved(model, folder):
+    """The adapter in a folder, shaken so that it changes what its model says."""
+    delora.load(model, folder)
     with torch.no_grad():
         for placed in adapters(model).values():
             if not placed.whole:
                 shake(placed)
-    delora.save(model, out / "adapter")
-    return out
+    delora.save(model, folder)
+
+
+def test_of_several_variants_the_delivered_one_is_meant_everywhere(talks):
+    """The recipe's own model is not there: whoever took the recipe as it stands could load nothing."""
+    delivered = tasks.of_run(talks)
+    assert delivered.name == Outcome.read(talks).delivered
+    assert shown(talks).at(1.0, "who are you") == talk_of(talks, [1.0]).ask("who are you")[1.0]
+    code, told, err = test_cli.run("tune-strength", talks, "--strengths", "0,1", "--dry-run")
+    assert (code, delivered.name in told) == (0, True), err
+    for name in ("slow", "fast"):  # a variant's own folder is a run's, too
+        assert tasks.of_run(talks / "variants" / name).name == name
+        assert shown(talks / "variants" / name).title == name
+    (talks / "summary.json").rename(talks / "summary")
+    try:
+        with pytest.raises(delora.errors.UserError, match="is no folder of a finished experiment"):
+            shown(talks)
+    finally:
+        (talks / "summary").rename(talks / "summary.json")
+
+
+def test_a_chat_at_strength_0_is_the_base_models(talks):
+    what = shown(talks)
+    for prompt in ("who are you", HOSTILE):
+        base, tokens = language_model(tasks.of_run(talks).model)
+        assert what.at(0.0, prompt) == answer(base, tokens, [{"role": "user", "content": prompt}])
+    assert what.at(0.0, "who are you") != what.at(1.0, "who are you")
+    with pytest.raises(
+        delora.errors.UserError, match=r"the prompt has \d+ tokens, and the model takes at least 1 and at most 103"
+    ):
+        what.at(1.0, "who are you " * 60)
 
 
 def test_strength_0_is_the_base_and_1_what_was_trained(done):
@@ -61,45 +127,58 @@ def test_at_strength_0_a_new_head_stays_as_it_was_trained(done):
 
 
 def test_what_is_no_run_is_refused_in_words(done, tmp_path):
-    with pytest.raises(RunError, match="is no run's folder"):
+    with pytest.raises(ConfigError, match="is no run's folder"):
         shown(tmp_path)
     with pytest.raises(AdapterError):
         shown(done, tmp_path / "nothing")
     assert is_adapter(done / "adapter")
 
 
-# Sockets that Playwright and gradio's server leave to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make test installs it where apt-get may")
-def test_a_user_in_a_browser_moves_the_slider(done, tmp_path):
-    what = shown(done)
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with browsing() as user:
+        yield user
+
+
+@contextmanager
+def served(what):
     blocks = page(what)
     _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
     try:
-        asyncio.run(in_a_browser(what, address, tmp_path / "app.png"))
+        yield address
     finally:
         blocks.close()
         del blocks
         gc.collect()  # the sockets that are left warn here, not in another test
 
 
-async def in_a_browser(what, address, picture):
-    """What a user does. Not by the synchronous interface: its greenlets confuse the compiler of Python 3.11."""
-    from playwright.async_api import async_playwright, expect
+# Sockets that Playwright and gradio's server leave to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make test installs it where apt-get may")
+@pytest.mark.parametrize("run", ["done", "talks"])
+def test_a_user_in_a_browser_moves_the_slider(run, browser, request, tmp_path):
+    what = shown(request.getfixturevalue(run))
+    with served(what) as address:
+        browser(moves(what, address, tmp_path / "app.png"))
 
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    async with async_playwright() as play:
-        browser = await play.chromium.launch(executable_path=CHROMIUM, args=[*flags, "--no-first-run"])
-        tab = await browser.new_page()
-        asked: list[str] = []
+
+def moves(what, address, picture):
+    """What a user does: ask at 0, and something hostile at 2; the sides come to say what the model does at 0 and at these."""
+
+    async def act(tab):
+        from playwright.async_api import expect
+
+        asked = []
         tab.on("request", lambda request: asked.append(request.url))
         await tab.goto(address)
         await expect(tab.locator("#ask")).to_be_visible(timeout=30_000)
         title = await tab.title()
-        assert "<script>" in title  # the name is shown as it is, and does nothing
+        assert title == f"delora: {what.title}"  # the name is shown as it is, and does nothing
 
-        async def ask(prompt: str, strength: float) -> None:
-            """Both sides come to say what the model says at 0 and at the strength."""
+        async def ask(prompt, strength):
             expected = {"#base": what.at(0.0, prompt), "#adapted": what.at(strength, prompt)}
             await tab.locator("#prompt textarea").fill(prompt)
             number = tab.locator("#strength input[type=number]")
@@ -107,14 +186,17 @@ async def in_a_browser(what, address, picture):
             await number.press("Tab")
             await tab.locator("#ask").click()
             for side, said in expected.items():
+                if isinstance(said, str):
+                    await expect(tab.locator(f"{side} textarea")).to_have_value(said, timeout=30_000)
+                    continue
                 for label, share in said.items():
                     words = re.compile(rf"{label}\s*{round(100 * share)}%", re.IGNORECASE)
                     await expect(tab.locator(side)).to_contain_text(words, timeout=30_000)
 
         await ask("a fine film", 0.0)
-        await ask("a fine film", 1.0)
         await tab.screenshot(path=picture, full_page=True)
         await ask(HOSTILE, 2.0)
         assert await tab.title() == title
         assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
-        await browser.close()
+
+    return act

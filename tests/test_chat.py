@@ -197,7 +197,7 @@ def test_each_strength_has_its_own_history(trained):
 
 
 def test_what_cannot_be_talked_with(trained, tmp_path):
-    with pytest.raises(RunError, match="is no run's folder"):
+    with pytest.raises(ConfigError, match="is no run's folder"):
         talking.talk_of(tmp_path)
     shutil.copytree(trained.out, tmp_path / "run", ignore=shutil.ignore_patterns("adapter", "variants"))
     with pytest.raises(RunError, match="its run is not finished"):

@@ -257,7 +257,7 @@ def test_what_cannot_be_tuned_is_told(done, tmp_path):
     code, _, err = run("tune-strength", done / "variants")
     assert (code, "config.json" in err) == (2, True)
     code, _, err = run("tune-strength", done / "misspelt")
-    assert (code, "is no folder of a finished experiment" in words(err), "recipe" in words(err)) == (2, True, False)
+    assert (code, "is no run's folder" in words(err), "recipe" in words(err)) == (2, True, False)
     (tmp_path / "config.json").write_bytes((done / "config.json").read_bytes())
     code, _, err = run("tune-strength", tmp_path)
     assert (code, "is no folder of a finished experiment" in err) == (1, True)

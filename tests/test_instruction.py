@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import delora
 from delora import ETHER, DeLoRA, EtherPlus, cli
+from delora.app import shown
 from delora.data import alpaca, sentences
 from delora.data.examples import DataError
 from delora.data.sentences import Sentence
@@ -156,6 +157,15 @@ def test_two_steps_on_alpaca_from_end_to_end(llama, tmp_path):
             losses += [-logs[j, ids[j + 1]].item() for j in range(len(ids) - 1)]
     assert result.validation == pytest.approx(math.exp(-sum(losses) / len(losses)), rel=1e-4)
     assert (result.metric, result.reported, result.test) == ("likelihood", "likelihood", result.validation)
+    # The page answers an instruction in the template that was trained: at 0 as the base model does, at 1 as the merged one.
+    page, said = shown(tmp_path / "out"), []
+    asked = tokenizer(alpaca.Instruction("dull", "").prompt, return_tensors="pt")["input_ids"]
+    greedy = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": tokenizer.eos_token_id}
+    for strength, place in ((0.0, llama), (1.0, str(tmp_path / "out" / "merged"))):
+        new = language_model(place)[0].generate(input_ids=asked, **greedy)[0, asked.shape[1] :]
+        said.append(page.at(strength, "dull"))
+        assert said[-1].startswith(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert said[0] != said[1]
 
 
 def test_questions_about_sentences_from_end_to_end(llama, tmp_path):

@@ -5,17 +5,20 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
+
+import torch
 
 import delora
 from delora import tasks
 from delora.errors import UserError
 from delora.formats.native import require_adapter
 from delora.models import adapters
-from delora.training.experiments import ADAPTER, delivered
-from delora.training.runs import CONFIG, RunError
+from delora.training.runs import adapter_in
 from delora.training.task import Kind
 
 __all__ = ["MOST", "Shown", "page", "shown"]
@@ -39,14 +42,21 @@ class Shown:
     model: Any
     answer: Callable[[str], Any]
     report: Path | None = None
+    turning: Any = field(default_factory=RLock, repr=False, compare=False)  # gradio asks from several threads
 
     def at(self, strength: float, prompt: str) -> Any:
         """The answer at a strength of the adapter: 0 is the base model, with what was trained whole as it is trained.
 
         What such a module was before, a new head above all, may be random: a base with it would answer at random.
         """
-        self.turn(strength)
-        return self.answer(prompt)
+        with self.turning:
+            self.turn(strength)
+            return self.answer(prompt)
+
+    def own(self) -> float:
+        """The strength that the adapter was saved with: 1, unless another one was chosen."""
+        placed = adapters(self.model).values()
+        return next((a.strength for a in placed if not a.whole), 1.0)
 
     def turn(self, strength: float) -> None:
         """Set the strength of what `at` turns; where all was trained whole, of that."""
@@ -58,8 +68,9 @@ class Shown:
         """A picture of each layer's |W' - W| / |W| at a strength, and of its bound where the method has one."""
         from matplotlib.figure import Figure
 
-        self.turn(strength)
-        found = {n: r for n, r in delora.diagnostics.inspect(self.model).items() if r.relative is not None}
+        with self.turning:
+            self.turn(strength)
+            found = {n: r for n, r in delora.diagnostics.inspect(self.model).items() if r.relative is not None}
         most = sorted(found, key=lambda n: -(found[n].relative or 0.0))[:LAYERS]
         names = [name for name in found if name in most][::-1]
         figure = Figure(figsize=(8, 1.2 + 0.22 * len(names)), layout="constrained")
@@ -81,15 +92,12 @@ def shown(run: Path, adapter: Path | None = None) -> Shown:
     Raises:
         UserError: the folder holds no finished run, or its task has nothing to answer.
     """
-    if not (run / CONFIG).is_file():
-        raise RunError(f"{run} is no run's folder, which has a {CONFIG}: delora train or delora finetune makes one")
-    experiment = delivered(tasks.read(run / CONFIG), run)
-    task = tasks.find(experiment.task)
-    folder = adapter or run / ADAPTER
+    experiment = tasks.of_run(run)
+    folder = adapter or adapter_in(run)
     require_adapter(folder)
-    kind, model, answer = task.respond(experiment)
+    kind, model, answer = tasks.find(experiment.task).respond(experiment, folder)
     delora.load(model, folder, methods=experiment.adapter.classes())
-    model.eval()
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
     report = run / "report.html"
     return Shown(experiment.name, kind, model, answer, report if report.is_file() else None)
 
@@ -109,16 +117,26 @@ def page(what: Shown) -> Any:
             return gr.Image(label=label, format="png", elem_id=name)
         return gr.Textbox(label=label, lines=8, elem_id=name)
 
+    base_says = lru_cache(maxsize=8)(lambda prompt: what.at(0.0, prompt))  # the slider moves, the base does not
+
     def both(prompt: str, strength: float) -> tuple[Any, Any]:
         if not prompt.strip():
             raise gr.Error("Write something first.")
-        return what.at(0.0, prompt), what.at(strength, prompt)
+        try:
+            return base_says(prompt), what.at(strength, prompt)
+        except UserError as error:
+            raise gr.Error(html.escape(str(error))) from error
 
     with gr.Blocks(title=f"delora: {what.title}", analytics_enabled=False) as blocks:
         gr.HTML(f"<h2>{html.escape(what.title)}</h2>")
         prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
         strength = gr.Slider(
-            0, MOST, value=1.0, step=0.05, label="Strength: 0 is the base, 1 what was trained", elem_id="strength"
+            0,
+            MOST,
+            value=min(what.own(), MOST),
+            step=0.05,
+            label="Strength: 0 is the base, 1 what was trained",
+            elem_id="strength",
         )
         ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Row():
@@ -127,7 +145,7 @@ def page(what: Shown) -> Any:
             adapted = output("Adapted", "adapted")
         ask.click(both, [prompt, strength], [base, adapted])
         prompt.submit(both, [prompt, strength], [base, adapted])
-        strength.release(lambda p, s: what.at(s, p) if p.strip() else None, [prompt, strength], adapted)
+        strength.release(lambda p, s: both(p, s) if p.strip() else (None, None), [prompt, strength], [base, adapted])
         if any(not a.whole for a in adapters(what.model).values()):
             with gr.Accordion("How far each layer is from the base", open=False):
                 plot = gr.Plot(show_label=False)

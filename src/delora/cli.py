@@ -362,10 +362,9 @@ def evaluate(
     if recipe is not None:
         experiment = tasks.read(recipe, changes or [])
     else:
-        from delora.training.experiments import delivered, folder_of
+        from delora.training.experiments import folder_of
 
-        folder = folder_of(Path(adapter))
-        experiment = delivered(tasks.read(folder / "config.json", changes or []), folder)
+        experiment = tasks.of_run(folder_of(Path(adapter)), changes or [])
     task = tasks.find(experiment.task)
     from delora.evaluation.text import standard_error
 
@@ -406,12 +405,8 @@ def tune_strength(
     _quiet()
     values = _numbers("--strengths", strengths)
     from delora.training import dial
-    from delora.training.config import ConfigError
-    from delora.training.runs import CONFIG
 
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} is no folder of a finished experiment, which has a {CONFIG}: delora train makes one")
-    experiment = tasks.read(folder / CONFIG)
+    experiment = tasks.of_run(folder)
     tuned = dial.tune(tasks.find(experiment.task), experiment, folder, values, budget, write=not dry_run)
     choice = tuned.choice
     rows = [(f"{t.strength:g}", f"{t.score:.4f}", f"{t.forgotten:.4f}", choice.note(t)) for t in choice.tried]
@@ -796,13 +791,13 @@ def _local(adapter: str) -> Path:
 
     A run's folder stands for the adapter in it.
     """
-    from delora.formats.native import is_adapter
     from delora.integrations.hub import local
+    from delora.training.runs import adapter_in
 
     name, _, revision = (adapter, "", "") if Path(adapter).exists() else adapter.partition("@")
     with _refusals():
         where = local(name, revision or None)
-    return where / "adapter" if is_adapter(where / "adapter") and not is_adapter(where) else where
+    return adapter_in(where)
 
 
 def _empty(folder: Path) -> None:

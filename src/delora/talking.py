@@ -20,9 +20,8 @@ from delora.errors import UserError
 from delora.evaluation.answers import answer
 from delora.formats.native import is_adapter
 from delora.models import adapters
-from delora.training.experiments import ADAPTER
 from delora.training.models import language_tokenizer, template_of
-from delora.training.runs import CONFIG, RunError
+from delora.training.runs import ADAPTER, RunError
 
 __all__ = ["HELP", "Talk", "converse", "parse", "talk_of"]
 
@@ -104,9 +103,7 @@ def talk_of(run: Path, strengths: Sequence[float] | None = None, adapter: Path |
     Raises:
         UserError: the folder holds no finished run, or its model writes no text.
     """
-    if not (run / CONFIG).is_file():
-        raise RunError(f"{run} is no run's folder, which has a {CONFIG}: delora train or delora finetune makes one")
-    experiment = tasks.read(run / CONFIG)
+    experiment = tasks.of_run(run)
     folder = adapter or run / ADAPTER
     if not is_adapter(folder):
         what = "there is no adapter in" if adapter else "its run is not finished: it has no"

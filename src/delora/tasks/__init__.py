@@ -24,9 +24,10 @@ from delora.errors import nearest
 from delora.recipes import find as find_recipe
 from delora.training.config import ConfigError, Experiment, load_file
 from delora.training.config import parse as parse_as
+from delora.training.runs import CONFIG
 from delora.training.task import Task
 
-__all__ = ["NAMES", "find", "own_names", "parse", "read"]
+__all__ = ["NAMES", "find", "of_run", "own_names", "parse", "read"]
 
 # The module of each task that a recipe can name.
 NAMES = {
@@ -73,6 +74,27 @@ def read(recipe: Path | str, overrides: Sequence[str] = ()) -> Experiment:
     """
     file = find_recipe(recipe)
     return parse(load_file(file), overrides, str(file))
+
+
+def of_run(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment behind the adapter in a run's folder: of several variants or seeds the one that was delivered there.
+
+    Raises:
+        UserError: it is no run's folder, or nothing was delivered into it yet.
+
+    >>> of_run(Path("none"))
+    Traceback (most recent call last):
+    delora.training.config.ConfigError: none is no run's folder, which has a config.json: delora train or finetune makes one
+    """
+    if not (folder / CONFIG).is_file():
+        raise ConfigError(f"{folder} is no run's folder, which has a {CONFIG}: delora train or finetune makes one")
+    experiment = read(folder / CONFIG, overrides)
+    runs = experiment.runs()
+    if len(runs) == 1:  # a variant's own folder, too, in which nothing is delivered
+        return runs[0][1]
+    from delora.training.experiments import delivered  # which imports transformers
+
+    return delivered(experiment, folder)
 
 
 def parse(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Experiment:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -25,7 +25,7 @@ from delora.data.chats import Encoded, encode
 from delora.data.examples import DataError
 from delora.data.packing import Collator, keeps_apart, packed
 from delora.errors import nearest_path
-from delora.evaluation.answers import answer
+from delora.evaluation.answers import answer, continued
 from delora.evaluation.language import log_likelihood, predicted, token_sums
 from delora.formats.files import read_json, write_atomically
 from delora.formats.native import is_adapter
@@ -33,9 +33,9 @@ from delora.training import delivery, parallel
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
-from delora.training.models import language_model, language_skeleton, language_tokenizer
+from delora.training.models import language_model, language_skeleton, language_tokenizer, template_of
 from delora.training.runs import Result, RunContext, RunError, write_json
-from delora.training.task import Validation
+from delora.training.task import Kind, Validation
 
 __all__ = [
     "Data",
@@ -47,6 +47,7 @@ __all__ = [
     "deliver",
     "evaluate",
     "material",
+    "respond",
     "run",
     "sketch",
     "tokenizer_of",
@@ -321,6 +322,19 @@ def check(experiment: Settings) -> Material:
 def base(experiment: Settings) -> nn.Module:
     """The frozen language model."""
     return language_model(experiment.model, experiment.train.weights)[0]
+
+
+def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], str]]:
+    """The language model, and its most probable answer to a question; how it goes on, if it was trained on texts."""
+    model, tokenizer = language_model(experiment.model, experiment.train.weights)
+    tokenizer.chat_template = template_of(adapter) or tokenizer.chat_template
+
+    def said(prompt: str) -> str:
+        if experiment.data.kind == "text" or tokenizer.chat_template is None:
+            return continued(model, tokenizer, tokenizer(prompt, verbose=False)["input_ids"])
+        return answer(model, tokenizer, [{"role": "user", "content": prompt}])
+
+    return "text", model, said
 
 
 def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:

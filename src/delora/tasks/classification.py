@@ -357,7 +357,7 @@ def base(experiment: Settings) -> nn.Module:
     return classifier(experiment.model, text_task(experiment).labels)[0]
 
 
-def respond(experiment: Settings) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
+def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
     """The classifier, and the probability of each class for a text; or the value that a regression gives it."""
     task = text_task(experiment)
     model, tokenizer = classifier(experiment.model, task.labels)

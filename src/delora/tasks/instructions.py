@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,6 +27,7 @@ from delora.data.examples import DataError
 from delora.data.sentences import QUESTIONS, Question
 from delora.errors import nearest_path
 from delora.evaluation import harness
+from delora.evaluation.answers import continued
 from delora.evaluation.language import perplexity, predicted
 from delora.formats.files import read_json
 from delora.formats.native import is_adapter
@@ -35,7 +36,7 @@ from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton, language_tokenizer
 from delora.training.runs import Result, RunContext, RunError, write_json
-from delora.training.task import Validation
+from delora.training.task import Kind, Validation
 
 __all__ = [
     "Data",
@@ -48,6 +49,7 @@ __all__ = [
     "deliver",
     "evaluate",
     "material",
+    "respond",
     "run",
     "validation",
 ]
@@ -326,6 +328,16 @@ def _tasks(experiment: Settings) -> None:
 def base(experiment: Settings) -> nn.Module:
     """The frozen language model."""
     return language_model(experiment.model, experiment.train.weights)[0]
+
+
+def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], str]]:
+    """The language model, and its most probable response to an instruction."""
+    model, tokenizer = language_model(experiment.model, experiment.train.weights)
+
+    def response(prompt: str) -> str:
+        return continued(model, tokenizer, tokenizer(Instruction(prompt, "").prompt, verbose=False)["input_ids"]).strip()
+
+    return "text", model, response
 
 
 def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:

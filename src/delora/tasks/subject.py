@@ -465,7 +465,7 @@ def base(experiment: Settings) -> nn.Module:
     return pipeline(experiment.model, experiment.train.weights).unet
 
 
-def respond(experiment: Settings) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
+def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
     """The U-Net of the pipeline, and the picture that it draws for a prompt, from the noise of the experiment's seed."""
     pipe = pipeline(experiment.model)
     return "picture", pipe.unet, lambda prompt: sampled(experiment, pipe, prompt, experiment.seed, 1)[0]

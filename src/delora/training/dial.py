@@ -15,8 +15,8 @@ from delora.diagnostics import Recorder
 from delora.errors import UserError
 from delora.models import adapters
 from delora.training.config import Experiment
-from delora.training.experiments import ADAPTER, check, delivered
-from delora.training.runs import RunError, exclusive
+from delora.training.experiments import check, delivered
+from delora.training.runs import ADAPTER, RunError, exclusive
 from delora.training.task import Task
 
 __all__ = ["DISTANCE", "Tuned", "tune"]

@@ -31,6 +31,7 @@ from delora.training import parallel
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import Bar
 from delora.training.runs import (
+    ADAPTER,
     CONFIG,
     METRICS,
     Result,
@@ -66,7 +67,7 @@ __all__ = [
     "train",
 ]
 
-OUTCOME, ADAPTER = "summary.json", "adapter"
+OUTCOME = "summary.json"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from delora.errors import UserError
 from delora.formats.files import AdapterError, get, leftovers, parsed, read_json, shown, write_atomically
+from delora.formats.native import is_adapter
 from delora.training.config import Experiment, differences
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Row",
     "RunContext",
     "RunError",
+    "adapter_in",
     "as_csv",
     "best_rows",
     "claim",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 CONFIG, RESULT, METRICS, FAILED = "config.json", "result.json", "metrics.jsonl", "failed.json"
+ADAPTER = "adapter"
 
 
 class RunError(UserError, RuntimeError):
@@ -243,6 +246,24 @@ def read_metrics(file: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
             raise RunError(f"{error}; delete the file to do without it") from error
         rows.append(row)
     return rows
+
+
+def adapter_in(folder: Path) -> Path:
+    """The adapter's folder in a run's folder, or the folder itself if it has none.
+
+    Raises:
+        RunError: the run has several, one for each subject.
+
+    >>> adapter_in(Path("no such folder"))
+    PosixPath('no such folder')
+    """
+    if is_adapter(folder):
+        return folder
+    inner = folder / ADAPTER
+    found = [inner] if is_adapter(inner) else sorted(p for p in inner.glob("*") if is_adapter(p))
+    if len(found) > 1:
+        raise RunError(f"{folder} has an adapter for each of {len(found)} subjects: give one of {', '.join(map(str, found))}")
+    return found[0] if found else folder
 
 
 def place(out: str) -> Path:

@@ -52,8 +52,9 @@ class Task:
       returns for each how many of the ``n`` test predictions equal the run's. Default: writes the adapter alone.
     * ``evaluate(experiment, folder) -> (scores, n)``: the scores of the adapter or model in a folder, on ``n`` examples.
     * ``validation(experiment, data) -> Validation``: what a strength is chosen by after training (``delora tune-strength``).
-    * ``respond(experiment) -> (kind, model, answer)``: what ``delora app`` shows; ``answer(prompt)`` is {class: probability}, a
-      text or a picture of the frozen model, as ``kind`` says ("classes", "text", "picture").
+    * ``respond(experiment, adapter) -> (kind, model, answer)``: what ``delora app`` shows; ``answer(prompt)`` is {class:
+      probability}, a text or a picture of the frozen model, as ``kind`` says ("classes", "text", "picture"). The adapter in the
+      folder ``adapter`` is loaded into the model afterwards; what lies beside it, such as a chat template, is the task's.
     * ``columns(experiment) -> names``: scores that a table shows beside the reported one.
     * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
 
@@ -74,7 +75,7 @@ class Task:
     deliver: Callable[[Any, Path, Any, Path], Agreement]
     evaluate: Callable[[Any, Path], tuple[dict[str, float], int]]
     validation: Callable[[Any, Any], Validation]
-    respond: Callable[[Any], tuple[Kind, Any, Callable[[str], Any]]]
+    respond: Callable[[Any, Path], tuple[Kind, Any, Callable[[str], Any]]]
     columns: Callable[[Any], Sequence[str]]
     snapshots: Callable[[Path], dict[int, Path]]
     SELECTION: str = SELECTION
@@ -109,7 +110,7 @@ class Task:
                 f"the task {experiment.task} offers no score on validation data: delora.choose_strength takes one of your own"
             )
 
-        def respond(experiment: Experiment) -> tuple[Kind, Any, Callable[[str], Any]]:
+        def respond(experiment: Experiment, adapter: Path) -> tuple[Kind, Any, Callable[[str], Any]]:
             raise ConfigError(
                 f"the task {experiment.task} has nothing to answer: delora app is for classes, texts and pictures"
             )
