@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from delora import tasks
-from delora.reports import figures, overview
+from delora.reports import figures, overview, pages
 from delora.reports.overview import Run, collect, robustness, safe, table, write
 from delora.tasks import parse
 from delora.training.config import ConfigError
@@ -139,7 +139,8 @@ def test_the_page_its_figures_and_its_numbers(tmp_path, folders):
     out = tmp_path / "report"
     text = write([tmp_path / "runs"], out).read_text()
     page = Page(text)
-    assert "script" not in page.tags
+    assert page.scripts == [pages.SCRIPT]
+    assert text.count("<title>") > len(page.addresses)  # each point of a line says its value
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert len(page.addresses) == 2
     assert [row[0] for row in page.rows] == ["Method", EVIL, "Case", EVIL]

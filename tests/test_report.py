@@ -9,13 +9,17 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from delora.reports import experiment as report
-from delora.reports.curves import CURVES, draw
+from delora.reports import pages
+from delora.reports.curves import COLOURS, CURVES, draw
 from delora.tasks import find
 from delora.training.experiments import Outcome
 from delora.training.runs import Result, write_json
+from tests.browsing import CHROMIUM, browsing
 
 EVIL = '<script>alert("x")</script> & $\\frac{1}{0}$'
 
@@ -55,6 +59,7 @@ class Page(HTMLParser):
         self.tags: list[str] = []
         self.rows: list[list[str]] = []
         self.addresses: list[str] = []
+        self.scripts: list[str] = []
         self.cell = False
         self.feed(text)
 
@@ -62,6 +67,8 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.addresses += [value for key, value in attrs if key in ("src", "href") and value]
         self.cell = tag in ("td", "th")
+        if tag == "script":
+            self.scripts.append("")
         if tag == "tr":
             self.rows.append([])
         elif self.cell:
@@ -73,6 +80,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self.cell:
             self.rows[-1][-1] += data
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
 
 
 def test_the_table_holds_the_results():
@@ -89,7 +98,7 @@ def test_a_run_that_diverged_has_no_score():
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A finished experiment with names that are meant to do harm."""
-    runs = [result(EVIL), result("_hidden", bound_used=0.2), result("gone", diverged=2, test=None)]
+    runs = [result(EVIL), result("_hidden", bound_used=0.2, test=0.9), result("gone", diverged=2, test=None)]
     write_json(tmp_path / "summary.json", {**vars(summary(*runs)), "name": EVIL, "results": [vars(r) for r in runs]})
     write_json(tmp_path / "config.json", {"model": EVIL, "adapter": {"targets": [EVIL]}})
     rows = [{"run": name, "step": s, "loss": 1 / s, "distance": 0.1 * s} for name in (EVIL, "_hidden") for s in range(1, 20)]
@@ -102,7 +111,7 @@ def folder(tmp_path) -> Path:
 def test_names_are_shown_as_they_are_and_never_as_markup(folder):
     text = report.write(folder, find("sentiment")).read_text()
     page = Page(text)
-    assert "script" not in page.tags
+    assert page.scripts == [pages.SCRIPT]
     assert page.rows[0] == list(report.header(Outcome.read(folder)))
     assert [row[0] for row in page.rows[1:]] == [EVIL, "_hidden", "gone"]
 
@@ -113,6 +122,59 @@ def test_the_page_needs_nothing_else(folder):
     assert page.tags.count("img") == len(CURVES) == len(page.addresses)
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not re.search(r"https?:|url\(|@import|//cdn", text)
+
+
+def test_a_point_of_a_line_says_its_value_where_the_picture_has_the_line(tmp_path):
+    """Under each spot the picture has the colour of the line whose value it says."""
+    rows = [{"run": name, "step": s, "distance": 0.1 * s * k} for k, name in ((1, "a"), (2, "b")) for s in range(1, 300)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((png, svg),) = draw(tmp_path / "metrics.jsonl", ["a", "b"], tmp_path).items()
+    pixels = np.array(Image.open(png).convert("RGB")).astype(int)
+    said = re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="6"><title>([ab]), optimizer step (\d+): ([\d.]+)<', svg)
+    assert len(said) == 2 * pages.POINTS
+    for x, y, name, step, value in said:
+        assert float(value) == pytest.approx(0.1 * int(step) * (1 if name == "a" else 2), rel=1e-3)
+        near = pixels[round(float(y)) - 2 : round(float(y)) + 3, round(float(x)) - 2 : round(float(x)) + 3].reshape(-1, 3)
+        colour = [int(COLOURS[name == "b"][i : i + 2], 16) for i in (1, 3, 5)]
+        if name == "a":  # the other one is dashed
+            assert (np.abs(near - colour).max(1) < 60).any(), (x, y, name, step)
+    assert {int(step) for *_, step, _ in said} >= {1, 299}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make test installs it where apt-get may")
+def test_a_click_on_a_head_sorts_and_nothing_is_fetched(folder):
+    page = report.write(folder, find("sentiment"))
+    seen: dict[str, Any] = {"asked": [], "said": []}
+
+    async def act(tab: Any) -> None:
+        tab.on("request", lambda request: seen["asked"].append(request.url))
+        tab.on("console", lambda message: seen["said"].append(message.text))
+        await tab.goto(page.as_uri())
+        heads = tab.locator("th")
+
+        async def names() -> list[str]:
+            return await tab.locator("tbody td:first-child").all_inner_texts()
+
+        seen["first"] = await names()
+        for column in (0, 0, 1, 1, 3):
+            await heads.nth(column).click()
+            seen.setdefault("orders", []).append(await names())
+        await heads.nth(0).press("Enter")
+        seen["key"] = await names()
+        seen["spots"] = await tab.locator("svg circle title").count()
+
+    with browsing() as user:
+        user(act)
+    assert seen["first"] == [EVIL, "_hidden", "gone"]
+    up, down, best, worst, _ = seen["orders"]
+    assert up == down[::-1] == seen["key"]
+    assert up[-1] == "gone"  # letters come after signs
+    assert (best[:2], worst[:2]) == (["_hidden", EVIL], [EVIL, "_hidden"])
+    assert best[2] == worst[2] == "gone"  # it diverged: last, however it is sorted
+    assert seen["spots"] > 0
+    assert not seen["said"]
+    assert all(url.startswith(("file:", "data:")) for url in seen["asked"])
 
 
 def test_a_curve_that_no_run_has_is_not_drawn(folder, tmp_path):

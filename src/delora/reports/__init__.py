@@ -5,5 +5,6 @@
 ``overview``     many runs on one page: methods by tasks, robustness to the rate, distances
 ``curves``       loss, distance and bound over the steps, as PNG files
 ``figures``      the paper's kinds of figures, from plain rows
+``pages``        tables that sort, pictures that say their values: one file, no network
 ===============  ==========================================================================
 """

@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from delora.formats.files import printable
+from delora.reports.pages import spots
 from delora.training.config import slug
 from delora.training.runs import read_metrics
 from delora.training.trainer import LAYER
@@ -51,8 +52,10 @@ CURVES = (
 )
 
 
-def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
+def draw(metrics: Path, runs: Sequence[str], folder: Path) -> dict[Path, str]:
     """One PNG for each quantity of `CURVES` that any of the runs in a ``metrics.jsonl`` has, and for each layer's distance.
+
+    Returns the values of each as `delora.reports.pages.spots` gives them.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +65,7 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
     ['loss.png']
     """
     rows = read_metrics(metrics, needs=["run"])
-    drawn = []
+    drawn = {}
     with mpl.rc_context(STYLE):
         for curve in (*CURVES, *_of_layers(rows)):
             by_run = {
@@ -72,7 +75,7 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> list[Path]:
                 figure = Figure(figsize=(7.2, 3.6), layout="constrained")
                 _plot(figure.subplots(), curve, by_run)
                 FigureCanvasAgg(figure).print_png(folder / curve.file, metadata={"Software": None})
-                drawn.append(folder / curve.file)
+                drawn[folder / curve.file] = spots(figure)
     return drawn
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from html import escape
 from pathlib import Path
 
 from delora.evaluation.text import standard_error
 from delora.formats.files import read_json, write_atomically
+from delora.reports import pages
 from delora.reports.curves import draw
 from delora.training.experiments import Outcome
 from delora.training.runs import CONFIG, METRICS, Result, Row, best_rows
@@ -20,27 +20,6 @@ __all__ = ["header", "page", "reading", "score", "table", "write"]
 
 REPORT = "report.html"
 NOTHING = "–"
-
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 54rem; margin: 3rem auto; padding: 0 1.5rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.1rem; margin: 2.4rem 0 .6rem; }
-p.what { color: #555; margin: 0 0 1.6rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
-th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { font-weight: 600; border-bottom: 2px solid #1a1a1a; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; }
-tr.delivered td { background: #eef4fa; }
-figure { margin: 1.2rem 0; break-inside: avoid; }
-figcaption { color: #555; font-size: .85rem; }
-figure img { max-width: 100%; height: auto; }
-pre { background: #f6f6f6; padding: 1rem; font-size: .8rem; line-height: 1.4; white-space: pre-wrap; overflow-wrap: anywhere; }
-ul { padding-left: 1.2rem; }
-@media print { body { margin: 0 auto; max-width: none; font-size: 11pt; } h2 { break-after: avoid; } }
-"""
 
 
 def header(outcome: Outcome) -> tuple[str, ...]:
@@ -144,50 +123,26 @@ def write(out: Path, task: Task) -> Path:
     return out / REPORT
 
 
-def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Sequence[Path]) -> str:
-    """The text of ``report.html``, with the plots inside it.
+def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Mapping[Path, str]) -> str:
+    """The text of ``report.html``, with the plots inside it, each with the SVG of its values.
 
     >>> from delora import tasks
-    >>> "<title>mine</title>" in page(Outcome("mine", [], 100, "a", {}, {}), tasks.find("cola"), {}, [])
+    >>> "<title>mine</title>" in page(Outcome("mine", [], 100, "a", {}, {}), tasks.find("cola"), {}, {})
     True
     """
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header(outcome))
-    body = "".join(
-        f"<tr{' class=delivered' if outcome.delivered in [run.name for run in best.runs] else ''}>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        + "</tr>\n"
-        for best, row in zip(best_rows(outcome.results), table(outcome), strict=True)
-    )
-    figures = "".join(
-        f'<figure><img alt="{escape(plot.stem)} per optimizer step" '
-        f'src="data:image/png;base64,{base64.b64encode(plot.read_bytes()).decode()}"></figure>\n'
-        for plot in plots
-    )
+    best, rows = best_rows(outcome.results), table(outcome)
+    delivered = [i for i, row in enumerate(best) if outcome.delivered in [run.name for run in row.runs]]
+    figures = "\n".join(pages.picture(plot, f"{plot.stem} per optimizer step", spots) for plot, spots in plots.items())
     notes = "".join(f"<li>{escape(line)}</li>\n" for line in reading(outcome, task))
     versions = ", ".join(f"{key} {value}" for key, value in outcome.environment.items())
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(outcome.name)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(outcome.name)}</h1>
+    body = f"""<h1>{escape(outcome.name)}</h1>
 <p class="what">{escape(str(config.get("model", "")))}; {escape(versions)}</p>
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}</tbody>
-</table>
+{pages.table(header(outcome), rows, delivered)}
 <h2>Reading it</h2>
 <ul>
 {notes}</ul>
 <h2>Curves</h2>
 {figures}
 <h2>Settings</h2>
-<pre>{escape(json.dumps(config, indent=1, ensure_ascii=False))}</pre>
-</body>
-</html>
-"""
+<pre>{escape(json.dumps(config, indent=1, ensure_ascii=False))}</pre>"""
+    return pages.document(outcome.name, body)

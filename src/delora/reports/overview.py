@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -14,8 +13,8 @@ from typing import Any
 from delora import tasks
 from delora.errors import nearest_path
 from delora.formats.files import get, read_json, shown, write_atomically
-from delora.reports import figures
-from delora.reports.experiment import NOTHING, REPORT, STYLE
+from delora.reports import figures, pages
+from delora.reports.experiment import NOTHING, REPORT
 from delora.targets import resolve
 from delora.training.config import Experiment, slug
 from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, RunError, as_csv, best_rows, read_metrics
@@ -56,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A figure of the page.
+    """A figure of the page, with the SVG of its values.
 
     >>> Drawn("bert: column norms", Path("bert-norms.png"), "By kind of layer and depth.").png.suffix
     '.png'
@@ -65,6 +64,7 @@ class Drawn:
     title: str
     png: Path
     note: str
+    values: str = ""
 
 
 # ---------------------------------------------------------------- reading
@@ -298,7 +298,7 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
         figure = figures.over_rates(rows, list(_cases(scaled)), runs[0].result.reported, "|dW| / |W|")
         png, _ = figures.save(figure, out / f"{stem}-rates")
         note = OVER_RATES
-        drawn.append(Drawn(f"{title}: over learning rates", png, note))
+        drawn.append(Drawn(f"{title}: over learning rates", png, note, pages.spots(figure)))
     best = best_rows([run.result for run in runs])
     kept = {id(result) for row in best for result in row.runs}
     points = [point for run in runs if id(run.result) in kept for point in _points(run)]
@@ -308,7 +308,7 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
         figure = figures.over_steps(points, cases, bounded, runs[0].result.metric, "|dW| / |W|")
         png, _ = figures.save(figure, out / f"{stem}-steps")
         note = "Distance from the base model (left) and validation score (right) over training, for each row's best setting."
-        drawn.append(Drawn(f"{title}: over training", png, note))
+        drawn.append(Drawn(f"{title}: over training", png, note, pages.spots(figure)))
     if sheet := _samples(best, {id(run.result): run for run in runs}, out / f"{stem}-samples.png"):
         note = "The same noise and prompt after more and more steps of training, for each row's best setting."
         drawn.append(Drawn(f"{title}: samples over training", sheet, note))
@@ -335,9 +335,10 @@ def norms(experiment: Experiment, out: Path) -> Drawn:
     """Figure 4: the mean column norms of an experiment's frozen targets, by kind and depth. Loads the model."""
     model, adapter = tasks.find(experiment.task).base(experiment), experiment.adapter
     names = resolve(model, adapter.build(), adapter.targets, exclude=adapter.exclude)[0]
-    png, _ = figures.save(figures.column_norm_profile(model, list(names)), out / f"{slug(experiment.model)}-norms")
+    figure = figures.column_norm_profile(model, list(names))
+    png, _ = figures.save(figure, out / f"{slug(experiment.model)}-norms")
     note = "The mean norm of the frozen weights' columns, by which DeLoRA scales its directions, by kind of layer and depth."
-    return Drawn(f"{experiment.model}: column norms", png, note)
+    return Drawn(f"{experiment.model}: column norms", png, note, pages.spots(figure))
 
 
 def _points(run: Run) -> list[dict[str, Any]]:
@@ -403,40 +404,16 @@ def page(runs: Sequence[Run], failed: dict[str, str], tables: Sequence[Table], d
     True
     """
 
-    def cell(text: str, tag: str = "td") -> str:
-        return f"<{tag}>{escape(text).replace(chr(10), '<br>')}</{tag}>"
-
     parts = []
     for one in tables:
-        body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>\n" for row in one.rows)
-        head = "".join(cell(name, "th") for name in one.header)
         notes = "".join(f"<li>{escape(note)}</li>" for note in one.notes)
-        parts.append(
-            f"<h2>{escape(one.title)}</h2>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n<ul>{notes}</ul>"
-        )
-    for picture in drawn:
-        data = base64.b64encode(picture.png.read_bytes()).decode()
-        parts.append(
-            f'<h2>{escape(picture.title)}</h2>\n<figure><img alt="{escape(picture.title)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{escape(picture.note)}</figcaption></figure>"
-        )
+        parts.append(f"<h2>{escape(one.title)}</h2>\n{pages.table(one.header, one.rows)}\n<ul>{notes}</ul>")
+    parts += [f"<h2>{escape(d.title)}</h2>\n{pages.picture(d.png, d.title, d.values, d.note)}" for d in drawn]
     if failed:
         why = "".join(f"<li><b>{escape(name)}</b>: {escape(reason)}</li>" for name, reason in failed.items())
         parts.append(f"<h2>Failed</h2>\n<ul>{why}</ul>")
     hours = sum(run.result.seconds for run in runs) / 3600
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>delora report</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{len(runs)} runs</h1>
+    what = f"""<h1>{len(runs)} runs</h1>
 <p class="what">{hours:.1f} hours of training; {len(failed)} failed.
-Every number is in {CSV}; the figures are beside it as PNG and PDF.</p>
-{chr(10).join(parts)}
-</body>
-</html>
-"""
+Every number is in {CSV}; the figures are beside it as PNG and PDF.</p>"""
+    return pages.document("delora report", "\n".join([what, *parts]))
