@@ -147,7 +147,7 @@ def test_another_method_gets_settings_of_its_own(world):
         (["tickets.csv", "--text", "bdy", "--label", "queue"], "did you mean 'body'"),
         (["tickets.csv", "--columns", "body"], "ROLE=COLUMN"),
         (["nothing.csv"], "there is no file"),
-        (["pictures"], "holds pictures"),
+        (["pictures"], "say in a word what they show"),
         (["pairs.jsonl"], "does not train on"),
     ],
 )

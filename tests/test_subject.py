@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 import delora
+from delora import app
 from delora.data import dreambooth
 from delora.data.examples import DataError
 from delora.evaluation import generation, pictures
@@ -33,6 +35,7 @@ from delora.tasks import parse, read, subject
 from delora.training import experiments
 from delora.training.config import ConfigError
 from delora.training.models import ModelError
+from delora.training.runs import RunError
 from tests import test_cli, tiny_diffusion
 
 ROOT = Path(__file__).parents[1]
@@ -368,6 +371,157 @@ def test_without_a_prior_and_with_photographs_of_ones_own(world, tmp_path):
     assert names(tmp_path / "out" / "prior" / "dog") == []
 
 
+# ---------------------------------------------------------------- a folder of photographs, and no judge
+
+
+OWN = "a photo of qwe dog"
+
+
+@pytest.fixture(scope="module")
+def own(world, tmp_path_factory) -> Path:
+    """What ``delora finetune`` makes of a folder of photographs."""
+    out = tmp_path_factory.mktemp("own") / "mine"
+    small = ["class_images=1", "crops=2", "images=1", "steps=2", "guidance=2.0", "snapshots=0"]
+    changes = [*(f"subject.{change}" for change in small), "train.steps=2", "train.lr=0.05", "adapter.lam=4.0"]
+    given = ["finetune", world / "pipe", world / "data" / "dog2", "--word", "dog", "--out", out, *changes]
+    code, told, err = test_cli.run(*given)
+    assert code == 0, err
+    for expected in ("2 photographs of “qwe dog”, in 16 x 16", "judge = false  # no other model is needed", "Test fit"):
+        assert expected in told
+    return out
+
+
+def picture_of(pipe: Any, prompt: str = OWN) -> torch.Tensor:
+    return subject.rgb(generation.sample(pipe, prompt, 0, 1, 2, 2.0, 16)[0])
+
+
+def adapted(world: Path, own: Path) -> Any:
+    pipe = generation.pipeline(str(world / "pipe"))
+    delora.load(pipe.unet, own / "adapter" / "dog2")
+    return pipe
+
+
+def test_without_a_judge_the_score_is_the_share_of_the_error_that_is_gone(world, own):
+    """Measured anew, from the photographs on, with the same crops and noise; an adapter that does nothing has none."""
+    (result,) = (own / "variants").glob("*/result.json")
+    scores = json.loads(result.read_text())
+    assert (scores["metric"], scores["test"]) == ("fit", scores["scores"]["fit"])
+    experiment = parse(json.loads((own / "config.json").read_text()))
+    pipe = adapted(world, own)
+    subject.set_seed(experiment.seed)
+    photographs = [dreambooth.open_image(file) for file in sorted((world / "data" / "dog2").glob("*.png"))]
+    moments = subject.moments(pipe, photographs, 16, experiment.subject.crops)
+    material = subject.Pairs(moments, None, subject.embedded(pipe, [OWN]))
+    denoiser = subject.Denoiser(pipe.unet, subject.DDPMScheduler.from_config(pipe.scheduler.config), 0.18215, 1.0)
+    before = torch.get_rng_state()
+    assert subject.fit_of(denoiser, material).tolist() == pytest.approx([scores["test"]], abs=1e-5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert scores["test"] != 0
+    delora.strength(pipe.unet, 0.0)
+    assert subject.fit_of(denoiser, material).tolist() == pytest.approx([0.0], abs=1e-7)
+    code, told, err = test_cli.run("evaluate", own)
+    assert (code, f"test fit {100 * scores['test']:.1f} % (2 examples)" in " ".join(told.split())) == (0, True), told + err
+
+
+def test_evaluate_scores_an_adapter_as_its_run_did(world, done):
+    experiment = parse(json.loads((done / "config.json").read_text()))
+    scores, photographs = subject.evaluate(experiment, done / "adapter" / "dog2")
+    trained = json.loads((done / "variants" / "tiny" / "subjects" / "dog2" / "scores.json").read_text())["scores"]
+    assert scores == {name: pytest.approx(np.mean(trained[name]), abs=1e-3) for name in ("dino", "clip_i", "clip_t")}
+    assert photographs == 2
+    with pytest.raises(RunError, match="has the name of none of the subjects: backpack, dog2"):
+        subject.evaluate(experiment, done / "adapter")
+
+
+def test_generate_takes_the_folder_of_a_run(world, own, tmp_path):
+    """Its model, its size, its solver's steps, and the subject where the prompt has braces."""
+    given = ["generate", own, "a photo of {}", "--count", 1, "--strength", "0,1", "--out", tmp_path / "grid.png"]
+    code, _, told = test_cli.run(*given)
+    assert code == 0, told
+    sheet, times = np.array(Image.open(tmp_path / "grid.png")), 96 // tiny_diffusion.SIZE
+    pipe = adapted(world, own)
+    for number, strength in enumerate((0.0, 1.0)):
+        delora.strength(pipe.unet, strength)
+        top = pictures.MARGIN + pictures.LABEL + number * (96 + pictures.MARGIN + pictures.LABEL)
+        seen = sheet[top:, pictures.MARGIN :][:96:times, :96:times]
+        assert np.array_equal(seen, picture_of(pipe).permute(1, 2, 0).numpy())
+    code, _, told = test_cli.run("generate", world / "data", "a dog", "--out", tmp_path / "other.png")
+    assert (code, "holds no adapter" in told) == (1, True)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers calls names of peft that are to go
+def test_a_run_of_photographs_is_exported_and_merged_from_the_command_line(world, own, tmp_path):
+    expected, base = picture_of(adapted(world, own)), picture_of(generation.pipeline(str(world / "pipe")))
+    assert (expected - base).abs().mean() > 1, "the adapter does nothing: the test has nothing to tell"
+    for kind in ("diffusers", "kohya"):
+        code, _, told = test_cli.run("export", own, "--kind", kind, "--out", tmp_path / kind)
+        assert code == 0, told
+        fresh = generation.pipeline(str(world / "pipe"))
+        fresh.load_lora_weights(tmp_path / kind)
+        assert (picture_of(fresh) - expected).abs().mean() < 1
+    code, _, told = test_cli.run("merge", own / "adapter" / "dog2", "--out", tmp_path / "merged")
+    assert code == 0, told
+    assert (picture_of(generation.pipeline(str(tmp_path / "merged"))) - expected).abs().mean() < 1
+    code, _, told = test_cli.run("export", own, "--out", tmp_path / "lora")
+    assert (code, "--kind diffusers or --kind kohya" in " ".join(told.replace("│", " ").split())) == (2, True)
+
+
+def test_the_page_of_a_run_of_photographs(world, own, done):
+    page, pipe = app.shown(own), adapted(world, own)
+    assert torch.equal(subject.rgb(page.at(1.0, "a photo of {}")), picture_of(pipe))
+    delora.strength(pipe.unet, 0.0)
+    assert torch.equal(subject.rgb(page.at(0.0, OWN)), picture_of(pipe))
+    with pytest.raises(RunError, match="has an adapter for each of 2 subjects: give one of .*backpack"):
+        app.shown(done)
+    with pytest.raises(ConfigError, match="write qwe and the class"):
+        app.shown(done, done / "adapter" / "dog2").at(1.0, "a photo of {}")
+
+
+@pytest.mark.parametrize("key", ["dino", "clip", "classifier"])
+def test_a_hint_for_a_judge_works_as_it_is_written(world, tmp_path, key):
+    """The change that the message proposes is made literally, with the folder in its place."""
+    asked: dict[str, Any] = {"names": ["dog2"]}
+    asked |= {key: [str(world / "clip"), "nobody/nothing"] if key == "clip" else "nobody/nothing"}
+    values = recipe(world, tmp_path / "out", subject=asked)
+    with pytest.raises(ModelError) as caught:
+        subject.check(parse(json.loads(json.dumps(values))))
+    change = str(caught.value).rpartition("in a recipe: ")[2].removesuffix(")")
+    (argument,) = shlex.split(change.replace("FOLDER", str(world / ("multi_label" if key == "classifier" else key))))
+    assert subject.check(parse(values, [argument]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{world}/data/dog2"], "say in a word what they show, such as --word mug"),
+        (["{world}/data/dog2", "--word", "dog", "--text", "body"], "--text is for tables of texts"),
+        (["{world}/data/dog2/00.png", "--word", "dog"], "is one picture: give the folder"),
+        (["{world}/data/dog2", "--word", "dog", "subject.judge=true"], "subject.dino=FOLDER"),
+        (["{world}/data/prompts_and_classes.txt", "--word", "dog"], "--word is what photographs show"),
+    ],
+)
+def test_photographs_that_cannot_be_learned_are_refused_in_words(world, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, told = test_cli.run("finetune", world / "pipe", *(each.format(world=world) for each in arguments))
+    assert (code != 0, words in told) == (True, True), told
+    assert not names(tmp_path)
+
+
+def test_what_is_odd_about_photographs_is_told(world, tmp_path):
+    shutil.copytree(world / "data" / "dog2", tmp_path / "dogs")
+    shutil.copy(tmp_path / "dogs" / "00.png", tmp_path / "dogs" / "copy.png")
+    (tmp_path / "dogs" / "notes.txt").touch()
+    (mine,) = dreambooth.read(str(tmp_path / "dogs"), word="dog")
+    told = dreambooth.odd(mine, 22)
+    assert [line.split(":")[0] for line in told] == [
+        "00.png is enlarged",
+        "copy.png is 00.png once more",
+        "copy.png is enlarged",
+        "left out, for it is no picture (.jpg, .jpeg, .png, .webp)",
+    ]
+    assert not dreambooth.odd(dreambooth.read(str(world / "data" / "dog2"), word="dog")[0], 16)
+
+
 # ---------------------------------------------------------------- parts
 
 
@@ -427,7 +581,8 @@ def test_the_prompts_of_objects_and_of_live_subjects(world):
     [
         ({"data": {"source": "{tmp}"}}, DataError, r"does not hold prompts_and_classes\.txt: .*google/dreambooth.*your own"),
         ({"subject": {"names": ["cat9"]}}, DataError, "has no subject 'cat9'; known are backpack, dog2, teapot"),
-        ({"subject": {"word": "dog"}, "data": {"source": "{tmp}"}}, DataError, r"give subject\.prompts"),
+        ({"subject": {"word": "dog"}, "data": {"source": "{tmp}"}}, DataError, "holds no photograph"),
+        ({"subject": {"judge": False, "scored": [1]}}, ConfigError, r"needs subject\.judge=true"),
         ({"subject": {"word": "dog", "prompts": ["a dog"]}}, DataError, r"the prompt 'a dog' must have \{\} once"),
         ({"subject": {"word": "dog", "prompts": ["{}"]}, "data": {"source": "{tmp}"}}, DataError, "holds no photograph"),
         (
@@ -479,9 +634,9 @@ def test_generate_writes_a_row_for_each_strength(world, done, tmp_path):
     seen = [[square[::times, ::times] for square in row] for row in squares]
     assert np.array_equal(seen[0][1].repeat(times, 0).repeat(times, 1), squares[0][1])
     pipe = generation.pipeline(str(world / "pipe"))
-    base = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 7.5)
+    base = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 2.0)  # the run's guidance
     delora.load(pipe.unet, adapter)
-    tuned = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 7.5)
+    tuned = generation.sample(pipe, "a photo of qwe dog", 0, 2, 2, 2.0)
     assert all(np.array_equal(a, np.array(b)) for a, b in zip(seen[0], base, strict=True))
     assert all(np.array_equal(a, np.array(b)) for a, b in zip(seen[1], tuned, strict=True))
     assert not np.array_equal(seen[0][0], seen[1][0])

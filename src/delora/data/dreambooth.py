@@ -15,10 +15,11 @@ from typing import Any
 from delora.data.examples import DataError
 from delora.errors import nearest, nearest_path
 
-__all__ = ["FILE", "Subject", "open_image", "read"]
+__all__ = ["FILE", "IMAGES", "PLAIN", "Subject", "odd", "open_image", "photographs", "read"]
 
 FILE = "prompts_and_classes.txt"
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+PLAIN = ("a photo of {}",)  # the prompts for photographs of one's own that have none
 LIVE = ("cat", "dog")  # the classes whose subjects have the second list of prompts
 
 
@@ -42,7 +43,7 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
 
     Args:
         source: the folder ``dataset`` of google/dreambooth, which holds `FILE` and a folder for each subject; or, with
-            ``word`` and ``prompts``, a folder of photographs of one subject.
+            ``word``, a folder of photographs of one subject. It may have ``prompts``; by default `PLAIN`.
 
     Raises:
         DataError: the folder, a subject, a photograph or a prompt is missing; the message says what to fetch.
@@ -61,13 +62,11 @@ def read(source: str, names: Sequence[str] = (), word: str | None = None, prompt
     if word is not None:
         if not folder.is_dir():
             raise DataError(f"there is no folder {source!r} of photographs{nearest_path(source)}")
-        if not prompts:
-            raise DataError("give subject.prompts, by which your subject is judged, such as ['a photo of {} on the beach']")
-        return [Subject(folder.resolve().name, word, _images(folder), tuple(prompts))]
+        return [Subject(folder.resolve().name, word, _images(folder), tuple(prompts) or PLAIN)]
     if not (folder / FILE).is_file():
         raise DataError(
             f"{source!r} does not hold {FILE}: give the folder 'dataset' of the GitHub repository google/dreambooth as "
-            "data.source; or a folder of your own photographs, with subject.word and subject.prompts"
+            "data.source; or a folder of your own photographs, with what they show, such as subject.word=mug"
         )
     words, lists = _parse((folder / FILE).read_text("utf-8"), str(folder / FILE))
     for name in names:
@@ -95,8 +94,33 @@ def _parse(text: str, where: str) -> tuple[dict[str, str], tuple[tuple[str, ...]
     return words, (lists[0], lists[1])
 
 
+def photographs(folder: Path) -> tuple[Path, ...]:
+    """The files of a folder that are named as pictures; none if it is no folder.
+
+    >>> photographs(Path("no such folder"))
+    ()
+    """
+    return tuple(sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGES and not p.name.startswith(".")))
+
+
+def odd(subject: Subject, resolution: int) -> list[str]:
+    """Sentences on what is odd about a subject's photographs: equal ones, ones smaller than the resolution, other files."""
+    told = []
+    folder = subject.images[0].parent
+    same: dict[bytes, str] = {}
+    for file in subject.images:
+        first = same.setdefault(file.read_bytes(), file.name)
+        if first != file.name:
+            told.append(f"{file.name} is {first} once more")
+        if (side := min(open_image(file).size)) < resolution:
+            told.append(f"{file.name} is enlarged: its shorter side has {side} pixels, and the model draws {resolution}")
+    if others := sorted(p.name for p in folder.iterdir() if p not in subject.images and not p.name.startswith(".")):
+        told.append(f"left out, for it is no picture ({', '.join(IMAGES)}): {', '.join(others[:5])}")
+    return told
+
+
 def _images(folder: Path) -> tuple[Path, ...]:
-    files = tuple(sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGES))
+    files = photographs(folder)
     if not files:
         raise DataError(f"{folder} holds no photograph ({', '.join(IMAGES)})")
     return files

@@ -21,11 +21,11 @@ class Encoder:
     norm; for a convolutional network the mean over the picture.
     """
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, instead: str = "model=FOLDER") -> None:
         self.name, self.device = name, device
-        self.model: nn.Module = loading(AutoModel, name, dtype=torch.float32).to(device).eval()
-        self.processor = loading(AutoImageProcessor, name)
-        self.tokenizer = loading(AutoTokenizer, name) if isinstance(self.model, CLIPModel) else None
+        self.model: nn.Module = loading(AutoModel, name, instead, dtype=torch.float32).to(device).eval()
+        self.processor = loading(AutoImageProcessor, name, instead)
+        self.tokenizer = loading(AutoTokenizer, name, instead) if isinstance(self.model, CLIPModel) else None
 
     @torch.no_grad()
     def images(self, pictures: Sequence[Any], batch: int = 32) -> Tensor:
@@ -52,10 +52,10 @@ class Encoder:
 class Words:
     """Which words of a prompt a picture shows, by a classifier whose labels are words, each with its own probability."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
+    def __init__(self, name: str, device: torch.device, instead: str = "model=FOLDER") -> None:
         self.device = device
-        self.model = loading(AutoModelForImageClassification, name, dtype=torch.float32).to(device).eval()
-        self.processor = loading(AutoImageProcessor, name)
+        self.model = loading(AutoModelForImageClassification, name, instead, dtype=torch.float32).to(device).eval()
+        self.processor = loading(AutoImageProcessor, name, instead)
         self.known = {word: i for i, word in self.model.config.id2label.items()}
         kind = self.model.config.problem_type
         if kind != "multi_label_classification":

@@ -25,8 +25,9 @@ class Segmenter:
     """
 
     def __init__(self, name: str, device: torch.device, scales: Sequence[int] = ()) -> None:
-        self.model = loading(AutoModelForSemanticSegmentation, name, dtype=torch.float32).to(device).eval()
-        self.processor, self.device, self.scales = loading(AutoImageProcessor, name), device, scales
+        instead = "semantic_map.segmenter=FOLDER"
+        self.model = loading(AutoModelForSemanticSegmentation, name, instead, dtype=torch.float32).to(device).eval()
+        self.processor, self.device, self.scales = loading(AutoImageProcessor, name, instead), device, scales
 
     @torch.no_grad()
     def labels(self, picture: Any, size: tuple[int, int]) -> Tensor:

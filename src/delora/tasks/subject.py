@@ -2,13 +2,16 @@
 
 Each subject has its own adapter, trained with prior preservation. The pictures for its prompts are scored by DINO and CLIP-I,
 their likeness to the photographs, and by CLIP-T, that to the prompt. For comparison, the photographs are scored among
-themselves, and so are the base model's pictures for the same prompts.
+themselves, and so are the base model's pictures for the same prompts. Without judges the only score is how much better the
+model denoises the photographs than its base does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from delora.evaluation.generation import pipeline, sample
 from delora.evaluation.images import Encoder, Words, own_pairs, pairs
 from delora.evaluation.pictures import write
 from delora.formats.files import read_json
+from delora.formats.native import require_adapter
 from delora.models import adapters
 from delora.training.config import ConfigError, Count, Experiment, Rate, Strict, slug
 from delora.training.experiments import adapt, begin, finish, fit, reached
@@ -48,7 +52,12 @@ __all__ = [
     "columns",
     "deliver",
     "embedded",
+    "error",
+    "evaluate",
+    "named",
     "one",
+    "resolution",
+    "respond",
     "rgb",
     "run",
     "skeleton",
@@ -56,6 +65,10 @@ __all__ = [
 ]
 
 SCORES = "scores.json"
+PARTS: tuple[tuple[Any, str], ...] = ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+FIT = "fit"
+DRAWS = True
+TIMES = 8  # of noise for each photograph, when the error is measured
 SELECTION = "There is no part to validate on: settings are compared by the test score itself, as in the paper."
 
 
@@ -73,13 +86,15 @@ class SubjectSettings(Strict):
     """How a text-to-image model learns a subject, and how that is judged.
 
     ``names``: the subjects of google/dreambooth (all if empty). For photographs of your own: ``word`` is the class, and
-    ``prompts`` have ``{}`` in the subject's place. ``crops`` random crops of each photograph are drawn and encoded before
-    training (1: its middle); if these are as many as the steps, every step has a new one. ``class_images`` pictures of the
-    class preserve the prior, with ``prior_weight`` in the loss. ``images`` pictures are made for each prompt, in ``steps`` of
-    the solver and with ``guidance``, and scored: at the end, and after each number of training steps in ``scored``, whose
-    scores have that in their names. ``snapshots`` is the number of training steps between sample pictures (0: none). ``dino``
-    and ``clip`` are the models that judge; the table shows the first CLIP. ``classifier`` is a model whose labels are words:
-    the score "prompt" is the share of the prompts' words that it sees in the pictures.
+    ``prompts`` (by default one) have ``{}`` in the subject's place. ``crops`` random crops of each photograph are drawn and
+    encoded before training (1: its middle); if these are as many as the steps, every step has a new one. ``class_images``
+    pictures of the class preserve the prior, with ``prior_weight`` in the loss. ``images`` pictures are made for each prompt,
+    in ``steps`` of the solver and with ``guidance``, and scored: at the end, and after each number of training steps in
+    ``scored``, whose scores have that in their names. ``snapshots`` is the number of training steps between sample pictures
+    (0: none). ``dino`` and ``clip`` are the models that judge; the table shows the first CLIP. ``classifier`` is a model whose
+    labels are words: the score "prompt" is the share of the prompts' words that it sees in the pictures. Without ``judge``
+    none of these is needed, and the score is "fit": by which share the error of the noise that is predicted for the
+    photographs is below the base model's.
 
     >>> SubjectSettings(word="dog", prompts=["a photo of {} on the beach"]).token
     'qwe'
@@ -98,6 +113,7 @@ class SubjectSettings(Strict):
     guidance: Rate = 7.5
     snapshots: Annotated[int, Field(ge=0)] = 200
     scored: list[Count] = Field(default=[])
+    judge: bool = True
     dino: str = "facebook/dino-vits16"
     clip: list[str] = Field(default=["openai/clip-vit-large-patch14", "openai/clip-vit-base-patch32"])
     classifier: str | None = None
@@ -132,7 +148,7 @@ def columns(experiment: Settings) -> tuple[str, ...]:
 def run(experiment: Settings, context: RunContext, subjects: list[Subject]) -> Result:
     """For each subject: pipeline, inject, photographs, train, pictures, scores. An interrupted run resumes where it was."""
     begin(experiment, context)
-    folder = context.folder
+    folder, metric = context.folder, "dino" if experiment.subject.judge else FIT
     scores, last, trainable, seconds = [], {}, 0, 0.0
     diverged = None
     for subject in subjects:
@@ -153,34 +169,34 @@ def run(experiment: Settings, context: RunContext, subjects: list[Subject]) -> R
         by_subject = [name for name in ("dino", "clip_i") if name in pooled]
         macro = {f"{name} by subject": fmean(fmean(s[name]) for s in scores) for name in by_subject}
         # There is no part to validate on: as in the paper, settings are compared by the score itself.
-        figures |= {"validation": pooled["dino"], "test": pooled["dino"], "scores": pooled | macro, **last}
+        figures |= {"validation": pooled[metric], "test": pooled[metric], "scores": pooled | macro, **last}
     (folder / METRICS).write_text(_metrics(folder, subjects), "utf-8")
-    return finish(experiment, context, "dino", "dino", trainable=trainable, seconds=seconds, **figures)
+    return finish(experiment, context, metric, metric, trainable=trainable, seconds=seconds, **figures)
 
 
 def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
     """One subject's run in the context's folder, to its ``scores.json``: every score as the list of its pairs, to be pooled."""
     settings, place = experiment.subject, context.folder
     pipe = pipeline(experiment.model, experiment.train.weights)
-    judge = Judge(experiment, subject, pipe.device)  # the anchors, first
+    photographs = [open_image(file) for file in subject.images]
+    judge = Judge(experiment, subject, pipe.device) if settings.judge else None  # the anchors, first
     class_images = class_pictures(experiment, pipe, subject.word, context.shared / "prior")
-    untuned = before(experiment, pipe, subject, judge, context.shared / "untuned")
+    untuned = {} if judge is None else before(experiment, pipe, subject, judge, context.shared / "untuned")
 
     class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {settings.token} {subject.word}"
     set_seed(experiment.seed)
     material = Pairs(
-        moments(pipe, judge.photographs, settings.resolution, settings.crops),
+        moments(pipe, photographs, settings.resolution, settings.crops),
         moments(pipe, class_images, settings.resolution, 1) if class_images else None,
         embedded(pipe, [instance_prompt, class_prompt]),
     )
     adapt(pipe.unet, experiment)
-    denoiser = Denoiser(
-        pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, settings.prior_weight
-    )
+    denoiser = denoiser_of(pipe, settings.prior_weight)
     prompt = subject.prompts[0].format(f"{settings.token} {subject.word}")
     watch = Snapshots(pipe, place / "snapshots", settings.snapshots, prompt, experiment)
 
     def score(step: int) -> None:
+        assert judge is not None
         pictures = generate(experiment, pipe, subject, place / f"pictures-{step}")
         values = judge.scores(pictures)
         write_json(_after(place, step), {f"{name} after {step}": each.tolist() for name, each in values.items()})
@@ -198,12 +214,23 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
     if trainer.diverged is None:
         delora.save(pipe.unet, place / "adapter")
         pictures = generate(experiment, pipe, subject, place / "pictures")
-        scores = judge.scores(pictures) | judge.real
+        scores = {FIT: fit_of(denoiser, material)} if judge is None else judge.scores(pictures) | judge.real
         done["scores"] = {name: values.tolist() for name, values in scores.items()} | untuned
         for step in settings.scored:
             done["scores"] |= read_json(_after(place, step))
         done["reached"] = reached(pipe.unet, place / "adapter")
     write_json(place / SCORES, done)
+
+
+def denoiser_of(pipe: Any, weight: float) -> Denoiser:
+    return Denoiser(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, weight)
+
+
+def fit_of(denoiser: Denoiser, material: Pairs) -> Tensor:
+    """By which share the error on the photographs is below the base model's, as a row of one value."""
+    with delora.disabled(denoiser.unet):
+        untuned = error(denoiser, material)
+    return torch.tensor([1 - error(denoiser, material) / untuned])
 
 
 def _after(place: Path, step: int) -> Path:
@@ -244,8 +271,13 @@ class Judge:
     def __init__(self, experiment: Settings, subject: Subject, device: torch.device) -> None:
         settings = self.settings = experiment.subject
         self.photographs = [open_image(file) for file in subject.images]
-        self.encoders = {"dino": Encoder(settings.dino, device)} | {name: Encoder(name, device) for name in settings.clip}
-        self.words = None if settings.classifier is None else Words(settings.classifier, device)
+        instead = _instead(settings)
+        self.encoders = {
+            key: Encoder(name, device, instead[name])
+            for key, name in (("dino", settings.dino), *((name, name) for name in settings.clip))
+        }
+        name = settings.classifier
+        self.words = None if name is None else Words(name, device, instead[name])
         self.references = {key: encoder.images(self.photographs) for key, encoder in self.encoders.items()}
         self.prompts = [prompt.format(subject.word) for prompt in subject.prompts for _ in range(settings.images)]
         self.real = {f"{self._named(key, 'i')} real": own_pairs(features) for key, features in self.references.items()}
@@ -266,6 +298,23 @@ class Judge:
         if self.words is not None:
             scores["prompt"] = self.words.shown(pictures, self.prompts)
         return scores
+
+
+@torch.no_grad()
+def error(denoiser: Denoiser, material: Pairs) -> float:
+    """The mean squared error of the predicted noise over the photographs, always with the same times and noise."""
+    alone = Denoiser(denoiser.unet, denoiser.scheduler, denoiser.scale, 0.0)
+    mean, std = material.instance
+    device, errors = next(denoiser.unet.parameters()).device, []
+    training = denoiser.unet.training
+    denoiser.unet.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for i in range(len(mean)):
+            one = [x[None, None].to(device) for x in (mean[i], std[i], material.text[0])]
+            errors += [alone(*one)["loss"].item() for _ in range(TIMES)]
+    denoiser.unet.train(training)
+    return fmean(errors)
 
 
 # ---------------------------------------------------------------- the model and its material
@@ -435,19 +484,37 @@ def check(experiment: Settings) -> list[Subject]:
     if experiment.train.steps is None:
         raise ConfigError(f"{experiment.name}: give train.steps: a subject's photographs have no epochs")
     settings = experiment.subject
+    if settings.scored and not settings.judge:
+        raise ConfigError(f"{experiment.name}: subject.scored = {settings.scored} needs subject.judge=true")
     if late := [step for step in settings.scored if step >= experiment.train.steps]:
         raise ConfigError(
             f"{experiment.name}: subject.scored = {settings.scored}: training ends at step {experiment.train.steps}, where the "
             f"pictures are scored anyway; leave out {', '.join(map(str, late))}"
         )
-    adapt(skeleton(experiment.model), experiment)
+    unet: Any = skeleton(experiment.model)
+    if unet.config.addition_embed_type is not None:
+        raise ConfigError(
+            f"{experiment.name}: {experiment.model} takes more than one text's states (as Stable Diffusion XL does): this task "
+            "trains models of the form of Stable Diffusion 1 and 2"
+        )
+    adapt(unet, experiment)
     subjects = dreambooth.read(experiment.data.source, settings.names, settings.word, settings.prompts)
     for subject in subjects:
         for file in subject.images:
             open_image(file)
-    for judge in filter(None, (settings.dino, *settings.clip, settings.classifier)):
-        loading(AutoConfig, judge)
+    for judge, instead in _instead(settings).items() if settings.judge else ():
+        loading(AutoConfig, judge, instead)
     return subjects
+
+
+def _instead(settings: SubjectSettings) -> dict[str, str]:
+    """For each model that judges, how a recipe names a folder in its place."""
+    clips = {
+        name: f"'subject.clip={json.dumps([*settings.clip[:i], 'FOLDER', *settings.clip[i + 1 :]])}'"
+        for i, name in enumerate(settings.clip)
+    }
+    classifier = {} if settings.classifier is None else {settings.classifier: "subject.classifier=FOLDER"}
+    return {settings.dino: "subject.dino=FOLDER"} | clips | classifier
 
 
 def skeleton(model: str) -> nn.Module:
@@ -460,15 +527,62 @@ def skeleton(model: str) -> nn.Module:
         return UNet2DConditionModel.from_config(config)
 
 
+def resolution(model: str) -> int:
+    """The size of the pictures that a model draws, in pixels: its latents', times two for each halving of its autoencoder."""
+    unet, autoencoder = (kind.load_config(model, subfolder=part) for kind, part in PARTS)
+    return int(unet["sample_size"]) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
+
+
 def base(experiment: Settings) -> nn.Module:
     """The frozen U-Net."""
     return pipeline(experiment.model, experiment.train.weights).unet
 
 
 def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
-    """The U-Net of the pipeline, and the picture that it draws for a prompt, from the noise of the experiment's seed."""
+    """The U-Net of the pipeline, and the picture that it draws for a prompt, from the noise of the experiment's seed.
+
+    In a prompt ``{}`` stands for the subject.
+    """
     pipe = pipeline(experiment.model)
-    return "picture", pipe.unet, lambda prompt: sampled(experiment, pipe, prompt, experiment.seed, 1)[0]
+    return "picture", pipe.unet, lambda prompt: sampled(experiment, pipe, named(experiment, prompt), experiment.seed, 1)[0]
+
+
+def named(experiment: Settings, prompt: str) -> str:
+    """A prompt with the token and the class of one's own photographs where it has ``{}``.
+
+    Raises:
+        ConfigError: it has ``{}``, and the subject is none of one's own.
+
+    >>> from types import SimpleNamespace
+    >>> named(SimpleNamespace(subject=SubjectSettings(word="mug")), "a photo of {} on the beach")
+    'a photo of qwe mug on the beach'
+    """
+    settings = experiment.subject
+    if "{}" in prompt and settings.word is None:
+        raise ConfigError(f"the prompt {prompt!r}: {{}} is for photographs of one's own: write {settings.token} and the class")
+    return prompt.replace("{}", f"{settings.token} {settings.word}")
+
+
+def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
+    """The scores of one subject's adapter, as after training; and the number of its photographs."""
+    settings, subjects = experiment.subject, check(experiment)
+    subject = next((s for s in subjects if slug(s.name) == folder.resolve().name), subjects[0] if len(subjects) == 1 else None)
+    if subject is None:
+        raise RunError(f"{folder} has the name of none of the subjects: {', '.join(slug(s.name) for s in subjects)}")
+    require_adapter(folder)
+    pipe = pipeline(experiment.model, experiment.train.weights)
+    delora.load(pipe.unet, folder, methods=experiment.adapter.classes())
+    if settings.judge:
+        with tempfile.TemporaryDirectory() as place:
+            pictures = generate(experiment, pipe, subject, Path(place))
+            scores = Judge(experiment, subject, pipe.device).scores(pictures)
+    else:
+        photographs = [open_image(file) for file in subject.images]
+        set_seed(experiment.seed)
+        latents = moments(pipe, photographs, settings.resolution, settings.crops)
+        text = embedded(pipe, [f"a photo of {settings.token} {subject.word}"])
+        scores = {FIT: fit_of(denoiser_of(pipe, 0.0), Pairs(latents, None, text))}
+    return {name: values.mean().item() for name, values in scores.items()}, len(subject.images)
 
 
 def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path) -> tuple[dict[str, int], int]:

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Setting", "Sketch", "adapter", "batch_size", "epochs", "longest", "precision", "quantile", "training"]
+__all__ = ["Setting", "Sketch", "adapter", "batch_size", "epochs", "longest", "pictures", "precision", "quantile", "training"]
 
 RANK, REACH, TARGETS = 8, 0.1, "all-linear"
 # The learning rates of DeLoRA, of other methods, and of modules that are trained whole.
 RATE, OTHER_RATE, HEAD_RATE = 1e-1, 1e-3, 1e-3
 # Of rows that a new head learns from, short as a rule, and of others.
 LARGEST_BATCH_OF_HEAD, LARGEST_BATCH, STEPS_AN_EPOCH = 32, 8, 20
+# Of a text-to-image model: where its adapter is, at which rate, how long for each photograph, and within which steps.
+ATTENTION, PICTURE_RATE, EACH, LEAST_STEPS, MOST_STEPS = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)", 2e-2, 200, 400, 1400
 COVERED = 0.99  # of the rows that shall not be cut
 # Up to so many rows to train on, so many epochs: of a model with a new head, which knows nothing yet, and of any other.
 NEW_EPOCHS, EPOCHS = ((500, 10), (2_000, 6), (20_000, 3)), ((1_000, 3), (10_000, 2))
@@ -143,3 +145,33 @@ def training(method: str, rows: int, head: bool) -> list[Setting]:
     if head:
         settings.append(Setting("train.head_lr", HEAD_RATE, "usual for a new head"))
     return [*settings, precision()]
+
+
+def pictures(method: str, ranked: bool, photographs: int, resolution: int, judged: bool) -> list[Setting]:
+    """The keys of ``subject``, ``adapter`` and ``train`` for photographs of one's own.
+
+    >>> settings = {setting.key: setting.value for setting in pictures("delora", True, 5, 512, judged=False)}
+    >>> settings["train.steps"], settings["subject.judge"]
+    (1000, False)
+    """
+    steps = min(MOST_STEPS, max(LEAST_STEPS, EACH * photographs))
+    judge = "given" if judged else "no other model is needed; subject.judge=true has DINO and CLIP score the pictures"
+    method_settings = [
+        Setting(each.key, ATTENTION, "the attention of the U-Net") if each.key == "adapter.targets" else each
+        for each in adapter(method, ranked, [])
+    ]
+    rate = PICTURE_RATE if method == "delora" else OTHER_RATE / 10
+    return [
+        Setting("subject.judge", judged, judge),
+        Setting("subject.resolution", resolution, "the size that the model draws"),
+        Setting("subject.class_images", 100, "drawn by the model itself, so that it does not forget the class"),
+        Setting("subject.crops", 40, "random ones of each photograph"),
+        *method_settings,
+        Setting("train.steps", steps, f"{EACH} for each photograph, at least {LEAST_STEPS}, at most {MOST_STEPS:,}"),
+        Setting("train.batch_size", 1, "a photograph and a picture of the class"),
+        Setting("train.lr", rate, "the paper's for pictures" if method == "delora" else "usual for adapters of pictures"),
+        Setting("train.schedule", "constant", "so that training can be stopped, or go on, at any step"),
+        Setting("train.warmup", 0.0, "as with a constant rate"),
+        Setting("train.clip", 1.0, "single photographs have large gradients"),
+        Setting("train.save_steps", 200, "as often as a sample picture is drawn"),
+    ]

@@ -392,7 +392,7 @@ def choose(experiment: Experiment, runs: Sequence[Experiment], results: Sequence
 
 
 def folder_of(place: Path) -> Path:
-    """The folder of the finished experiment that a folder is, or that it stands in.
+    """The folder of the finished experiment that a folder is, or that it stands in, such as ``adapter`` or ``adapter/boot``.
 
     Raises:
         ConfigError: it is none.
@@ -401,7 +401,7 @@ def folder_of(place: Path) -> Path:
     Traceback (most recent call last):
     delora.training.config.ConfigError: a/b is no folder of a finished experiment, nor in one: give its recipe with --recipe
     """
-    for folder in (place, place.parent):
+    for folder in (place, place.parent, *([place.parent.parent] if place.parent.name == ADAPTER else [])):
         if (folder / OUTCOME).is_file() and (folder / CONFIG).is_file():
             return folder
     raise ConfigError(f"{place} is no folder of a finished experiment, nor in one: give its recipe with --recipe")

@@ -97,8 +97,8 @@ def _from_gguf(package: Package, file: str) -> Path:
     return target
 
 
-def loading(auto: Any, name: str, **kwargs: Any) -> Any:
-    """``auto.from_pretrained`` of a named model.
+def loading(auto: Any, name: str, instead: str = "model=FOLDER", **kwargs: Any) -> Any:
+    """``auto.from_pretrained`` of a named model. ``instead``: how a recipe names a folder in its place.
 
     Raises:
         ModelError: it cannot be loaded; the message says why, and what to do by hand.
@@ -106,10 +106,10 @@ def loading(auto: Any, name: str, **kwargs: Any) -> Any:
     try:
         return _named(auto.from_pretrained(path_of(name), **kwargs), name)
     except (OSError, ValueError, RuntimeError) as error:
-        raise refused(name, auto.__module__.partition(".")[0], error) from error
+        raise refused(name, auto.__module__.partition(".")[0], error, instead) from error
 
 
-def refused(name: str, library: str, error: Exception) -> ModelError:
+def refused(name: str, library: str, error: Exception, instead: str = "model=FOLDER") -> ModelError:
     """The error that says why a library could not load a model of this name, and how to fetch one of the Hub by hand.
 
     >>> "it is no packaged model" in str(refused("no/such", "transformers", OSError()))
@@ -122,7 +122,7 @@ def refused(name: str, library: str, error: Exception) -> ModelError:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         hand = (
             f".\nTo do it by hand, run where there is a network:\n    hf download {name} --local-dir FOLDER\n"
-            "bring the folder here, and give it in the name's place (in a recipe: model=FOLDER)"
+            f"bring the folder here, and give it in the name's place (in a recipe: {instead})"
         )
     return ModelError(
         f"there is no model {name!r}{nearest_path(name, packaged)}: it is no packaged model ({', '.join(packaged)}), no "

@@ -59,7 +59,8 @@ class Task:
     * ``snapshots(run) -> {step: picture}``: pictures that a run made while it trained.
 
     Constants: ``SELECTION``, the sentence of a report on how a setting was chosen; ``NOT_SHARES``, the beginnings of the names
-    of scores that are not shares and not shown in percent; ``PARALLEL``, whether several processes can run it together.
+    of scores that are not shares and not shown in percent; ``PARALLEL``, whether several processes can run it together;
+    ``DRAWS``, whether its adapters are of a text-to-image pipeline's U-Net, for ``delora generate``, ``merge`` and ``export``.
 
     >>> Task.of(ModuleType("mine"))
     Traceback (most recent call last):
@@ -81,6 +82,7 @@ class Task:
     SELECTION: str = SELECTION
     NOT_SHARES: tuple[str, ...] = ()
     PARALLEL: bool = False
+    DRAWS: bool = False
 
     @classmethod
     def of(cls, module: ModuleType) -> Task:
@@ -130,4 +132,5 @@ class Task:
             SELECTION=getattr(module, "SELECTION", SELECTION),
             NOT_SHARES=getattr(module, "NOT_SHARES", ()),
             PARALLEL=getattr(module, "PARALLEL", False),
+            DRAWS=getattr(module, "DRAWS", False),
         )
