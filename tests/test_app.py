@@ -134,6 +134,11 @@ def test_what_is_no_run_is_refused_in_words(done, tmp_path):
     assert is_adapter(done / "adapter")
 
 
+def test_runs_of_two_base_models_are_not_on_one_page(done, talks):
+    with pytest.raises(delora.errors.UserError, match="talks answers|slow answers|fast answers"):
+        page(shown(done), shown(talks))
+
+
 # ---------------------------------------------------------------- in a browser
 
 
@@ -144,8 +149,8 @@ def browser():
 
 
 @contextmanager
-def served(what):
-    blocks = page(what)
+def served(*runs):
+    blocks = page(*runs)
     _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
     try:
         yield address
@@ -158,14 +163,15 @@ def served(what):
 # Sockets that Playwright and gradio's server leave to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make test installs it where apt-get may")
-@pytest.mark.parametrize("run", ["done", "talks"])
-def test_a_user_in_a_browser_moves_the_slider(run, browser, request, tmp_path):
-    what = shown(request.getfixturevalue(run))
-    with served(what) as address:
-        browser(moves(what, address, tmp_path / "app.png"))
+@pytest.mark.parametrize(("run", "others"), [("done", []), ("talks", ["variants/slow"])], ids=["one", "two"])
+def test_a_user_in_a_browser_moves_the_slider(run, others, browser, request, tmp_path):
+    folder = request.getfixturevalue(run)
+    runs = [shown(folder), *(shown(folder / other) for other in others)]
+    with served(*runs) as address:
+        browser(moves(runs, address, tmp_path / "app.png"))
 
 
-def moves(what, address, picture):
+def moves(runs, address, picture):
     """What a user does: ask at 0, and something hostile at 2; the sides come to say what the model does at 0 and at these."""
 
     async def act(tab):
@@ -176,10 +182,11 @@ def moves(what, address, picture):
         await tab.goto(address)
         await expect(tab.locator("#ask")).to_be_visible(timeout=30_000)
         title = await tab.title()
-        assert title == f"delora: {what.title}"  # the name is shown as it is, and does nothing
+        assert title == f"delora: {', '.join(run.title for run in runs)}"  # the name is shown as it is, and does nothing
 
         async def ask(prompt, strength):
-            expected = {"#base": what.at(0.0, prompt), "#adapted": what.at(strength, prompt)}
+            expected = {"#base": runs[0].at(0.0, prompt)}
+            expected |= {f"#adapted-{number}": run.at(strength, prompt) for number, run in enumerate(runs, 1)}
             await tab.locator("#prompt textarea").fill(prompt)
             number = tab.locator("#strength input[type=number]")
             await number.fill(str(strength))

@@ -1,4 +1,4 @@
-"""``delora app``: a page in the browser for a finished run, the base model beside the adapted one, the strength as a slider."""
+"""``delora app``: a page in the browser for finished runs, the base model beside the adapted ones, the strength as a slider."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Shown:
     model: Any
     answer: Callable[[str], Any]
     report: Path | None = None
+    base: str = ""
     turning: Any = field(default_factory=RLock, repr=False, compare=False)  # gradio asks from several threads
 
     def at(self, strength: float, prompt: str) -> Any:
@@ -99,11 +100,24 @@ def shown(run: Path, adapter: Path | None = None) -> Shown:
     delora.load(model, folder, methods=experiment.adapter.classes())
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
     report = run / "report.html"
-    return Shown(experiment.name, kind, model, answer, report if report.is_file() else None)
+    return Shown(experiment.name, kind, model, answer, report if report.is_file() else None, experiment.model)
 
 
-def page(what: Shown) -> Any:
-    """The page, a ``gradio.Blocks``, which ``launch`` serves. Prompts and names are shown as text, whatever they contain."""
+def page(*runs: Shown) -> Any:
+    """The page, a ``gradio.Blocks``, which ``launch`` serves: the base model, and beside it each run's.
+
+    Prompts and names are shown as text, whatever they contain.
+
+    Raises:
+        UserError: the runs are not of one base model and one kind; or gradio is not installed.
+    """
+    first = runs[0]
+    for run in runs:
+        if (run.kind, run.base) != (first.kind, first.base):
+            raise UserError(
+                f"{run.title} answers with {run.kind} of {run.base}, and {first.title} with {first.kind} of {first.base}: one "
+                "page shows runs of one base model"
+            )
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
     try:
         import gradio as gr
@@ -111,48 +125,54 @@ def page(what: Shown) -> Any:
         raise UserError(f'{error.name} is not installed: pip install "delora[app]"') from error
 
     def output(label: str, name: str) -> Any:
-        if what.kind == "classes":
+        if first.kind == "classes":
             return gr.Label(label=label, elem_id=name)
-        if what.kind == "picture":
+        if first.kind == "picture":
             return gr.Image(label=label, format="png", elem_id=name)
         return gr.Textbox(label=label, lines=8, elem_id=name)
 
-    base_says = lru_cache(maxsize=8)(lambda prompt: what.at(0.0, prompt))  # the slider moves, the base does not
+    base_says = lru_cache(maxsize=8)(lambda prompt: first.at(0.0, prompt))  # the slider moves, the base does not
 
-    def both(prompt: str, strength: float) -> tuple[Any, Any]:
+    def answers(prompt: str, strength: float) -> list[Any]:
         if not prompt.strip():
             raise gr.Error("Write something first.")
         try:
-            return base_says(prompt), what.at(strength, prompt)
+            return [base_says(prompt), *(run.at(strength, prompt) for run in runs)]
         except UserError as error:
             raise gr.Error(html.escape(str(error))) from error
 
-    with gr.Blocks(title=f"delora: {what.title}", analytics_enabled=False) as blocks:
-        gr.HTML(f"<h2>{html.escape(what.title)}</h2>")
+    title = ", ".join(run.title for run in runs)
+    with gr.Blocks(title=f"delora: {title}", analytics_enabled=False) as blocks:
+        gr.HTML(f"<h2>{html.escape(title)}</h2>")
         prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
         strength = gr.Slider(
             0,
             MOST,
-            value=min(what.own(), MOST),
+            value=min(first.own(), MOST),
             step=0.05,
             label="Strength: 0 is the base, 1 what was trained",
             elem_id="strength",
         )
         ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Row():
-            whole = any(a.whole for a in adapters(what.model).values())
-            base = output("Base model" + (", with what was trained whole" if whole else ""), "base")
-            adapted = output("Adapted", "adapted")
-        ask.click(both, [prompt, strength], [base, adapted])
-        prompt.submit(both, [prompt, strength], [base, adapted])
-        strength.release(lambda p, s: both(p, s) if p.strip() else (None, None), [prompt, strength], [base, adapted])
-        if any(not a.whole for a in adapters(what.model).values()):
-            with gr.Accordion("How far each layer is from the base", open=False):
-                plot = gr.Plot(show_label=False)
-                gr.Button("Draw").click(what.layers, strength, plot)
-        if what.report is not None:
-            with gr.Accordion("The run's report", open=False):
-                # Without scripts and without this page's rights.
-                text = html.escape(what.report.read_text("utf-8"), quote=True)
-                gr.HTML(f'<iframe sandbox srcdoc="{text}" style="width: 100%; height: 80vh; border: 0"></iframe>')
+            whole = any(a.whole for a in adapters(first.model).values())
+            trained = f", with what {first.title if len(runs) > 1 else 'was'} trained whole" if whole else ""
+            columns = [output(f"Base model{trained}", "base")]
+            for number, run in enumerate(runs, 1):
+                columns.append(output("Adapted" if len(runs) == 1 else run.title, f"adapted-{number}"))
+        asked = [prompt, strength]
+        ask.click(answers, asked, columns)
+        prompt.submit(answers, asked, columns)
+        strength.release(lambda p, s: answers(p, s) if p.strip() else [None] * len(columns), asked, columns)
+        for run in runs:
+            of_run = f" ({run.title})" if len(runs) > 1 else ""
+            if any(not a.whole for a in adapters(run.model).values()):
+                with gr.Accordion(f"How far each layer is from the base{of_run}", open=False):
+                    plot = gr.Plot(show_label=False)
+                    gr.Button("Draw").click(run.layers, strength, plot)
+            if run.report is not None:
+                with gr.Accordion(f"The run's report{of_run}", open=False):
+                    # Without scripts and without this page's rights.
+                    text = html.escape(run.report.read_text("utf-8"), quote=True)
+                    gr.HTML(f'<iframe sandbox srcdoc="{text}" style="width: 100%; height: 80vh; border: 0"></iframe>')
     return blocks

@@ -693,11 +693,18 @@ def convert(
     "app",
     epilog=_examples(
         "delora app runs/tickets",
-        "delora app runs/tickets --port 8000",
+        "delora app runs/tickets runs/other --port 8000",
     ),
 )
 def show(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="The folder of a finished run; of several with one base model each has a column.",
+            show_default=False,
+        ),
+    ],
     adapter: Annotated[
         Path | None, typer.Option(help="Another adapter of the same base model, in place of the run's.", show_default=False)
     ] = None,
@@ -705,10 +712,12 @@ def show(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Open a page with the base model beside the adapted one, and the strength as a slider."""
+    if adapter is not None and len(folders) > 1:
+        raise typer.BadParameter(f"--adapter is for one run, and {len(folders)} are given")
     _quiet()
     from delora import app as pages
 
-    blocks = pages.page(pages.shown(folder, adapter))
+    blocks = pages.page(*(pages.shown(folder, adapter) for folder in folders))
     out.print(f"http://{host}:{port}/ (Ctrl-C ends it)", markup=False)
     blocks.launch(server_name=host, server_port=port, quiet=True, share=False)
 
