@@ -215,7 +215,7 @@ def test_a_regression_is_learned_in_any_units_and_answers_in_its_own(world):
     rows = [(f"word{i % 20} word{i % 7}", 1 + 0.2 * draw.random() + (i % 7)) for i in range(80)]
     for name, factor in (("small", 1.0), ("large", 4096.0)):  # a power of two: every float is scaled exactly
         Path(f"{name}.csv").write_text("text,score\n" + "".join(f"{text},{factor * value!r}\n" for text, value in rows))
-        code, out, err = run("finetune", "model", f"{name}.csv", "--kind", "regression", "train.epochs=1")
+        code, _, err = run("finetune", "model", f"{name}.csv", "--kind", "regression", "train.epochs=1")
         assert code == 0, err
         (found,) = Path("runs", name).rglob("predictions.json")
         predicted[name] = torch.tensor(json.loads(found.read_text()))

@@ -14,6 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -459,6 +460,8 @@ def test_a_run_of_photographs_is_exported_and_merged_from_the_command_line(world
         fresh = generation.pipeline(str(world / "pipe"))
         fresh.load_lora_weights(tmp_path / kind)
         assert (picture_of(fresh) - expected).abs().mean() < 1
+        begins = {"diffusers": "unet.", "kohya": "lora_unet_"}[kind]
+        assert all(name.startswith(begins) for name in load_file(tmp_path / kind / "pytorch_lora_weights.safetensors"))
     code, _, told = test_cli.run("merge", own / "adapter" / "dog2", "--out", tmp_path / "merged")
     assert code == 0, told
     assert (picture_of(generation.pipeline(str(tmp_path / "merged"))) - expected).abs().mean() < 1
