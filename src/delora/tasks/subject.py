@@ -68,7 +68,7 @@ SCORES = "scores.json"
 PARTS: tuple[tuple[Any, str], ...] = ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
 FIT = "fit"
 DRAWS = True
-TIMES = 8  # of noise for each photograph, when the error is measured
+MEASURED, TOGETHER = 64, 8  # crops with noise by which the error is measured, and how many at a time
 SELECTION = "There is no part to validate on: settings are compared by the test score itself, as in the paper."
 
 
@@ -302,7 +302,7 @@ class Judge:
 
 @torch.no_grad()
 def error(denoiser: Denoiser, material: Pairs) -> float:
-    """The mean squared error of the predicted noise over the photographs, always with the same times and noise."""
+    """The mean squared error of the predicted noise over crops of all photographs, always with the same times and noise."""
     alone = Denoiser(denoiser.unet, denoiser.scheduler, denoiser.scale, 0.0)
     mean, std = material.instance
     device, errors = next(denoiser.unet.parameters()).device, []
@@ -310,9 +310,10 @@ def error(denoiser: Denoiser, material: Pairs) -> float:
     denoiser.unet.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for i in range(len(mean)):
-            one = [x[None, None].to(device) for x in (mean[i], std[i], material.text[0])]
-            errors += [alone(*one)["loss"].item() for _ in range(TIMES)]
+        for start in range(0, MEASURED, TOGETHER):
+            crops = [k * len(mean) // MEASURED for k in range(start, start + TOGETHER)]
+            text = material.text[:1].expand(TOGETHER, -1, -1)
+            errors.append(alone(*(x[:, None].to(device) for x in (mean[crops], std[crops], text)))["loss"].item())
     denoiser.unet.train(training)
     return fmean(errors)
 
