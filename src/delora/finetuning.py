@@ -13,7 +13,7 @@ import delora
 from delora import tasks
 from delora.data import dreambooth, tables
 from delora.data.examples import DataError
-from delora.errors import UserError, nearest
+from delora.errors import UserError, nearest, nearest_path
 from delora.formats.files import write_atomically
 from delora.training import defaults, experiments
 from delora.training.config import ConfigError, Experiment, assign, method_class, slug
@@ -78,7 +78,7 @@ def plan(
     if _holds_pictures(Path(source)):
         return _of_pictures(model, source, changes, out, word, [name for name, value in given.items() if value is not None])
     if word is not None:
-        raise DataError(f"--word is what photographs show, and {source} is no folder of photographs")
+        raise DataError(f"--word is what photographs show, and {source}{nearest_path(source)} is no folder of photographs")
     seed = _given(changes, "seed", 0)
     table = tables.read(source, kind=kind, text=text, label=label, columns=_roles(columns), group=group, seed=seed)
     task = _task(table, source)

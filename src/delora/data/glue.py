@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from delora.data.examples import DataError, Example, Splits, TextTask
-from delora.errors import nearest_path
+from delora.errors import nearest, nearest_path
 
 __all__ = ["HUB", "TASKS", "GlueTask", "divide", "read", "splits"]
 
@@ -153,7 +153,7 @@ def _examples(task: str, part: Any, where: str) -> list[Example]:
     known = TASKS[task]
     missing = [column for column in (*known.columns, "label") if column not in part.column_names]
     if missing:
-        raise DataError(f"{where}: there is no column {missing[0]!r}; there are {', '.join(map(repr, part.column_names))}")
+        raise DataError(f"{where}: there is no column {missing[0]!r}; {nearest(missing[0], part.column_names, repr)}")
     labels = [_label(known, label, f"{where}, item {number}") for number, label in enumerate(part["label"], 1)]
     texts: list[Sequence[str]] = [part[column] for column in known.columns]
     for column, values in zip(known.columns, texts, strict=True):

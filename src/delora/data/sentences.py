@@ -15,6 +15,7 @@ from typing import TypeVar
 from delora.data.alpaca import Instruction
 from delora.data.examples import DataError, Example, Splits, TextTask
 from delora.data.packages import PACKAGES, fetch
+from delora.errors import nearest_path
 
 __all__ = [
     "DOMAINS",
@@ -127,7 +128,9 @@ def read(domain: str, source: str = "vaderSentiment", neutral: bool = False) -> 
     file = folder / f"{DOMAINS[domain]}_GroundTruth.txt"
     if not file.is_file():
         known = [name for name, package in PACKAGES.items() if package.kind == "data"]
-        raise DataError(f"there is no {file}: the data's source is a folder that holds it, or one of {known}")
+        raise DataError(
+            f"there is no {file}{nearest_path(source, known)}: the data's source is a folder that holds it, or one of {known}"
+        )
     by_text: dict[str, Sentence] = {}
     # Not splitlines(), which would cut a sentence at every exotic line separator.
     for number, line in enumerate(file.read_text("utf-8", errors="replace").split("\n"), 1):

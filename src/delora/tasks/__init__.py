@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from delora import outside
-from delora.errors import nearest
+from delora.errors import nearest, nearest_path
 from delora.recipes import find as find_recipe
 from delora.training.config import ConfigError, Experiment, load_file
 from delora.training.config import parse as parse_as
@@ -87,7 +87,8 @@ def of_run(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
     delora.training.config.ConfigError: none is no run's folder, which has a config.json: delora train or finetune makes one
     """
     if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder} is no run's folder, which has a {CONFIG}: delora train or finetune makes one")
+        near = nearest_path(folder)
+        raise ConfigError(f"{folder}{near} is no run's folder, which has a {CONFIG}: delora train or finetune makes one")
     experiment = read(folder / CONFIG, overrides)
     runs = experiment.runs()
     if len(runs) == 1:  # a variant's own folder, too, in which nothing is delivered

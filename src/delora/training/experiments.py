@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 import delora
 from delora.diagnostics import Recorder, changing
-from delora.errors import UserError
+from delora.errors import UserError, nearest_path
 from delora.formats.cards import CARD
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
 from delora.integrations.checkpoints import last_checkpoint
@@ -404,7 +404,8 @@ def folder_of(place: Path) -> Path:
     for folder in (place, place.parent, *([place.parent.parent] if place.parent.name == ADAPTER else [])):
         if (folder / OUTCOME).is_file() and (folder / CONFIG).is_file():
             return folder
-    raise ConfigError(f"{place} is no folder of a finished experiment, nor in one: give its recipe with --recipe")
+    near = nearest_path(place)
+    raise ConfigError(f"{place}{near} is no folder of a finished experiment, nor in one: give its recipe with --recipe")
 
 
 def delivered(experiment: Experiment, out: Path) -> Experiment:
