@@ -120,7 +120,17 @@ def test_a_dry_run_shows_everything_and_claims_no_folder(tmp_path, monkeypatch, 
     code, out, err = run("finetune", world / "model", world / "tickets.csv", "adapter.r=4", "--dry-run")
     assert code == 0, err
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.toml"]
-    for expected in ("4 classes", "median", "are cut at", "  ->  '", "parameters train", "r = 4  # given", "reach = 0.1"):
+    shown = (
+        "4 classes",
+        "median",
+        "are cut at",
+        "  ->  '",
+        "parameters train",
+        "memory, estimated: ",
+        "r = 4  # given",
+        "reach = 0.1",
+    )
+    for expected in shown:
         assert expected in out
     again = run("finetune", world / "model", world / "tickets.csv", "adapter.r=4", "--dry-run")
     assert again[0] == 0
@@ -128,6 +138,13 @@ def test_a_dry_run_shows_everything_and_claims_no_folder(tmp_path, monkeypatch, 
     assert code == 1
     assert "recipe.toml exists and is another recipe" in err
     assert "r = 4" in Path("recipe.toml").read_text()
+
+
+def test_a_run_that_does_not_fit_the_memory_says_what_to_do():
+    planned = finetuning.plan("model", "tickets.csv", ["train.batch_size=100000000"])
+    assert "memory, estimated: " in planned.before[-2]
+    assert planned.before[-1].startswith("WARNING: that is ")
+    assert "lower train.batch_size" in planned.before[-1]
 
 
 def test_another_method_gets_settings_of_its_own(world):
@@ -270,3 +287,4 @@ def test_of_a_chat_the_example_marks_what_is_trained(world):
     assert planned.experiment.task == "chat"
     assert any("assistant[[good fine [EOS]]]" in line and "word" in line for line in planned.before)
     assert not planned.experiment.adapter.also_train
+    assert planned.before[-1].startswith("memory, estimated: ")

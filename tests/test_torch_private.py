@@ -94,8 +94,8 @@ HIDERS = {
     "wrapper_tensor": hide_wrapper_subclass,
 }
 # The list of hooks that are always called is only tidied up, and torch's own __call__ reads `_compiled_call_impl`, so that it
-# cannot be hidden; as for the third, see its docstring.
-WITHOUT_FALLBACK = {"unhook", "is_compiled", "without_subclass"}
+# cannot be hidden; as for the others, see their docstrings.
+WITHOUT_FALLBACK = {"unhook", "is_compiled", "without_subclass", "without_memory"}
 OF_SEVERAL_PROCESSES = {"process_store"}  # hidden in tests/field/test_sharded.py
 
 
@@ -135,7 +135,7 @@ def test_every_private_name_is_hidden_by_a_test_and_stands_in_one_file():
 
     private = (
         r"torch\._C|_conv_forward|\._version\b|\._base\b|_forward_hooks_always_called"
-        r"|_make_wrapper_subclass|_compiled_call_impl|_get_default_store"
+        r"|_make_wrapper_subclass|_compiled_call_impl|_get_default_store|torch\._subclasses"
     )
     users = {path.name for path in SOURCE.rglob("*.py") if re.search(private, path.read_text("utf-8"))}
     assert users == {"torch_private.py"}

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 import delora
 from delora import tasks
 from delora.data import dreambooth, tables
 from delora.data.examples import DataError
 from delora.errors import UserError, nearest, nearest_path
 from delora.formats.files import write_atomically
-from delora.training import defaults, experiments
+from delora.training import defaults, experiments, memory, parallel
 from delora.training.config import ConfigError, Experiment, assign, method_class, slug
 from delora.training.defaults import Setting, Sketch
 from delora.training.runs import CONFIG, claim, discard, exclusive, place
@@ -98,6 +100,8 @@ def plan(
     ]
     recipe, experiment = _experiment(settings, changes)
     experiments.check(task, experiment)
+    if not drawn.head and experiment.train.weights == "bf16":  # a classifier is loaded in float32
+        drawn.model.to(torch.bfloat16)
     experiments.adapt(drawn.model, experiment)
     return Plan(recipe, experiment, _shown(settings, recipe), list(table.told), _before(table, drawn, experiment))
 
@@ -255,7 +259,23 @@ def _before(table: tables.Table, drawn: Sketch, experiment: Experiment) -> list[
         f"longest {max(lengths):,}; {cut:,} of {len(lengths):,} ({cut / len(lengths):.1%}) are cut at {most:,}",
         f"one example, as the model sees it: {example}",
         f"{summary.trainable:,} of {summary.base:,} parameters train ({summary.share:.2%}); {steps:,} steps",
+        *_memory(drawn, experiment),
     ]
+
+
+def _memory(drawn: Sketch, experiment: Experiment) -> list[str]:
+    """The memory that a step takes, beside what the device has."""
+    if drawn.batch is None:
+        return []
+    data, train, device = experiment.data, experiment.train, "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[attr-defined]
+    length = data.max_tokens if getattr(data, "packing", False) else min(data.max_tokens, max(drawn.lengths))
+    rows = -(-train.batch_size // parallel.processes())
+    try:
+        found = memory.estimate(drawn.model, drawn.batch(rows, length), train.precision, device, train.accumulation)
+    except Exception as error:  # the model's own code, which may ask for values that are not there
+        reason = str(error).strip().partition("\n")[0]
+        return [f"memory: not estimated, for the model could not be run without its values ({type(error).__name__}: {reason})"]
+    return memory.told(found, memory.available(device), device)
 
 
 # ---------------------------------------------------------------- the recipe as a file

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ __all__ = [
     "transforms_active",
     "unhook",
     "versions",
+    "without_memory",
     "without_subclass",
     "wrapper_tensor",
 ]
@@ -213,3 +216,32 @@ def without_subclass(func: Any, args: Any, kwargs: Any) -> Any:
     """
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
+
+
+def without_memory(see: Callable[[Tensor], None]) -> AbstractContextManager[Any]:
+    """A context in which new tensors have a shape, a dtype, a device and no memory; ``see`` gets each that an operation makes,
+    below autograd, also in the backward pass. Where torch lacks it: an ImportError.
+
+    >>> with without_memory(lambda t: print(tuple(t.shape))):
+    ...     y = torch.empty(10**9, 1).expand(-1, 10**6)
+    (1000000000, 1)
+    (1000000000, 1000000)
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Watched(FakeTensorMode):
+        inside = False  # an operation that is taken apart to find its result's shape; in truth its parts are never made
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            within, self.inside = self.inside, True
+            try:
+                made = super().__torch_dispatch__(func, types, args, kwargs)
+            finally:
+                self.inside = within
+            if not within:
+                for t in made if isinstance(made, tuple | list) else (made,):
+                    if isinstance(t, Tensor):
+                        see(t)
+            return made
+
+    return Watched()

@@ -15,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -294,7 +295,14 @@ def sketch(name: str, table: tables.Table, data: Mapping[str, Any]) -> Sketch:
     lengths = [len(row["labels"]) for row in encoded.rows]
     known = [getattr(model.config, "max_position_embeddings", 0), tokenizer.model_max_length]
     limit = min([most for most in known if 0 < most < UNCUT], default=max(lengths))
-    return Sketch(model, [], lengths, limit, _marked(encoded.rows[0], tokenizer))
+
+    def batch(rows: int, length: int) -> dict[str, Tensor]:
+        blank = torch.zeros(length, dtype=torch.long)
+        if data.get("packing"):
+            return Collator(0)(packed([{"input_ids": blank, "labels": blank}] * rows, length))
+        return Collator(0)([{"input_ids": blank, "labels": blank}] * rows)
+
+    return Sketch(model, [], lengths, limit, _marked(encoded.rows[0], tokenizer), batch)
 
 
 def _marked(row: Mapping[str, Tensor], tokenizer: Any) -> str:

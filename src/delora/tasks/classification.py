@@ -326,7 +326,13 @@ def sketch(name: str, table: tables.Table, data: Mapping[str, Any]) -> Sketch:
     fresh = [key.rpartition(".")[0] for key in drawn(name, labels)]
     heads = [layer for layer, module in model.named_modules() if f"{layer}.".startswith(inside) is False and _holds(module)]
     target = f"{first.label:g}" if task_of(table).regression else repr(labels[int(first.label)])
-    return Sketch(model, list(dict.fromkeys([*heads, *fresh])), lengths, limit, f"{shown}  ->  {target}")
+
+    def batch(rows: int, length: int) -> dict[str, torch.Tensor]:
+        keys = text.encode(tokenizer, [first], None)
+        label = torch.empty(rows, dtype=torch.float if task_of(table).regression else torch.long, device="meta")
+        return {key: torch.empty(rows, length, dtype=torch.long, device="meta") for key in keys} | {"labels": label}
+
+    return Sketch(model, list(dict.fromkeys([*heads, *fresh])), lengths, limit, f"{shown}  ->  {target}", batch)
 
 
 def _holds(module: nn.Module) -> bool:

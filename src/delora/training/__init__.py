@@ -11,6 +11,7 @@
 ``experiments``  all runs of an experiment one after the other, then the delivery of the best
 ``delivery``     the best run as files, each read back and compared
 ``defaults``     settings that need no search, each with its reason
+``memory``       what a training step takes, before anything is loaded
 ``dial``         the strength of a finished experiment's adapter, chosen on validation data
 ===============  =============================================================================
 """

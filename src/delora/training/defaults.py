@@ -6,12 +6,12 @@ Every one of them is overridden by ``key=value``.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Setting", "Sketch", "adapter", "batch_size", "epochs", "longest", "pictures", "precision", "quantile", "training"]
 
@@ -50,6 +50,7 @@ class Sketch:
         lengths: the number of tokens of each row to train on, uncut.
         limit: the most tokens that the model takes.
         example: one row as the model sees it.
+        batch: a function of a number of rows and their length, which gives a batch of that shape to train on.
 
     >>> Sketch(nn.Linear(2, 2), [], [3, 5], 512, "[CLS] Hello. [SEP]").limit
     512
@@ -60,6 +61,7 @@ class Sketch:
     lengths: list[int]
     limit: int
     example: str
+    batch: Callable[[int, int], dict[str, Tensor]] | None = None
 
 
 def quantile(lengths: Sequence[int], share: float) -> int:

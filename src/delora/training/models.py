@@ -190,7 +190,7 @@ def language_tokenizer(name: str) -> Any:
 
 def language_skeleton(name: str) -> nn.Module:
     """The model of `language_model` on the meta device: its layers, without loading weights."""
-    config = loading(AutoConfig, name)
+    config = loading(AutoConfig, name, dtype=torch.float32, use_cache=False)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
