@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -291,6 +293,54 @@ def test_a_killed_process_goes_on_to_the_same_numbers(sources, tmp_path, epoch):
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     predictions = [tmp_path / name / "variants" / "tiny" / "predictions.json" for name in ("killed", "whole")]
     assert predictions[0].read_text() == predictions[1].read_text()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(sources, tmp_path):
+    """A real process, not on a terminal: it tells what it does, ends with a checkpoint, and goes on to the same numbers."""
+    changes = {"adapter__dropout": 0.2, "train__epochs": 6, "train__record_steps": 1}
+    stopped, whole = (tiny.recipe(*sources, tmp_path / name, **changes) for name in ("stopped", "whole"))
+    recipe = tiny.write(stopped, tmp_path / "recipe.json")
+    start = "import signal, torch; signal.signal(signal.SIGINT, signal.default_int_handler); torch.set_num_threads(1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{start}; from delora.cli import main; main()", "train", str(recipe)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = tmp_path / "stopped" / "variants" / "tiny"
+    while not (run / "metrics.jsonl").is_file() or len(lines(run)) < 4:  # line by line: an epoch has 6 steps
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
+    assert process.returncode == 130, err
+    assert re.search(r"stopped after step \d+ of 36, with a checkpoint. To go on: delora train \S+stopped/config.json\n$", err)
+    assert re.search(r"tiny: step 3 of 36: \d+ \S+ left\n", out)
+    assert re.search(r"tiny: step 4 of 36  loss \d\.\d+  \|dW\|/\|W\| \d\.\d+  \d+ \S+ left\n", out)
+    assert not (run / "result.json").exists(), "stopped too late to tell anything"
+
+    experiments.train(classification, parse(json.loads((tmp_path / "stopped" / "config.json").read_text())), QUIET)
+    experiments.train(classification, parse(whole), QUIET)
+    assert numbers(tmp_path / "stopped") == numbers(tmp_path / "whole")
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("most", [3_000, 20_000])  # bytes of a file: less than an adapter has, less than an optimizer's state
+def test_on_a_full_disk_nothing_is_lost(sources, done, tmp_path, most):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = tmp_path / "r"
+    experiment = parse(json.loads((done / "config.json").read_text()), [f"out={out}", 'variants=[{name="DeLoRA"}]'])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"no room to write it .*Make room, then go on with: delora train \S+r/config.json"):
+            experiments.train(classification, experiment, QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(lines(out / "variants" / "delora")) == 7  # the steps of an epoch and its validation, before its checkpoint
+    experiments.train(classification, experiment, QUIET)
+    assert numbers(out) == numbers(done)[:1]
+    assert lines(out / "variants" / "delora") == lines(done / "variants" / "delora")
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import json
@@ -42,6 +43,7 @@ __all__ = [
     "known_keys",
     "leftovers",
     "locked",
+    "no_room",
     "parsed",
     "printable",
     "read_json",
@@ -52,6 +54,8 @@ __all__ = [
     "write_atomically",
 ]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TORCHS_FULL = ("iostream error", "PytorchStreamWriter failed writing", "inline_container")
 # Enough for 60,000 adapted layers: each takes about 450 bytes, 4 objects and lists, and 12 values.
 MAX_JSON = 64 * 2**20  # bytes
 MAX_CONTAINERS, MAX_VALUES, MAX_DIGITS = 2**18, 2**20, 40
@@ -133,6 +137,23 @@ def write_atomically(file: Path, data: bytes) -> None:
         with suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > STALE:
                 old.unlink()
+
+
+def no_room(error: BaseException) -> str | None:
+    """Why a file could not be written, if the disk is full or a limit on it is reached; None if that is not what happened.
+
+    torch's and safetensors' own errors are no OSErrors, and say it in words alone.
+
+    >>> no_room(OSError(errno.ENOSPC, "No space left on device")), no_room(OSError(errno.ENOENT, "No such file"))
+    ('No space left on device', None)
+    """
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in FULL else None
+    text = str(error)
+    code = next((code for code in FULL if f"os error {code})" in text or os.strerror(code) in text), None)
+    if code is not None:
+        return os.strerror(code)
+    return "torch could not write all of it" if any(words in text for words in TORCHS_FULL) else None
 
 
 def leftovers(file: Path) -> list[Path]:

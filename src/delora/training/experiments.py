@@ -29,7 +29,7 @@ from delora.integrations.checkpoints import last_checkpoint
 from delora.methods.base import fields_of
 from delora.training import parallel
 from delora.training.config import ConfigError, Experiment, slug
-from delora.training.progress import Bar
+from delora.training.progress import progress
 from delora.training.runs import (
     ADAPTER,
     CONFIG,
@@ -42,10 +42,11 @@ from delora.training.runs import (
     exclusive,
     place,
     read_metrics,
+    resumable,
     write_json,
 )
 from delora.training.task import Task
-from delora.training.trainer import Diverged, Metrics, RunTrainer, SavedAfterValidation
+from delora.training.trainer import Diverged, Metrics, RunTrainer, SavedAfterValidation, Stopping
 
 __all__ = [
     "Outcome",
@@ -166,23 +167,24 @@ def fit(
     With a ``metric``, every epoch is validated and the best one is kept; without, the last one. The Trainer's ``diverged`` is
     the step at which the loss was no longer finite, or None.
     """
-    train, folder, bar = experiment.train, context.folder, Bar(experiment.name, context.console)
+    train, folder, say = experiment.train, context.folder, partial(context.console.print, markup=False)
+    shown, stopping = progress(experiment.name, context.console), Stopping(say)
     trainer = RunTrainer(
         model,
         arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens),
-        callbacks=[SavedAfterValidation(), Metrics(folder / METRICS, train.record_layers), bar, *watch],
+        callbacks=[stopping, SavedAfterValidation(), Metrics(folder / METRICS, train.record_layers), shown, *watch],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
         lam_weight_decay=train.lam_weight_decay,
         tokens=tokens,
         **data,
     )
-    checkpoint = last_checkpoint(folder / "checkpoints", partial(context.console.print, markup=False), metric is not None)
+    checkpoint = last_checkpoint(folder / "checkpoints", say, metric is not None)
     if checkpoint is not None and checkpoint.endswith(f"-{train.steps}"):
         trainer.finished(checkpoint)
         return trainer
     try:
-        with bar.progress:
+        with shown.live(), stopping.listening():
             trainer.train(resume_from_checkpoint=checkpoint)
     except Diverged as error:
         trainer.diverged = error.step
@@ -302,14 +304,15 @@ def train(task: Task, experiment: Experiment, console: Console, fresh: bool = Fa
 
     Raises:
         UserError: a run is impossible (all are checked before the first starts); the folder belongs to another experiment; or a
-            delivered file does not predict what the trained model does.
+            delivered file does not predict what the trained model does; or the disk is full.
+        Interrupted: the user pressed Ctrl-C; the same call goes on.
     """
     out = place(experiment.out)
     runs = experiment.runs()
     for _, each in runs:
         require_sizes(each.model_dump(), each.name)
     parallel.join(experiment, getattr(task, "PARALLEL", False))  # a bare module, too, need not say it
-    with parallel.together(), exclusive(out) if parallel.first() else nullcontext():
+    with resumable(out), parallel.together(), exclusive(out) if parallel.first() else nullcontext():
         data = [check(task, each) for _, each in runs]
         if fresh and parallel.first():
             discard(out)

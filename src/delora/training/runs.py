@@ -8,23 +8,26 @@ import io
 import json
 import math
 import os
+import shlex
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
+from safetensors import SafetensorError
 
 from delora.errors import UserError
-from delora.formats.files import AdapterError, get, leftovers, parsed, read_json, shown, write_atomically
+from delora.formats.files import AdapterError, get, leftovers, no_room, parsed, read_json, shown, write_atomically
 from delora.formats.native import is_adapter
 from delora.training.config import Experiment, differences
 
 __all__ = [
+    "Interrupted",
     "Result",
     "Row",
     "RunContext",
@@ -37,6 +40,7 @@ __all__ = [
     "exclusive",
     "place",
     "read_metrics",
+    "resumable",
     "write_json",
 ]
 
@@ -50,6 +54,16 @@ class RunError(UserError, RuntimeError):
     >>> issubclass(RunError, UserError)
     True
     """
+
+
+class Interrupted(UserError):
+    """The user stopped a run, which can go on.
+
+    >>> Interrupted.exit_code
+    130
+    """
+
+    exit_code: ClassVar[int] = 130
 
 
 @dataclass(frozen=True)
@@ -352,6 +366,36 @@ def discard(folder: Path) -> None:
 
 def _trash(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.deleted")
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """A context in which Ctrl-C and a full disk end a run with a sentence that says how to go on.
+
+    Raises:
+        Interrupted: on Ctrl-C.
+        RunError: the disk is full.
+
+    >>> with resumable(Path("runs/mine")):
+    ...     raise OSError(28, "No space left on device", "runs/mine/adapter")
+    Traceback (most recent call last):
+    delora.training.runs.RunError: runs/mine/adapter: no room to write it (No space left on device); ...
+    """
+    again = f"delora train {shlex.quote(str(out / CONFIG))}"
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        if not (out / CONFIG).is_file():
+            raise Interrupted(f"{out}: stopped before anything was written") from None
+        what = str(error) or "stopped; what was finished is there, and checkpoints are whole"
+        raise Interrupted(f"{out}: {what}. To go on: {again}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (reason := no_room(error)) is None:
+            raise
+        where = getattr(error, "filename", None) or out
+        raise RunError(
+            f"{where}: no room to write it ({reason}); what was written before is whole. Make room, then go on with: {again}"
+        ) from error
 
 
 @contextmanager

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +21,9 @@ from delora.diagnostics import Recorder
 from delora.formats.files import write_atomically
 from delora.integrations.trainer import AdapterTrainer
 from delora.training import parallel
+from delora.training.runs import Interrupted
 
-__all__ = ["Diverged", "Metrics", "RunTrainer", "SavedAfterValidation", "metrics"]
+__all__ = ["Diverged", "Metrics", "RunTrainer", "SavedAfterValidation", "Stopping", "metrics"]
 
 
 class Diverged(RuntimeError):
@@ -136,10 +140,10 @@ class SavedAfterValidation(TrainerCallback):
 
 
 class Metrics(TrainerCallback):
-    """Adds the measurements of `delora.diagnostics.Recorder` to each logged step, and writes all steps to ``metrics.jsonl``.
+    """Adds the measurements of `delora.diagnostics.Recorder` to each logged step, and writes it to ``metrics.jsonl`` at once.
 
-    The file is made from the Trainer's history, which is in each checkpoint: after a resumption no step is in it twice.
-    ``seconds`` is the time of training and validation since the first start, without interruptions.
+    The Trainer's history, which is in each checkpoint, has all lines: a resumption begins the file with it, so that no step is
+    in it twice. ``seconds`` is the time of training and validation since the first start, without interruptions.
 
     ``layers``: those whose distance is recorded beside the mean.
 
@@ -154,6 +158,8 @@ class Metrics(TrainerCallback):
         self.recorder = Recorder(kwargs["model"], self.layers)
         before = max((row.get("seconds", 0.0) for row in state.log_history), default=0.0)
         self.started = time.monotonic() - before
+        if state.is_world_process_zero:
+            write_atomically(self.file, "".join(map(_line, state.log_history)).encode())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         row = state.log_history[-1]
@@ -163,22 +169,59 @@ class Metrics(TrainerCallback):
                 raise Diverged(state.global_step)
             if "loss" in row:
                 row |= self.recorder.record()
-        except (Diverged, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             # Weights that are not finite have no singular values.
-            self.write(state)
             raise Diverged(state.global_step) from error
+        finally:
+            if state.is_world_process_zero:
+                with self.file.open("a") as file:
+                    file.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    kept = metrics(row)
+    return json.dumps(kept) + "\n" if kept else ""
+
+
+class Stopping(TrainerCallback):
+    """Ctrl-C while a run trains: the step is finished, a checkpoint is written, and then an `Interrupted` ends the run.
+
+    A second Ctrl-C ends it at once. Several processes of one run do not stop at the same step: there the first one does.
+
+    >>> Stopping(print).asked
+    False
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.asked = say, False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """The context in which Ctrl-C is heard. Where somebody else hears it, that is left alone."""
+        if (
+            parallel.processes() > 1
+            or threading.current_thread() is not threading.main_thread()
+            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        ):
+            yield
+            return
+        signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.say("Stopping with a checkpoint after this step; Ctrl-C again ends it at once")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_save = control.should_save or self.asked
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.write(state)
-
-    on_train_end = on_save  # after a resumption from the last checkpoint nothing else is saved
-
-    def write(self, state: TrainerState) -> None:
-        """Write the file anew from the Trainer's history."""
-        if not state.is_world_process_zero:
-            return
-        rows = [metrics(row) for row in state.log_history]
-        write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in rows if row).encode())
+        if self.asked:
+            raise Interrupted(f"stopped after step {state.global_step} of {state.max_steps}, with a checkpoint")
 
 
 KEPT = {key: key for key in ("step", "epoch", "seconds", "loss", "distance", "spectral", "bound_used", "reach", "lam")}
