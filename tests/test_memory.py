@@ -89,4 +89,4 @@ def test_the_estimate_is_what_a_real_step_takes(make, batch, precision, accumula
         found = memory.estimate(make(), batch(), precision, accumulation=accumulation)
     real = measured(make, batch(), precision, accumulation)
     print(found, found.peak / 1e9, real / 1e9, found.peak / real)
-    assert found.peak == pytest.approx(real, rel=0.2)
+    assert found.peak == pytest.approx(real, rel=0.1)

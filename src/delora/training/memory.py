@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -179,7 +179,8 @@ def _moved(model: nn.Module, device: str) -> Iterator[None]:
     """A context in which the model's tensors are others, empty ones, on this device, and the model trains."""
     was: list[tuple[dict[str, Any], str, Tensor]] = []
     new: dict[int, Tensor] = {}
-    registries: list[Any] = [kind for module in model.modules() for kind in (module._parameters, module._buffers)]
+    both: Any = [(module._parameters, module._buffers) for module in model.modules()]
+    registries = cast(list[dict[str, Any]], [registry for pair in both for registry in pair])
     training = model.training
     for registry in registries:
         for key, t in registry.items():

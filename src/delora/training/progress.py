@@ -75,8 +75,8 @@ class Bar(TrainerCallback):
         return self.progress
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        start = {"total": state.max_steps, "completed": state.global_step}
-        self.task = self.progress.add_task(escape(self.title), **start, figures="")
+        done, total = state.global_step, state.max_steps
+        self.task = self.progress.add_task(escape(self.title), total=total, completed=done, figures="")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         row = state.log_history[-1]
