@@ -24,6 +24,7 @@ from delora.training.task import Kind
 __all__ = ["MOST", "Shown", "page", "shown"]
 
 MOST = 2.0  # the slider's right end
+WIDE = 256  # pixels: a narrower picture is enlarged by a whole factor
 LAYERS = 40  # bars of the picture of layers; of more, those that changed most
 
 
@@ -103,6 +104,17 @@ def shown(run: Path, adapter: Path | None = None) -> Shown:
     return Shown(experiment.name, kind, model, answer, report if report.is_file() else None, experiment.model)
 
 
+def enlarged(picture: Any) -> Any:
+    """A picture, larger by a whole factor if it is small; every pixel stays a square.
+
+    >>> from PIL import Image
+    >>> enlarged(Image.new("RGB", (32, 32))).size, enlarged(Image.new("RGB", (512, 512))).size
+    ((256, 256), (512, 512))
+    """
+    times = max(1, WIDE // picture.width)
+    return picture.resize((times * picture.width, times * picture.height), 0)  # 0: the nearest pixel
+
+
 def page(*runs: Shown) -> Any:
     """The page, a ``gradio.Blocks``, which ``launch`` serves: the base model, and beside it each run's.
 
@@ -128,7 +140,8 @@ def page(*runs: Shown) -> Any:
         if first.kind == "classes":
             return gr.Label(label=label, elem_id=name)
         if first.kind == "picture":
-            return gr.Image(label=label, format="png", elem_id=name)
+            # Without gradio's button that sends a picture away.
+            return gr.Image(label=label, format="png", elem_id=name, buttons=["download", "fullscreen"])
         return gr.Textbox(label=label, lines=8, elem_id=name)
 
     base_says = lru_cache(maxsize=8)(lambda prompt: first.at(0.0, prompt))  # the slider moves, the base does not
@@ -137,9 +150,10 @@ def page(*runs: Shown) -> Any:
         if not prompt.strip():
             raise gr.Error("Write something first.")
         try:
-            return [base_says(prompt), *(run.at(strength, prompt) for run in runs)]
+            said = [base_says(prompt), *(run.at(strength, prompt) for run in runs)]
         except UserError as error:
             raise gr.Error(html.escape(str(error))) from error
+        return [enlarged(each) for each in said] if first.kind == "picture" else said
 
     title = ", ".join(run.title for run in runs)
     with gr.Blocks(title=f"delora: {title}", analytics_enabled=False) as blocks:
