@@ -49,7 +49,7 @@ class DeLoRA:
         softness: for "soft", the root mean square of b_i's entries at which a term reaches 71 % of its bound.
         learn_lam: train lam, as the paper does (Appendix D). Then a higher rate also widens the bound: on a small data set of
             digits, the bound at the end of training grew from 1.6 to 8.0 as the rate went from 1e-3 to 1. Without it the bound
-            is a law at any rate, and on digits and film reviews nothing measurable was lost (paper/docs/reach.md).
+            is a law at any rate, and on digits and film reviews nothing measurable was lost.
 
     Example:
         >>> import delora
