@@ -194,7 +194,8 @@ def test_an_autograd_function_of_ones_own_gives_the_gradients_of_the_plain_produ
             x = self.p(x)
             return self.q(x) if self.plain else Times.apply(x, self.q.weight)
 
-    model, x = shake(delora.inject(nn.Sequential(Custom()), method, ["p", "q"])), torch.randn(3, 4)
+    model = shake(delora.inject(nn.Sequential(Custom()).double(), method, ["p", "q"]))
+    x = torch.randn(3, 4, dtype=torch.float64)
     found = []
     for model[0].plain in (True, False):
         model.zero_grad()
