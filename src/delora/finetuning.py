@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 RECIPE = "recipe.toml"
 # The task that trains on each kind of table.
-TASKS = {"classification": "classification", "regression": "regression", "chat": "chat", "completion": "chat", "text": "chat"}
+TASKS = {kind: kind for kind in ("classification", "regression", "chat", "preference")} | {"completion": "chat", "text": "chat"}
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,7 @@ def _task(table: tables.Table, source: str) -> Any:
     known = {kind: task for kind, task in known.items() if _sketch(task) is not None}
     if table.kind not in known:
         raise DataError(
-            f"{source} has rows of {table.kind}, which this command does not train on (pairs: docs/trainers.md); it does on "
-            f"{', '.join(known)}"
+            f"{source} has rows of {table.kind}, which this command does not train on; it does on {', '.join(known)}"
         )
     return known[table.kind]
 

@@ -27,7 +27,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from delora.data.alpaca import IGNORED
 from delora.data.examples import DataError
 
-__all__ = ["Encoded", "Message", "Turns", "encode", "end_of_turn", "messages_of", "render", "tokens", "turns"]
+__all__ = ["Encoded", "Message", "Turns", "add", "encode", "end_of_turn", "messages_of", "render", "tokens", "turns"]
 
 Message = dict[str, Any]  # role, content, and perhaps tool_calls
 Span = tuple[int, int]
@@ -97,28 +97,32 @@ def encode(rows: Sequence[Mapping[str, Any]], tokenizer: Any, max_tokens: int, w
     """
     encoded = Encoded()
     for number, row in enumerate(rows, 1):
-        at = f"{where}, row {number}"
-        if isinstance(text := row.get("text", row.get("completion") if row.get("prompt") == "" else None), str):
-            pieces = _text(text, tokenizer, max_tokens)
-        elif tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
-            ids, mask = _plain(row["prompt"], row["completion"], tokenizer)
-            pieces = [(ids, mask)]
-        else:
-            messages, first = messages_of(row, at)
-            found = turns(messages, tokenizer, _tools(row, at), at, first)
-            ids, mask, joined, ended = tokens(found, tokenizer, at)
-            pieces = [(ids, mask)]
-            encoded.joined += joined
-            encoded.endless += not ended
-        for ids, mask in pieces:
-            encoded.cut += len(ids) > max_tokens
-            ids, mask = ids[:max_tokens], mask[:max_tokens]
-            if not any(mask[1:]):  # the first token has none before it to be predicted from
-                encoded.untrained += 1
-                continue
-            labels = [i if m else IGNORED for i, m in zip(ids, [False, *mask[1:]], strict=True)]
-            encoded.rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+        add(encoded, row, tokenizer, max_tokens, f"{where}, row {number}")
     return encoded
+
+
+def add(encoded: Encoded, row: Mapping[str, Any], tokenizer: Any, max_tokens: int, at: str) -> None:
+    """Encodes one more row, as `encode` does; ``at`` begins the messages of errors."""
+    if isinstance(text := row.get("text", row.get("completion") if row.get("prompt") == "" else None), str):
+        pieces = _text(text, tokenizer, max_tokens)
+    elif tokenizer.chat_template is None and isinstance(row.get("prompt"), str):
+        ids, mask = _plain(row["prompt"], row["completion"], tokenizer)
+        pieces = [(ids, mask)]
+    else:
+        messages, first = messages_of(row, at)
+        found = turns(messages, tokenizer, _tools(row, at), at, first)
+        ids, mask, joined, ended = tokens(found, tokenizer, at)
+        pieces = [(ids, mask)]
+        encoded.joined += joined
+        encoded.endless += not ended
+    for ids, mask in pieces:
+        encoded.cut += len(ids) > max_tokens
+        ids, mask = ids[:max_tokens], mask[:max_tokens]
+        if not any(mask[1:]):  # the first token has none before it to be predicted from
+            encoded.untrained += 1
+            continue
+        labels = [i if m else IGNORED for i, m in zip(ids, [False, *mask[1:]], strict=True)]
+        encoded.rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
 
 
 def _text(text: str, tokenizer: Any, max_tokens: int) -> list[tuple[list[int], list[bool]]]:

@@ -15,7 +15,7 @@ from delora.data.dividing import divide, units
 from delora.data.examples import DataError
 from delora.data.recognising import KINDS, Kind, Roles, flat, measured, missing, named, recognise, recognised
 from delora.data.rows import LARGEST, Rows, brief, read_source
-from delora.data.turns import conversation, is_turns, silent
+from delora.data.turns import conversation, is_turns, pair, silent
 from delora.errors import nearest
 
 __all__ = ["KINDS", "Kind", "Table", "read"]
@@ -36,7 +36,7 @@ class Table:
     "regression"        ``text`` and ``label``, a float
     "chat"              ``messages``: turns with ``role`` and ``content``; perhaps ``tools``
     "completion"        ``prompt`` and ``completion``, strings or turns; of Alpaca's rows also ``instruction`` and ``input``
-    "preference"        ``chosen`` and ``rejected``, strings or turns; perhaps ``prompt``
+    "preference"        ``prompt``, ``chosen`` and ``rejected``, strings or turns; strings may come without a prompt
     "text"              ``text``
     ==================  ======================================================================================
 
@@ -262,8 +262,16 @@ class _Reader:
             return self._leave("one of the two answers is empty", at)
         if chosen == rejected:
             return self._leave("both answers are the same", at)
-        prompt = {"prompt": self._said("prompt", row, at) or ""} if "prompt" in self.roles else {}
-        return prompt | {"chosen": chosen, "rejected": rejected}
+        prompt = self._said("prompt", row, at) if "prompt" in self.roles else None
+        if isinstance(chosen, list) and isinstance(rejected, list):
+            prompt, chosen, rejected = pair(prompt, chosen, rejected)
+            if silent(chosen) or silent(rejected):
+                return self._leave("one of the two conversations has no answer of its own, or an empty one", at)
+        elif type(chosen) is not type(rejected):
+            raise DataError(f"{at}: one of chosen and rejected is a text and the other one a list of turns; write both alike")
+        elif "prompt" in self.roles and prompt is None:
+            return self._leave(f"{self.roles['prompt']!r} is empty, so that nothing is answered", at)
+        return ({} if prompt is None else {"prompt": prompt}) | {"chosen": chosen, "rejected": rejected}
 
 
 def _string(value: Any, column: str, at: str) -> str:

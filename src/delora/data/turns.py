@@ -7,7 +7,7 @@ from typing import Any
 from delora.data.examples import DataError
 from delora.data.rows import brief
 
-__all__ = ["ROLES", "conversation", "is_turns", "silent"]
+__all__ = ["ROLES", "conversation", "is_turns", "pair", "silent"]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names of the roles.
@@ -72,3 +72,26 @@ def silent(turns: list[dict[str, Any]]) -> bool:
     """
     answers = [turn for turn in turns if turn["role"] == "assistant"]
     return not answers or any(not turn["content"].strip() and not turn.get("tool_calls") for turn in answers)
+
+
+def pair(prompt: Any, chosen: list[dict[str, Any]], rejected: list[dict[str, Any]]) -> tuple[Any, list[Any], list[Any]]:
+    """The prompt of two conversations, and what each of them goes on with.
+
+    Files repeat the prompt in both, or have it nowhere else: then it is all that they begin with alike.
+
+    >>> hello, ahoy = {"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Ahoy."}
+    >>> go = {"role": "assistant", "content": "Go away."}
+    >>> pair(None, [hello, ahoy], [hello, go]) == pair("Hello.", [hello, ahoy], [hello, go]) == ([hello], [ahoy], [go])
+    True
+    """
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else list(prompt or [])
+    alike = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        alike += 1
+    if not asked:
+        asked, chosen, rejected = chosen[:alike], chosen[alike:], rejected[alike:]
+    elif chosen[: len(asked)] == rejected[: len(asked)] == asked:
+        chosen, rejected = chosen[len(asked) :], rejected[len(asked) :]
+    return asked, chosen, rejected

@@ -4,6 +4,7 @@
 ``classification``    a table of one's own, GLUE's tasks, sentences with human ratings: classes or a regression
 ``instructions``      instruction tuning of a causal language model
 ``chat``              a causal language model on chats, completions or texts of one's own
+``preference``        a causal language model on pairs of a chosen and a rejected answer (DPO)
 ``subject``           a text-to-image model learns a subject from photographs (DreamBooth)
 ``semantic_map``      a text-to-image model learns to follow label maps
 ====================  ===============================================================================
@@ -35,6 +36,7 @@ NAMES = {
     **dict.fromkeys(("sentiment", "rating", "mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"), "classification"),
     "instructions": "instructions",
     "chat": "chat",
+    "preference": "preference",
     "subject": "subject",
     "semantic_map": "semantic_map",
 }

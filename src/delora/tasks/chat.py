@@ -6,35 +6,43 @@ The best epoch is chosen by the first one on the validation part.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import delora
-from delora.data import alpaca, tables
+from delora.data import tables
 from delora.data.chats import Encoded, encode
 from delora.data.examples import DataError
 from delora.data.packing import Collator, keeps_apart, packed
 from delora.errors import nearest_path
-from delora.evaluation.answers import answer, continued
 from delora.evaluation.language import log_likelihood, predicted, token_sums
-from delora.formats.files import read_json, write_atomically
 from delora.formats.native import is_adapter
-from delora.training import delivery, parallel
-from delora.training.config import ConfigError, Count, Experiment, Strict
+from delora.training import parallel
+from delora.training.causal_lm import (
+    COMPARED,
+    NEXT,
+    SAMPLES,
+    UNCUT,
+    Evaluate,
+    Samples,
+    context_length,
+    delivered,
+    marked,
+    require_template,
+    speaking,
+    templated,
+)
+from delora.training.config import ConfigError, Experiment, Strict
 from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
-from delora.training.models import language_model, language_skeleton, language_tokenizer, template_of
+from delora.training.models import language_model, language_skeleton
 from delora.training.runs import Result, RunContext, RunError, write_json
 from delora.training.task import Kind, Validation
 
@@ -55,12 +63,9 @@ __all__ = [
     "validation",
 ]
 
-NEXT, SAMPLES = "next.json", "samples.jsonl"
 METRIC = "likelihood"
-COMPARED = 64  # test rows on which the delivered files are compared with the trained model
 NOT_SHARES = ("perplexity",)
 KINDS = ("chat", "completion", "text")
-UNCUT = 1 << 30  # more tokens than any row has
 
 
 class Data(Strict):
@@ -82,17 +87,6 @@ class Data(Strict):
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     packing: bool = False
     template: str | None = None
-
-
-class Evaluate(Strict):
-    """``sample``: questions that the model, and the base model beside it, answers at every validation, into samples.jsonl.
-
-    >>> Evaluate(sample=["Who are you?"]).tokens
-    64
-    """
-
-    sample: list[str] = Field(default=[])
-    tokens: Count = 64
 
 
 class Settings(Experiment):
@@ -147,7 +141,7 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         model,
         metric=METRIC,
         tokens=True,
-        watch=[Samples(context.folder / SAMPLES, tokenizer, experiment)] if experiment.evaluate.sample else [],
+        watch=[Samples(context.folder / SAMPLES, tokenizer, experiment.evaluate)] if experiment.evaluate.sample else [],
         train_dataset=packed(data.train, experiment.data.max_tokens) if experiment.data.packing else data.train,
         eval_dataset=data.validation,
         data_collator=Collator(tokenizer.pad_token_id),
@@ -173,33 +167,6 @@ def scored(model: Any, tokenizer: Any, experiment: Settings, rows: Sequence[dict
     return {METRIC: math.exp(mean), "perplexity": math.exp(-mean)}
 
 
-class Samples(TrainerCallback):
-    """Adds to ``samples.jsonl``, at every validation, the answers of the model and of the base model to fixed questions.
-
-    >>> Samples(Path("samples.jsonl"), None, None).file.name
-    'samples.jsonl'
-    """
-
-    def __init__(self, file: Path, tokenizer: Any, experiment: Any) -> None:
-        self.file, self.tokenizer, self.experiment = file, tokenizer, experiment
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        model, settings = kwargs["model"], self.experiment.evaluate
-        before = self.file.read_text("utf-8").splitlines() if self.file.is_file() else []
-        lines = [line for line in before if json.loads(line)["step"] < state.global_step]  # a resumption's are written anew
-        training = model.training
-        for question in settings.sample:
-            chat = [{"role": "user", "content": question}]
-            with delora.disabled(model):
-                was = answer(model, self.tokenizer, chat, settings.tokens)
-            now = answer(model, self.tokenizer, chat, settings.tokens)
-            row = {"step": state.global_step, "epoch": state.epoch, "question": question, "base": was, "adapted": now}
-            lines.append(json.dumps(row, ensure_ascii=False))
-        model.train(training)
-        if state.is_world_process_zero:
-            write_atomically(self.file, "".join(line + "\n" for line in lines).encode())
-
-
 # ---------------------------------------------------------------- data
 
 
@@ -209,19 +176,7 @@ def tokenizer_of(experiment: Settings) -> Any:
     Raises:
         ConfigError: there is no such template.
     """
-    return _templated(experiment.model, experiment.data.template, experiment.name)
-
-
-def _templated(model: str, given: str | None, where: str) -> Any:
-    tokenizer = language_tokenizer(model)
-    if given == "alpaca":
-        tokenizer.chat_template = alpaca.template(tokenizer)
-    elif given is not None:
-        if not Path(given).is_file():
-            near = nearest_path(given, ["alpaca"])
-            raise ConfigError(f'{where}: data.template = {given!r}: there is no such file{near}; another is "alpaca"')
-        tokenizer.chat_template = Path(given).read_text("utf-8")
-    return tokenizer
+    return templated(experiment.model, experiment.data.template, experiment.name)
 
 
 def material(experiment: Settings) -> Material:
@@ -231,7 +186,7 @@ def material(experiment: Settings) -> Material:
     table = tables.read(data.source, **given, seed=experiment.seed)
     if table.kind not in KINDS:
         hint = (
-            "delora.reference and TRL's DPOTrainer train on pairs (docs/trainers.md)"
+            'task = "preference" trains on pairs'
             if table.kind == "preference"
             else "of texts with labels delora finetune makes a classifier; for the texts alone: data.kind=text"
         )
@@ -288,13 +243,11 @@ def _told(encoded: Encoded, rows: int, part: str, most: int) -> list[str]:
 def sketch(name: str, table: tables.Table, data: Mapping[str, Any]) -> Sketch:
     """What there is to know of a model and a table before a recipe is made: lengths, and one row with its trained tokens."""
     template = data.get("template")
-    tokenizer, model = _templated(name, template, "finetune"), language_skeleton(name)
+    tokenizer, model = templated(name, template, "finetune"), language_skeleton(name)
     encoded = encode([_row(row, template) for row in table.parts["train"]], tokenizer, UNCUT, "the rows to train on")
     if not encoded.rows:
         raise DataError("no row has a token to train on: the chat template and the rows do not go together")
     lengths = [len(row["labels"]) for row in encoded.rows]
-    known = [getattr(model.config, "max_position_embeddings", 0), tokenizer.model_max_length]
-    limit = min([most for most in known if 0 < most < UNCUT], default=max(lengths))
 
     def batch(rows: int, length: int) -> dict[str, Tensor]:
         blank = torch.zeros(length, dtype=torch.long)
@@ -302,14 +255,7 @@ def sketch(name: str, table: tables.Table, data: Mapping[str, Any]) -> Sketch:
             return Collator(0)(packed([{"input_ids": blank, "labels": blank}] * rows, length))
         return Collator(0)([{"input_ids": blank, "labels": blank}] * rows)
 
-    return Sketch(model, [], lengths, limit, _marked(encoded.rows[0], tokenizer), batch)
-
-
-def _marked(row: Mapping[str, Tensor], tokenizer: Any) -> str:
-    """A row's text, with what is trained in double brackets."""
-    ids, trained = row["input_ids"].tolist(), row["labels"].ne(alpaca.IGNORED).tolist()
-    pieces = [(on, [i for i, _ in group]) for on, group in groupby(zip(ids, trained, strict=True), key=lambda each: each[1])]
-    return "".join(f"[[{tokenizer.decode(part)}]]" if on else tokenizer.decode(part) for on, part in pieces)
+    return Sketch(model, [], lengths, context_length(model, tokenizer, lengths), marked(encoded.rows[0], tokenizer), batch)
 
 
 # ---------------------------------------------------------------- before all runs, and after
@@ -319,11 +265,7 @@ def check(experiment: Settings) -> Material:
     """Raises an error for anything that would make a run fail, before one starts; returns its data."""
     adapt(language_skeleton(experiment.model), experiment)
     data = material(experiment)
-    if experiment.evaluate.sample and data.template is None:
-        raise ConfigError(
-            f"{experiment.name}: evaluate.sample: the tokenizer of {experiment.model} has no chat template to ask by: give "
-            "data.template, or no samples"
-        )
+    require_template(experiment, experiment.evaluate, data.template)
     return data
 
 
@@ -334,31 +276,12 @@ def base(experiment: Settings) -> nn.Module:
 
 def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], str]]:
     """The language model, and its most probable answer to a question; how it goes on, if it was trained on texts."""
-    model, tokenizer = language_model(experiment.model, experiment.train.weights)
-    tokenizer.chat_template = template_of(adapter) or tokenizer.chat_template
-
-    def said(prompt: str) -> str:
-        if experiment.data.kind == "text" or tokenizer.chat_template is None:
-            return continued(model, tokenizer, tokenizer(prompt, verbose=False)["input_ids"])
-        return answer(model, tokenizer, [{"role": "user", "content": prompt}])
-
-    return "text", model, said
+    return speaking(experiment, adapter, plain=experiment.data.kind == "text")
 
 
 def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
-    """Write ``adapter``, ``merged`` and ``peft`` with the chat template, read each back, count the equal next tokens.
-
-    In float32 all must be equal, and the mean loss to 0.8 %; in bfloat16 the loss alone (`delivery.equal_tokens`).
-    """
-    trained, rows = read_json(run / NEXT), data.test[:COMPARED]
-    exact = experiment.train.weights == experiment.train.precision == "fp32"
-
-    def same(kind: str, model: Any) -> int:
-        return delivery.equal_tokens(out / kind, predicted(model, rows), trained, exact)
-
-    fresh = partial(base, experiment)
-    made = delivery.deliver(experiment, run, out, fresh, AutoModelForCausalLM, same, data.template)
-    return made, len(trained["tokens"])
+    """Write ``adapter``, ``merged`` and ``peft`` with the chat template, read each back, count the equal next tokens."""
+    return delivered(experiment, run, data.test, data.template, out)
 
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:

@@ -158,20 +158,23 @@ def fit(
     metric: str | None,
     watch: Sequence[TrainerCallback] = (),
     tokens: bool = False,
+    trainer_class: Callable[..., RunTrainer] = RunTrainer,
     **data: Any,
 ) -> RunTrainer:
     """Train in the run's folder, from its last checkpoint if there is one.
 
-    ``tokens``: the loss is the mean over the tokens of a batch that have labels, not over its examples.
+    ``tokens``: the loss is the mean over the tokens of a batch that have labels, not over its examples. ``trainer_class``: of a
+    task whose loss is not the model's own; it validates in batches of the training's size.
 
     With a ``metric``, every epoch is validated and the best one is kept; without, the last one. The Trainer's ``diverged`` is
     the step at which the loss was no longer finite, or None.
     """
     train, folder, say = experiment.train, context.folder, partial(context.console.print, markup=False)
     shown, stopping = progress(experiment.name, context.console), Stopping(say)
-    trainer = RunTrainer(
+    few = tokens or trainer_class is not RunTrainer
+    trainer = trainer_class(
         model,
-        arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens),
+        arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens, few),
         callbacks=[stopping, SavedAfterValidation(), Metrics(folder / METRICS, train.record_layers), shown, *watch],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
@@ -192,9 +195,15 @@ def fit(
 
 
 def arguments(
-    experiment: Experiment, folder: Path, examples: int, metric: str | None, validate: bool, tokens: bool = False
+    experiment: Experiment,
+    folder: Path,
+    examples: int,
+    metric: str | None,
+    validate: bool,
+    tokens: bool = False,
+    few: bool = False,
 ) -> TrainingArguments:
-    """The arguments of transformers' Trainer.
+    """The arguments of transformers' Trainer. ``few``: validation takes no more examples at a time than training does.
 
     Raises:
         ConfigError: they do not go together.
@@ -212,7 +221,7 @@ def arguments(
         output_dir=str(folder),
         num_train_epochs=train.epochs,
         per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=-(-64 // n) * n if metric and not tokens else train.batch_size,
+        per_device_eval_batch_size=-(-64 // n) * n if metric and not few else train.batch_size,
         gradient_accumulation_steps=train.accumulation,
         optim="adamw_torch",
         learning_rate=train.lr,
