@@ -231,11 +231,20 @@ def finetune(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="classification, regression, chat, completion or text. Default: as the columns say.", show_default=False
+            help="classification, regression, chat, completion, preference or text. Default: as the columns say.",
+            show_default=False,
         ),
     ] = None,
     word: Annotated[
         str | None, typer.Option(help="What photographs show, in a word, such as mug or dog.", show_default=False)
+    ] = None,
+    sample: Annotated[
+        list[str] | None,
+        typer.Option(help="A question that a chat model answers at every validation, beside the base.", show_default=False),
+    ] = None,
+    log: Annotated[
+        list[str] | None,
+        typer.Option(help="Where else the metrics go: tensorboard, trackio, wandb (offline) ...", show_default=False),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in the out folder and start again.")] = False,
     dry_run: Annotated[
@@ -247,7 +256,18 @@ def finetune(
     from delora import finetuning
 
     planned = finetuning.plan(
-        model, data, changes or [], out=folder, kind=kind, text=text, label=label, columns=columns, group=group, word=word
+        model,
+        data,
+        changes or [],
+        out=folder,
+        kind=kind,
+        text=text,
+        label=label,
+        columns=columns,
+        group=group,
+        word=word,
+        sample=sample or (),
+        log=log or (),
     )
     for line in (*planned.told, *planned.before) if dry_run else planned.before:
         out.print(line, markup=False, soft_wrap=True)

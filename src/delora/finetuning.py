@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,6 +63,8 @@ def plan(
     columns: str | None = None,
     group: str | None = None,
     word: str | None = None,
+    sample: Sequence[str] = (),
+    log: Sequence[str] = (),
 ) -> Plan:
     """Recognise the data, choose every setting, and check that a run is possible. Nothing is written.
 
@@ -72,13 +75,16 @@ def plan(
         out: the run's folder. Default: ``runs/`` and the data's name.
         columns: roles and columns, ``prompt=question,completion=answer``.
         word: what the photographs show, such as "mug", if the data are a folder of photographs.
+        sample: questions that a chat model answers at every validation.
+        log: where else the metrics go, such as "tensorboard". Default: trackio, where it is installed.
 
     Raises:
         UserError: the data are malformed or ambiguous, or a setting is impossible.
     """
     given = {"kind": kind, "text": text, "label": label, "columns": columns, "group": group}
     if _holds_pictures(Path(source)):
-        return _of_pictures(model, source, changes, out, word, [name for name, value in given.items() if value is not None])
+        others = [name for name, value in {**given, "sample": sample or None}.items() if value is not None]
+        return _of_pictures(model, source, changes, out, word, others, log)
     if word is not None:
         raise DataError(f"--word is what photographs show, and {source}{nearest_path(source)} is no folder of photographs")
     seed = _given(changes, "seed", 0)
@@ -92,6 +98,8 @@ def plan(
         Setting("name", slug(named), "of the data"),
         Setting("out", out or f"runs/{slug(named)}", "given" if out else "of the data"),
         Setting("model", model, "given"),
+        *_logged(log),
+        *([Setting("evaluate.sample", list(sample), "given")] if sample else []),
         Setting("data.source", source, "given"),
         *_data(table, kind, columns, group),
         defaults.longest(drawn),
@@ -136,7 +144,13 @@ def _holds_pictures(source: Path) -> bool:
 
 
 def _of_pictures(
-    model: str, source: str, changes: Sequence[str], out: str | None, word: str | None, others: Sequence[str]
+    model: str,
+    source: str,
+    changes: Sequence[str],
+    out: str | None,
+    word: str | None,
+    others: Sequence[str],
+    log: Sequence[str],
 ) -> Plan:
     """The plan for photographs of one's own: a text-to-image model learns what they show."""
     if others:
@@ -154,12 +168,13 @@ def _of_pictures(
         Setting("name", slug(subject.name), "of the data"),
         Setting("out", out or f"runs/{slug(subject.name)}", "given" if out else "of the data"),
         Setting("model", model, "given"),
+        *_logged(log),
         Setting("data.source", source, "given"),
         Setting("subject.word", word, "given"),
         *defaults.pictures(method, _ranked(method), len(subject.images), task.resolution(model), judged),
     ]
     recipe, experiment = _experiment(settings, changes)
-    task.check(experiment)
+    experiments.check(task, experiment)
     experiments.adapt(skeleton, experiment)
     summary, wanted = delora.summary(skeleton), experiment.subject
     before = [
@@ -204,6 +219,13 @@ def _given(changes: Sequence[str], key: str, otherwise: Any) -> Any:
     for part in key.split("."):
         tree = tree.get(part, otherwise) if isinstance(tree, dict) else otherwise
     return tree
+
+
+def _logged(log: Sequence[str]) -> list[Setting]:
+    """The key ``log``; trackio writes to a folder of the user's own, so it needs no asking."""
+    if log:
+        return [Setting("log", list(log), "given")]
+    return [Setting("log", ["trackio"], "it is installed; see it by: trackio show")] if find_spec("trackio") else []
 
 
 def _ranked(method: str) -> bool:

@@ -270,7 +270,7 @@ class Experiment(Strict):
     Hugging Face Hub. With ``seeds`` every variant runs once for each of them, and ``seed`` is not used. ``row`` is the line of
     a table for variants that name none. ``factor`` is what a sweep multiplied the rates by, for its report.
     ``parallel`` says how several processes, if torchrun started several, share the work: each has a part of every batch, and
-    of the model's weights all ("ddp") or a part ("fsdp2").
+    of the model's weights all ("ddp") or a part ("fsdp2"). ``log``: where else the lines of metrics go, such as "tensorboard".
 
     >>> adapter = AdapterSettings.model_validate({"targets": ["query"]})
     >>> mine = Experiment(task="mytasks.tickets", name="mine", out="runs/mine", model="bert", adapter=adapter, seeds=[0, 1])
@@ -287,6 +287,7 @@ class Experiment(Strict):
     out: Annotated[str, Field(min_length=1)]
     model: str
     parallel: Literal["none", "ddp", "fsdp2"] = "none"
+    log: list[str] = []
     about: About = About()
     adapter: AdapterSettings
     train: Train = Train()
@@ -377,7 +378,7 @@ def parse(
 
 
 # These belong to the experiment as a whole: no variant can set them.
-FIXED = ("name", "row", "seeds", "factor", "out", "parallel", "about", "variants")
+FIXED = ("name", "row", "seeds", "factor", "out", "parallel", "log", "about", "variants")
 
 
 def load_file(recipe: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from delora.formats.cards import CARD
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
 from delora.integrations.checkpoints import last_checkpoint
 from delora.methods.base import fields_of
-from delora.training import parallel
+from delora.training import loggers, parallel
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import progress
 from delora.training.runs import (
@@ -175,7 +175,14 @@ def fit(
     trainer = trainer_class(
         model,
         arguments(experiment, folder / "checkpoints", len(data["train_dataset"]), metric, "eval_dataset" in data, tokens, few),
-        callbacks=[stopping, SavedAfterValidation(), Metrics(folder / METRICS, train.record_layers), shown, *watch],
+        callbacks=[
+            stopping,
+            SavedAfterValidation(),
+            Metrics(folder / METRICS, train.record_layers),
+            *loggers.callbacks(experiment, folder),
+            shown,
+            *watch,
+        ],
         lam_lr=train.lam_lr,
         head_lr=train.head_lr,
         lam_weight_decay=train.lam_weight_decay,
@@ -245,7 +252,9 @@ def arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # the loggers are callbacks of our own making
+        run_name=experiment.name,
+        project=slug(Path(experiment.out).name),
         **parallel.arguments(experiment, tokens),
     )
 
@@ -372,6 +381,7 @@ def require_sizes(settings: Mapping[str, Any], where: str) -> None:
 
 def check(task: Task, experiment: Experiment) -> Any:
     """The task's own check. If something is missing, the error also has the command that makes it, if the recipe names one."""
+    loggers.require(experiment)
     try:
         return task.check(experiment)
     except (UserError, ImportError) as error:

@@ -324,7 +324,7 @@ def claim(folder: Path, experiment: Experiment) -> None:
     """
     settings, file = experiment.model_dump(mode="json"), folder / CONFIG
     if file.is_file():
-        free = ("out", "about", "parallel")  # no result depends on them
+        free = ("out", "about", "parallel", "log")  # no result depends on them
         changes = [c for c in differences(read_json(file), settings) if c[0].partition(".")[0] not in free]
         if changes:
             key, was, now = changes[0]

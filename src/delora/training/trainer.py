@@ -168,7 +168,9 @@ class Metrics(TrainerCallback):
             if not all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "eval_loss")):
                 raise Diverged(state.global_step)
             if "loss" in row:
-                row |= self.recorder.record()
+                measured = self.recorder.record()
+                row |= measured
+                (kwargs.get("logs") or {}).update(measured)  # what the loggers after this callback get
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             # Weights that are not finite have no singular values.
             raise Diverged(state.global_step) from error
