@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -105,12 +106,20 @@ def evil(tmp_path) -> Path:
     return folder
 
 
-def in_a_terminal(*arguments: object) -> bytes:
-    """What the command writes to a terminal, on both of its streams."""
+BETWEEN = b"-- the next command --"
+
+
+def in_a_terminal(*commands: Sequence[object]) -> list[bytes]:
+    """What each of some commands writes to a terminal, on both of its streams; all in one process."""
     ours, theirs = pty.openpty()
-    code = "from delora.cli import main; main()"
+    code = (
+        "import sys\nfrom contextlib import suppress\nfrom delora.cli import main\n"
+        f"for command in {[list(map(str, command)) for command in commands]!r}:\n"
+        " sys.argv = ['delora', *command]\n with suppress(SystemExit):\n  main()\n"
+        f" print({BETWEEN.decode()!r}, flush=True)"
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=theirs, stderr=theirs, env=env)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     written = b""
     while True:
@@ -123,7 +132,7 @@ def in_a_terminal(*arguments: object) -> bytes:
         written += piece
     process.wait()
     os.close(ours)
-    return written
+    return written.split(BETWEEN)[:-1]
 
 
 COLOURS = re.compile(rb"\x1b\[[0-9;]*m")
@@ -135,23 +144,24 @@ def quiet(written: bytes) -> bool:
     return all(c.isprintable() or c in "\r\n" for c in text)
 
 
-@pytest.mark.parametrize("command", ["inspect", "evaluate", "merge", "report"])
-def test_no_control_character_of_a_name_reaches_the_terminal(world, evil, command):
-    arguments: dict[str, list[object]] = {
-        "inspect": [evil],
-        "evaluate": [evil, "--recipe", world / "recipe.json"],
-        "merge": [evil, "--model", world / "model", "--out", evil.parent / "x"],
-        "report": [evil],
-    }
-    written = in_a_terminal(command, *arguments[command])
-    assert rb"\x1b" in written, written  # it is told, as text
-    assert quiet(written), written
+def test_no_control_character_of_a_name_reaches_the_terminal(world, evil):
+    commands: list[list[object]] = [
+        ["inspect", evil],
+        ["evaluate", evil, "--recipe", world / "recipe.json"],
+        ["merge", evil, "--model", world / "model", "--out", evil.parent / "x"],
+        ["report", evil],
+    ]
+    written = in_a_terminal(*commands)
+    for said in written:
+        assert rb"\x1b" in said, said  # it is told, as text
+        assert quiet(said), said
+    assert len(written) == len(commands)
 
 
 def test_a_recipe_with_such_names_is_run_and_shown_without_harm(world, tmp_path):
     data = json.loads((world / "recipe.json").read_text()) | {"name": EVIL, "out": str(tmp_path / "out")}
     recipe = tiny.write(data | {"variants": [{"name": EVIL}]}, tmp_path / "recipe.json")
-    written = in_a_terminal("train", recipe, "train.epochs=1")
+    (written,) = in_a_terminal(["train", recipe, "train.epochs=1"])
     assert b"report.html" in written, written
     assert rb"\x1b" in written
     bare = re.sub(rb"\x1b\[(\?25[hl]|[12][AK])", b"", written)  # the bar itself moves the cursor
