@@ -8,8 +8,9 @@ import resource
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -81,19 +82,20 @@ def _worker(kind: str, laws: bool, patience: float, pipe: Connection) -> None:
     pipe.send(("", one(kind, lambda row: pipe.send(("so far", row)), laws, patience)))
 
 
-def census(kinds: Sequence[str], processes: int = 2, laws: bool = True, patience: float = 1.0) -> Iterator[Row]:
+def census(kinds: Iterable[str], processes: int = 2, laws: bool = True, patience: float = 1.0) -> Iterator[Row]:
     """The row of every type, as they end; ``patience`` as in `build.build`."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.zoo.preload"])
-    waiting, running = list(reversed(kinds)), {}
-    while waiting or running:
-        while waiting and len(running) < processes:
-            kind = waiting.pop()
+    waiting, running = iter(kinds), {}
+    while True:
+        for kind in islice(waiting, processes - len(running)):
             here, there = context.Pipe(duplex=False)
             process = context.Process(target=_worker, args=(kind, laws, patience, there), daemon=True)
             process.start()
             there.close()
             running[here] = (process, time.monotonic() + PATIENCE * SECONDS, Row(kind))
+        if not running:
+            return
         ready = wait(list(running), timeout=1)
         for pipe in list(running):
             process, end, row = running[pipe]
