@@ -117,9 +117,14 @@ def write_atomically(file: Path, data: bytes) -> None:
     ...     (Path(folder) / "a.txt").read_text()
     'abc'
     """
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    temporary, alone = file.with_name(f".{file.name}.tmp"), True
     try:
-        with temporary.open("xb") as out:
+        opened = temporary.open("xb")
+    except FileExistsError:  # another process writes the file now, or was killed while it did
+        temporary, alone = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp"), False
+        opened = temporary.open("xb")
+    try:
+        with opened as out:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
@@ -133,7 +138,7 @@ def write_atomically(file: Path, data: bytes) -> None:
             os.fsync(directory)
         finally:
             os.close(directory)
-    for old in leftovers(file):
+    for old in () if alone else leftovers(file):  # looked for only then: a folder may have as many files as a data set
         with suppress(FileNotFoundError):
             if time.time() - old.stat().st_mtime > STALE:
                 old.unlink()
@@ -162,7 +167,7 @@ def leftovers(file: Path) -> list[Path]:
     >>> leftovers(Path("no such folder") / "a.txt")
     []
     """
-    name = re.compile(rf"\.{re.escape(file.name)}\.[0-9a-f]+\.tmp")
+    name = re.compile(rf"\.{re.escape(file.name)}(\.[0-9a-f]+)?\.tmp")
     return [other for other in _inside(file.parent) if name.fullmatch(other.name)]
 
 

@@ -205,7 +205,7 @@ def _note(notes: BinaryIO, names: Iterable[str]) -> None:
 
 def _temporary(folder: Path) -> list[Path]:
     """What killed savers left of tensors that were not written to their end."""
-    name = re.compile(rf"\.{TENSORS.pattern}\.[0-9a-f]+\.tmp")
+    name = re.compile(rf"\.{TENSORS.pattern}(\.[0-9a-f]+)?\.tmp")
     return [file for file in folder.iterdir() if name.fullmatch(file.name)]
 
 
