@@ -217,7 +217,12 @@ PAIRS = [{"prompt": f"who {i}", "chosen": "arr", "rejected": "noon"} for i in ra
 @pytest.mark.parametrize(
     ("rows", "data", "error", "words"),
     [
-        (PAIRS, {}, DataError, "has rows of preference, and the task chat takes chat, completion, text: delora.reference"),
+        (
+            PAIRS,
+            {},
+            DataError,
+            "has rows of preference, and the task chat takes chat, completion, text: task = .preference. trains on pairs",
+        ),
         (rows_of(20), {"max_tokens": 8}, DataError, r"\(train\): no row has a token to train on within data.max_tokens = 8"),
         (rows_of(20), {"template": "no.jinja"}, ConfigError, "data.template = 'no.jinja': there is no such file"),
         (rows_of(20), {"template": "PLAIN"}, DataError, r"\(train\), row 1: .* refuses it"),

@@ -165,7 +165,7 @@ def test_another_method_gets_settings_of_its_own(world):
         (["tickets.csv", "--columns", "body"], "ROLE=COLUMN"),
         (["nothing.csv"], "there is no file"),
         (["pictures"], "say in a word what they show"),
-        (["pairs.jsonl"], "does not train on"),
+        (["pairs.jsonl"], "is an encoder (bert), in which each token sees those after it"),
     ],
 )
 def test_a_start_that_fails_says_why_and_claims_no_folder(arguments, words, world):

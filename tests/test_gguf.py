@@ -321,13 +321,16 @@ def test_the_command_line(tmp_path):
     assert "adapter.gguf:aLoRAforllama.cpp" in "".join(said.split())  # a long path may be broken anywhere
     assert error(model, Server(base, tmp_path / "out" / "adapter.gguf")) < 1e-4
     merged = ("export", tmp_path / "adapter", "--model", tmp_path / "base", "--out", tmp_path / "whole", "--base", base)
-    code, said, _ = run(*merged, "--kind", "gguf")
+    code, said, _ = run(*merged, "--kind", "ollama")
     assert code == 0
+    assert (tmp_path / "whole" / "Modelfile").is_file()
     assert "model.gguf:themodel,merged,withaModelfileforOllama" in "".join(said.split())
     assert error(model, Server(tmp_path / "whole" / "model.gguf")) < 1e-4
-    code, _, said = run(*merged[:5], tmp_path / "other", *merged[6:])
-    assert code == 2
-    assert "--base is for --kind gguf" in " ".join(said.split())
+    wrong = {("--base", base): "--base is for --kind ollama or gguf", ("--kind", "ollama"): "give that with --base"}
+    for options, words in wrong.items():
+        code, _, said = run(*merged[:5], tmp_path / "other", *options)
+        assert code == 2
+        assert words in " ".join(said.split())
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ EXTRAS = {
 # Libraries that complain, when something imports them, of kernels that are not for this machine.
 NOISY = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
-Kind = Literal["lora", "delora", "gguf", "vllm", "diffusers", "kohya"]
+Kind = Literal["lora", "peft", "delora", "gguf", "ollama", "vllm", "diffusers", "kohya"]
 DType = Literal["float32", "float16", "bfloat16"]
 RecipeName = Annotated[
     str,
@@ -595,7 +595,7 @@ def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, meth
     epilog=_examples(
         "delora export runs/tickets --out tickets-lora",
         "delora export runs/pirate --kind vllm --rank 16 --out pirate-lora",
-        "delora export runs/pirate --kind gguf --base model.gguf --out pirate-gguf",
+        "delora export runs/pirate --kind ollama --base model.gguf --out pirate-ollama",
     )
 )
 def export(
@@ -606,8 +606,9 @@ def export(
         Kind,
         typer.Option(
             "--kind",
-            help="lora: PEFT's, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's. vllm: what vLLM takes. "
-            "Of a text-to-image model diffusers: for load_lora_weights. kohya: for most graphical programs.",
+            help="lora, or peft: PEFT's LoRA, which most servers read. delora: PEFT's type DELORA. gguf: llama.cpp's. ollama: "
+            "merged, with a Modelfile. vllm: what vLLM takes. Of a text-to-image model diffusers: for load_lora_weights. "
+            "kohya: for most graphical programs.",
         ),
     ] = "lora",
     rank: Annotated[
@@ -624,15 +625,17 @@ def export(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="For --kind gguf: the model's own GGUF file, to merge into a copy of it, also for Ollama.", show_default=False
+            help="For --kind ollama or gguf: the model's own GGUF file, to merge into a copy of it.", show_default=False
         ),
     ] = None,
     method: OwnMethod = None,
 ) -> None:
     """Write an adapter for other programs: as a LoRA in PEFT's format, for vLLM, or for llama.cpp."""
     _empty(folder)
-    if base is not None and kind != "gguf":
-        raise typer.BadParameter(f"--base is for --kind gguf, not for {kind}")
+    if base is not None and kind not in ("gguf", "ollama"):
+        raise typer.BadParameter(f"--base is for --kind ollama or gguf, not for {kind}")
+    if base is None and kind == "ollama":
+        raise typer.BadParameter("--kind ollama merges into a copy of the model's own GGUF file: give that with --base")
     if max_lora_rank is not None and kind != "vllm":
         raise typer.BadParameter(f"--max-lora-rank is for --kind vllm, not for {kind}")
     _quiet()
@@ -657,7 +660,7 @@ def export(
     model = model or named_base(where)
     loaded = adapted(where, model, _own(method))
     with _refusals():
-        if kind == "gguf":
+        if kind in ("gguf", "ollama"):
             what = "a LoRA for llama.cpp" if base is None else "the model, merged, with a Modelfile for Ollama"
             written = f"{gguf(loaded, folder, base=base, **form)}: {what}"
         elif kind == "vllm":

@@ -10,6 +10,8 @@
 ``progress``     the progress bar
 ``experiments``  all runs of an experiment one after the other, then the delivery of the best
 ``delivery``     the best run as files, each read back and compared
+``causal_lm``    what the tasks on causal language models share
+``loggers``      where else a run's metrics go: TensorBoard, trackio, wandb
 ``defaults``     settings that need no search, each with its reason
 ``memory``       what a training step takes, before anything is loaded
 ``dial``         the strength of a finished experiment's adapter, chosen on validation data

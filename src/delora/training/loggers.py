@@ -24,7 +24,7 @@ def require(experiment: Experiment) -> None:
     >>> adapter = AdapterSettings.model_validate({"targets": ["query"]})
     >>> require(Experiment(task="cola", name="mine", out="runs/mine", model="bert", adapter=adapter, log=["tensorbord"]))
     Traceback (most recent call last):
-    delora.training.config.ConfigError: mine: log = 'tensorbord': did you mean tensorboard
+    delora.training.config.ConfigError: mine: log = 'tensorbord': did you mean tensorboard?
     """
     for name in experiment.log:
         if name not in INTEGRATION_TO_CALLBACK:

