@@ -104,7 +104,7 @@ def plan(
         *_data(table, kind, columns, group),
         defaults.longest(drawn),
         *defaults.adapter(method, _ranked(method), drawn.head),
-        *defaults.training(method, len(table.parts["train"]), bool(drawn.head)),
+        *defaults.training(method, len(table.parts["train"]), bool(drawn.head), table.kind == "preference"),
     ]
     recipe, experiment = _experiment(settings, changes)
     experiments.check(task, experiment)

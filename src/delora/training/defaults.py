@@ -16,8 +16,8 @@ from torch import Tensor, nn
 __all__ = ["Setting", "Sketch", "adapter", "batch_size", "epochs", "longest", "pictures", "precision", "quantile", "training"]
 
 RANK, REACH, TARGETS = 8, 0.1, "all-linear"
-# The learning rates of DeLoRA, of other methods, and of modules that are trained whole.
-RATE, CAREFUL_RATE, OTHER_RATE, HEAD_RATE = 1e-1, 1e-2, 1e-3, 1e-3
+# The learning rates of DeLoRA (with a new head, without one, on pairs), of other methods, and of modules trained whole.
+RATE, CAREFUL_RATE, PAIR_RATE, OTHER_RATE, HEAD_RATE = 1e-1, 1e-2, 1e-3, 1e-3, 1e-3
 # Of rows that a new head learns from, short as a rule, and of others.
 LARGEST_BATCH_OF_HEAD, LARGEST_BATCH, STEPS_AN_EPOCH = 32, 8, 20
 # Of a text-to-image model: where its adapter is, at which rate, how long for each photograph, and within which steps.
@@ -133,14 +133,20 @@ def adapter(method: str, ranked: bool, head: Sequence[str]) -> list[Setting]:
     return settings
 
 
-def training(method: str, rows: int, head: bool) -> list[Setting]:
-    """The keys of ``train``.
+def training(method: str, rows: int, head: bool, pairs: bool = False) -> list[Setting]:
+    """The keys of ``train``. ``pairs``: it learns a preference.
 
     >>> [setting.value for setting in training("delora", 400, head=True) if setting.key == "train.lr"]
     [0.1]
     """
     settings = [epochs(rows, head), batch_size(rows, head)]
-    if method == "delora" and not head:
+    if method == "delora" and pairs:
+        settings.append(
+            Setting(
+                "train.lr", PAIR_RATE, "a preference is soon learned: of easy pairs in eight steps; no rate was searched for"
+            )
+        )
+    elif method == "delora" and not head:
         settings.append(Setting("train.lr", CAREFUL_RATE, "nothing new is put on the model; 0.08 cost a chat model 7 points"))
     elif method == "delora":
         settings.append(Setting("train.lr", RATE, "the reach bounds the change, so that a high rate is safe"))
