@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,6 @@ def _callback(name: str, folder: Path) -> TrainerCallback:
     kind: Any = INTEGRATION_TO_CALLBACK[name]
     if name != "tensorboard":
         return kind()
-    from torch.utils.tensorboard import SummaryWriter
-
-    return kind(SummaryWriter(str(folder / FOLDER)))
+    # transformers takes the other package that writes these files, too
+    writer = import_module("torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX")
+    return kind(writer.SummaryWriter(str(folder / FOLDER)))
