@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +20,7 @@ from delora.data import tables
 from delora.data.chats import Encoded, encode
 from delora.data.examples import DataError
 from delora.data.packing import Collator, keeps_apart, packed
-from delora.errors import nearest_path
 from delora.evaluation.language import log_likelihood, predicted, token_sums
-from delora.formats.native import is_adapter
 from delora.training import parallel
 from delora.training.causal_lm import (
     COMPARED,
@@ -31,10 +28,12 @@ from delora.training.causal_lm import (
     SAMPLES,
     UNCUT,
     Evaluate,
+    Material,
     Samples,
     context_length,
     delivered,
     marked,
+    opened,
     require_template,
     speaking,
     templated,
@@ -43,13 +42,11 @@ from delora.training.config import ConfigError, Experiment, Strict
 from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton
-from delora.training.runs import Result, RunContext, RunError, write_json
+from delora.training.runs import Result, RunContext, write_json
 from delora.training.task import Kind, Validation
 
 __all__ = [
     "Data",
-    "Evaluate",
-    "Material",
     "Settings",
     "base",
     "check",
@@ -104,21 +101,6 @@ class Settings(Experiment):
 
     def other_data(self) -> bool:
         return True
-
-
-@dataclass(frozen=True)
-class Material:
-    """A run's rows as tensors, the chat template's text that they were rendered by, and what is to be told of them.
-
-    >>> Material([], [], [], None, ["mine: 8 of 90 rows are cut"]).told[0]
-    'mine: 8 of 90 rows are cut'
-    """
-
-    train: list[dict[str, Tensor]]
-    validation: list[dict[str, Tensor]]
-    test: list[dict[str, Tensor]]
-    template: str | None
-    told: list[str]
 
 
 def run(experiment: Settings, context: RunContext, data: Material) -> Result:
@@ -286,14 +268,8 @@ def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model; and the number of test rows."""
-    data, weights, tokenizer = check(experiment), experiment.train.weights, tokenizer_of(experiment)
-    if is_adapter(folder):
-        model, _ = language_model(experiment.model, weights)
-        delora.load(model, folder, methods=experiment.adapter.classes())
-    elif folder.is_dir():
-        model, _ = language_model(str(folder), weights)
-    else:
-        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
+    data, tokenizer = check(experiment), tokenizer_of(experiment)
+    model, _ = opened(experiment, folder)
     return scored(model, tokenizer, experiment, data.test), len(data.test)
 
 

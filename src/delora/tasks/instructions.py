@@ -20,7 +20,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
 
-import delora
 from delora.data import alpaca, sentences
 from delora.data.alpaca import Instruction
 from delora.data.examples import DataError
@@ -30,12 +29,12 @@ from delora.evaluation import harness
 from delora.evaluation.answers import continued
 from delora.evaluation.language import perplexity, predicted
 from delora.formats.files import read_json
-from delora.formats.native import is_adapter
 from delora.training import delivery, parallel
+from delora.training.causal_lm import opened
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton, language_tokenizer
-from delora.training.runs import Result, RunContext, RunError, write_json
+from delora.training.runs import Result, RunContext, write_json
 from delora.training.task import Kind, Validation
 
 __all__ = [
@@ -384,14 +383,8 @@ def chat_template(experiment: Settings, tokenizer: Any, data: Material) -> str |
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model; and the number of held-out instructions."""
-    data, weights = check(experiment), experiment.train.weights
-    if is_adapter(folder):
-        model, tokenizer = language_model(experiment.model, weights)
-        delora.load(model, folder, methods=experiment.adapter.classes())
-    elif folder.is_dir():
-        model, tokenizer = language_model(str(folder), weights)
-    else:
-        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
+    data = check(experiment)
+    model, tokenizer = opened(experiment, folder)
     return scored(model, tokenizer, experiment, data), len(data.held_out)
 
 

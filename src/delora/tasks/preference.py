@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,11 +25,11 @@ from torch.nn.functional import logsigmoid
 
 import delora
 from delora.data import tables
+from delora.data.alpaca import IGNORED
 from delora.data.chats import Encoded, add
 from delora.data.examples import DataError
 from delora.data.packing import Collator
-from delora.errors import nearest_path
-from delora.evaluation.language import log_likelihood, predicted, token_sums
+from delora.evaluation.language import predicted, token_sums
 from delora.formats.native import is_adapter
 from delora.training.causal_lm import (
     COMPARED,
@@ -38,10 +37,12 @@ from delora.training.causal_lm import (
     SAMPLES,
     UNCUT,
     Evaluate,
+    Material,
     Samples,
     context_length,
     delivered,
     marked,
+    opened,
     require_template,
     speaking,
     templated,
@@ -51,13 +52,12 @@ from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.memory import DTYPES
 from delora.training.models import language_model, language_skeleton
-from delora.training.runs import Result, RunContext, RunError, write_json
+from delora.training.runs import Result, RunContext, write_json
 from delora.training.task import Kind, Validation
 from delora.training.trainer import RunTrainer
 
 __all__ = [
     "Data",
-    "Material",
     "PreferenceTrainer",
     "Settings",
     "base",
@@ -124,21 +124,6 @@ class Settings(Experiment):
         return True
 
 
-@dataclass(frozen=True)
-class Material:
-    """A run's pairs as tensors, the chat template's text that they were rendered by, and what is to be told of them.
-
-    >>> Material([], [], [], None, ["mine: 8 of 90 pairs are cut"]).told[0]
-    'mine: 8 of 90 pairs are cut'
-    """
-
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
-    template: str | None
-    told: list[str]
-
-
 # ---------------------------------------------------------------- the loss
 
 
@@ -171,7 +156,7 @@ def log_probabilities(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     longest = max(side["input_ids"].shape[1] for side in sides)
     both = {  # in one pass; what is filled up is not attended to and has no label
         key: torch.cat([nn.functional.pad(s[key], (0, longest - s[key].shape[1]), value=fill) for s in sides])
-        for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+        for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))
     }
     labels = both.pop("labels")
     return token_sums(model(**both).logits, labels)[:, 0].reshape(2, -1).T
@@ -222,16 +207,20 @@ def referred(model: Any, rows: Sequence[Row], collate: Pairs, experiment: Settin
 
 def judged(model: Any, rows: Sequence[Row], collate: Pairs, experiment: Settings) -> dict[str, float]:
     """The scores of a model on rows that have the reference's log-probabilities."""
-    found = torch.stack([row[REFERENCE] for row in referred(model, rows, collate, experiment)])
-    each = margins(found, torch.stack([row[REFERENCE] for row in rows]), experiment.preference.beta)
-    answers = [_side(row, SIDES[0]) for row in rows]
-    perplexity = math.exp(-log_likelihood(model, answers, collate.collate, experiment.train.batch_size))
-    return _scores(each) | {"perplexity": perplexity}
+    again = referred(model, rows, collate, experiment)
+    found, before = (torch.stack([row[REFERENCE] for row in some]) for some in (again, rows))
+    return _scores(margins(found, before, experiment.preference.beta)) | {"perplexity": perplexity(again)}
 
 
 def _scores(found: Tensor) -> dict[str, float]:
     """Of margins: the geometric mean of the choices' probabilities, and the share above 0."""
     return {METRIC: logsigmoid(found).mean().exp().item(), ACCURACY: found.gt(0).float().mean().item()}
+
+
+def perplexity(rows: Sequence[Row]) -> float:
+    """That of the chosen answers' tokens, by the log-probabilities that the rows have."""
+    count = sum(int(row[f"{SIDES[0]}_labels"].ne(IGNORED).sum()) for row in rows)
+    return math.exp(-sum(row[REFERENCE][0].item() for row in rows) / count)
 
 
 # ---------------------------------------------------------------- one run
@@ -266,7 +255,7 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     def score() -> dict[str, Any]:
         write_json(context.folder / NEXT, predicted(model, answers[:COMPARED]))
         scores = judged(model, parts["test"], collate, experiment)
-        scores["perplexity before"] = judged(before, parts["test"], collate, experiment)["perplexity"]
+        scores["perplexity before"] = perplexity(parts["test"])
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
         return best | {"test": scores[METRIC], "scores": scores}
 
@@ -377,16 +366,13 @@ def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple
 
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model, whose reference is the base model; and the number of test pairs."""
-    data, weights = check(experiment), experiment.train.weights
-    collate = Pairs(_tokenizer(experiment).pad_token_id)
-    model, _ = language_model(experiment.model, weights)
-    rows = referred(model, data.test, collate, experiment)
+    data, collate = check(experiment), Pairs(_tokenizer(experiment).pad_token_id)
+    model, _ = opened(experiment, folder)
     if is_adapter(folder):
-        delora.load(model, folder, methods=experiment.adapter.classes())
-    elif folder.is_dir():
-        model, _ = language_model(str(folder), weights)
+        with delora.disabled(model):
+            rows = referred(model, data.test, collate, experiment)
     else:
-        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
+        rows = referred(base(experiment), data.test, collate, experiment)
     return judged(model, rows, collate, experiment), len(rows)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from delora.errors import nearest_path
 from delora.evaluation.answers import answer, continued
 from delora.evaluation.language import predicted
 from delora.formats.files import read_json, write_atomically
+from delora.formats.native import is_adapter
 from delora.training import delivery
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.models import language_model, language_tokenizer, template_of
+from delora.training.runs import RunError
 from delora.training.task import Kind
 
 __all__ = [
@@ -29,10 +32,12 @@ __all__ = [
     "SAMPLES",
     "UNCUT",
     "Evaluate",
+    "Material",
     "Samples",
     "context_length",
     "delivered",
     "marked",
+    "opened",
     "require_template",
     "speaking",
     "templated",
@@ -52,6 +57,21 @@ class Evaluate(Strict):
 
     sample: list[str] = Field(default=[])
     tokens: Count = 64
+
+
+@dataclass(frozen=True)
+class Material:
+    """A run's rows as tensors, the chat template's text that they were rendered by, and what is to be told of them.
+
+    >>> Material([], [], [], None, ["mine: 8 of 90 rows are cut"]).told[0]
+    'mine: 8 of 90 rows are cut'
+    """
+
+    train: list[dict[str, Tensor]]
+    validation: list[dict[str, Tensor]]
+    test: list[dict[str, Tensor]]
+    template: str | None
+    told: list[str]
 
 
 class Samples(TrainerCallback):
@@ -138,6 +158,21 @@ def speaking(experiment: Experiment, adapter: Path, plain: bool = False) -> tupl
         return answer(model, tokenizer, [{"role": "user", "content": prompt}])
 
     return "text", model, said
+
+
+def opened(experiment: Experiment, folder: Path) -> tuple[Any, Any]:
+    """The language model of a folder, which holds an adapter of the experiment's or a whole model, and its tokenizer.
+
+    Raises:
+        RunError: there is no such folder.
+    """
+    if is_adapter(folder):
+        model, tokenizer = language_model(experiment.model, experiment.train.weights)
+        delora.load(model, folder, methods=experiment.adapter.classes())
+        return model, tokenizer
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}{nearest_path(folder)}")
+    return language_model(str(folder), experiment.train.weights)
 
 
 def delivered(
