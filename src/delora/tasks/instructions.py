@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import Field, model_validator
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq
 
 from delora.data import alpaca, sentences
 from delora.data.alpaca import Instruction
@@ -28,9 +28,8 @@ from delora.errors import nearest_path
 from delora.evaluation import harness
 from delora.evaluation.answers import continued
 from delora.evaluation.language import perplexity, predicted
-from delora.formats.files import read_json
-from delora.training import delivery, parallel
-from delora.training.causal_lm import opened
+from delora.training import parallel
+from delora.training.causal_lm import COMPARED, NEXT, delivered, opened
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton, language_tokenizer
@@ -54,10 +53,8 @@ __all__ = [
 ]
 
 PARALLEL = True
-NEXT = "next.json"
 METRIC = "likelihood"
 OTHER = 200  # sentences of a domain, for the perplexity
-COMPARED = 64  # held-out instructions on which the delivered files are compared with the trained model
 SELECTION = "The best setting of a row was chosen by the probability of the tokens of held-out instructions."
 NOT_SHARES = ("perplexity",)
 
@@ -340,23 +337,10 @@ def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Calla
 
 
 def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple[dict[str, int], int]:
-    """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal next tokens.
-
-    In float32 all must be equal, and the mean loss to 0.8 %. In bfloat16, of the weights, which merging rounds, or of the
-    computation, the loss alone.
-    """
-    trained = read_json(run / NEXT)
-    exact = experiment.train.weights == experiment.train.precision == "fp32"
+    """Write ``adapter``, ``merged`` and ``peft``, read each back into a fresh model, count the equal next tokens."""
     tokenizer = language_tokenizer(experiment.model)
     rows = compared(experiment, tokenizer, data)
-
-    def same(kind: str, model: Any) -> int:
-        return delivery.equal_tokens(out / kind, predicted(model, rows), trained, exact)
-
-    served = chat_template(experiment, tokenizer, data)
-    return delivery.deliver(experiment, run, out, lambda: base(experiment), AutoModelForCausalLM, same, served), len(
-        trained["tokens"]
-    )
+    return delivered(experiment, run, rows, chat_template(experiment, tokenizer, data), out)
 
 
 def compared(experiment: Settings, tokenizer: Any, data: Material) -> list[dict[str, list[int]]]:

@@ -176,7 +176,7 @@ def opened(experiment: Experiment, folder: Path) -> tuple[Any, Any]:
 
 
 def delivered(
-    experiment: Experiment, run: Path, rows: Sequence[Mapping[str, Tensor]], template: str | None, out: Path
+    experiment: Experiment, run: Path, rows: Sequence[Mapping[str, Any]], template: str | None, out: Path
 ) -> tuple[dict[str, int], int]:
     """Write ``adapter``, ``merged`` and ``peft`` with the chat template, read each back, count equal next tokens in the first
     of the rows, which the run's `NEXT` has.
