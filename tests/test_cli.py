@@ -127,7 +127,9 @@ def test_merge_and_export_keep_every_logit(world, tmp_path):
         texts[0]
     )
 
-    code, *_ = run("export", world / "out" / "adapter", "--model", world / "model", "--out", tmp_path / "peft")
+    options = ("--model", world / "model", "--out", tmp_path / "peft", "--kind", "peft")
+    code, said, _ = run("export", world / "out" / "adapter", *options)
+    assert "PEFT adapter of type LORA" in " ".join(said.split())
     assert code == 0
     base = AutoModelForSequenceClassification.from_pretrained(world / "model", num_labels=2)
     torch.testing.assert_close(delora.load(base, tmp_path / "peft").eval()(**batch).logits, expected)

@@ -671,7 +671,7 @@ def export(
             )
         else:
             lora_or_own: Literal["lora", "delora"] = "delora" if kind == "delora" else "lora"
-            written = f"{peft(loaded, folder, kind=lora_or_own, **form)}: a PEFT adapter of type {kind.upper()}"
+            written = f"{peft(loaded, folder, kind=lora_or_own, **form)}: a PEFT adapter of type {lora_or_own.upper()}"
             if (where / "config.json").is_file() and "id2label" in read_json(where / "config.json"):
                 loaded.config.save_pretrained(folder)  # PEFT's own files do not say what the classes are called
     write_template(folder, template := template_of(where))
