@@ -27,7 +27,7 @@ from delora.formats.cards import CARD
 from delora.formats.files import beyond_float32, get, read_json, write_atomically
 from delora.integrations.checkpoints import last_checkpoint
 from delora.methods.base import fields_of
-from delora.training import loggers, parallel
+from delora.training import loggers, memory, parallel
 from delora.training.config import ConfigError, Experiment, slug
 from delora.training.progress import progress
 from delora.training.runs import (
@@ -170,6 +170,8 @@ def fit(
     the step at which the loss was no longer finite, or None.
     """
     train, folder, say = experiment.train, context.folder, partial(context.console.print, markup=False)
+    if train.checkpointing:
+        memory.checkpoint(model)
     shown, stopping = progress(experiment.name, context.console), Stopping(say)
     few = tokens or trainer_class is not RunTrainer
     trainer = trainer_class(

@@ -22,8 +22,9 @@ from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 
 from delora import torch_private
+from delora.training.config import ConfigError
 
-__all__ = ["Memory", "available", "estimate", "size", "told"]
+__all__ = ["Memory", "available", "checkpoint", "estimate", "size", "told"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BLOCKS = (1, 2)  # of many equal blocks so many are run, twice; what one more takes is known then
@@ -108,6 +109,26 @@ def estimate(
     return Memory(peak, weights, 3 * gradients, saved, max(0, peak - weights - 3 * gradients - saved))
 
 
+def checkpoint(model: nn.Module) -> None:
+    """Have a model of transformers or diffusers, or one inside the model, keep the inputs of its blocks alone for the backward
+    pass, which computes the rest again. In evaluation nothing changes.
+
+    Raises:
+        ConfigError: none of them offers that.
+    """
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")  # of newer and older versions of transformers
+    for module in model.modules():
+        offered: Any = module
+        try:
+            if (name := next((name for name in names if hasattr(module, name)), None)) is not None:
+                return getattr(offered, name)({"use_reentrant": False})
+            if hasattr(module, "enable_gradient_checkpointing"):  # of diffusers
+                return offered.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise ConfigError(f"train.checkpointing = true: {error}") from error
+    raise ConfigError(f"train.checkpointing = true: a {type(model).__name__} does not offer it")
+
+
 def available(device: str = "cpu") -> int:
     """The bytes that a device, such as "cuda" or "cpu", has left for this process.
 
@@ -119,8 +140,8 @@ def available(device: str = "cpu") -> int:
     return int(psutil.virtual_memory().available)
 
 
-def told(found: Memory, left: int, device: str) -> list[str]:
-    """An estimate beside what a device has left, and what to do if that is less.
+def told(found: Memory, left: int, device: str, checkpointing: bool = False) -> list[str]:
+    """An estimate beside what a device has left, and what to do if that is less; ``checkpointing``: it is on already.
 
     >>> told(Memory(3 * 10**9, 10**9, 0, 2 * 10**9, 0), 2 * 10**9, "cpu")[1].partition(":")[0]
     'WARNING'
@@ -128,10 +149,12 @@ def told(found: Memory, left: int, device: str) -> list[str]:
     lines = [f"memory, estimated: {found} of {size(left)} that the {device} has left"]
     if found.peak > left:
         least = found.weights + found.trained
+        again = "" if checkpointing else "train.checkpointing=true, or "
         do = (
-            "lower train.batch_size (with train.accumulation raised as much, a step stays the same) or data.max_tokens"
+            f"{again}lower train.batch_size (with train.accumulation raised as much, a step stays the same), or take fewer "
+            "tokens or smaller pictures"
             if least < left
-            else "its weights alone do not fit: choose a smaller model, or for a language model train.weights=bf16"
+            else "its weights alone do not fit: choose a smaller model, or train.weights=bf16 for a language or picture model"
         )
         lines.append(f"WARNING: that is {size(found.peak - left)} too much, and the run may end without a word: {do}")
     return lines
