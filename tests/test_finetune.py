@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.metrics import f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.models.bert.modeling_bert import BertAttention
 
 import delora
 from delora import finetuning, tasks
@@ -145,6 +146,30 @@ def test_a_run_that_does_not_fit_the_memory_says_what_to_do():
     assert "memory, estimated: " in planned.before[-2]
     assert planned.before[-1].startswith("WARNING: that is ")
     assert "lower train.batch_size" in planned.before[-1]
+
+
+def test_a_run_with_checkpointing_computes_each_block_twice_and_ends_the_same(world, monkeypatch, tmp_path):
+    """It is what the plan advises where the memory is short, and the estimate knows of it."""
+    blocks, ends = [], []
+    forward = BertAttention.forward
+    monkeypatch.setattr(BertAttention, "forward", lambda *args, **given: blocks.append(1) or forward(*args, **given))
+    for again in ("false", "true"):
+        before = len(blocks)
+        few = ("train.steps=2", "train.accumulation=1", f"train.checkpointing={again}", "--out", str(tmp_path / again))
+        code, _, err = run("finetune", "model", "tickets.csv", *few)
+        assert code == 0, err
+        summary = json.loads((tmp_path / again / "summary.json").read_text())
+        ends.append((len(blocks) - before, summary["results"][0]["distance"]))
+    layers = sum(isinstance(m, BertAttention) for m in AutoModel.from_pretrained("model").modules())
+    assert ends[1][0] == ends[0][0] + (2 + 1) * layers  # two steps, and that of the estimate
+    assert ends[1][1] == pytest.approx(ends[0][1], rel=1e-4)
+    short, saves = (
+        finetuning.plan("model", "tickets.csv", ["train.batch_size=100000000", f"train.checkpointing={again}"]).before[-2:]
+        for again in ("false", "true")
+    )
+    assert "train.checkpointing=true, or lower" in short[-1]
+    assert "train.checkpointing" not in saves[-1]
+    assert short[0] != saves[0]
 
 
 def test_another_method_gets_settings_of_its_own(world):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -33,7 +33,7 @@ from delora.data.examples import DataError
 from delora.evaluation import generation, pictures
 from delora.evaluation.images import Encoder, Words, own_pairs, pairs
 from delora.tasks import parse, read, subject
-from delora.training import experiments
+from delora.training import denoising, experiments
 from delora.training.config import ConfigError
 from delora.training.models import ModelError
 from delora.training.runs import RunError
@@ -411,9 +411,9 @@ def test_without_a_judge_the_score_is_the_share_of_the_error_that_is_gone(world,
     pipe = adapted(world, own)
     subject.set_seed(experiment.seed)
     photographs = [dreambooth.open_image(file) for file in sorted((world / "data" / "dog2").glob("*.png"))]
-    moments = subject.moments(pipe, photographs, 16, experiment.subject.crops)
-    material = subject.Pairs(moments, None, subject.embedded(pipe, [OWN]))
-    denoiser = subject.Denoiser(pipe.unet, subject.DDPMScheduler.from_config(pipe.scheduler.config), 0.18215, 1.0)
+    crops = subject.latents(pipe, photographs, 16, experiment.subject.crops)
+    material = subject.Pairs(crops, None, subject.embedded(pipe, [OWN]))
+    denoiser = subject.denoiser_of(pipe, 1.0)
     before = torch.get_rng_state()
     assert subject.fit_of(denoiser, material).tolist() == pytest.approx([scores["test"]], abs=1e-5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -543,8 +543,8 @@ def test_the_loss_is_that_of_both_kinds():
     torch.manual_seed(0)
     made = [torch.zeros(4, kinds, 4, 32, 32) for kinds in (1, 2)]
     losses = [
-        subject.Denoiser(Zero(), subject.DDPMScheduler.from_config(pipe.scheduler.config), 0.18, 0.5)(
-            x, x, torch.zeros(4, x.shape[1], 2, 8)
+        denoising.Denoiser(Zero(), DDPMScheduler.from_config(pipe.scheduler.config), 0.18, 0.5)(
+            x, x, text=torch.zeros(4, x.shape[1], 2, 8)
         )["loss"].item()
         for x in made
     ]
@@ -554,11 +554,12 @@ def test_the_loss_is_that_of_both_kinds():
 
 def test_crops_keep_the_aspect_and_stay_inside():
     wide = Image.fromarray(np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (20, 1, 3)))
-    middle = subject.cropped(wide, 20, at_random=False)
+    middle, corner = subject.cropped(wide, 20, at_random=False)
+    assert corner == (0, 10)
     assert middle.shape == (3, 20, 20)
     assert torch.equal(middle[0, 0], torch.arange(10, 30) / 127.5 - 1)
     torch.manual_seed(0)
-    starts = {round((subject.cropped(wide, 20, at_random=True)[0, 0, 0].item() + 1) * 127.5) for _ in range(100)}
+    starts = {round((subject.cropped(wide, 20, at_random=True)[0][0, 0, 0].item() + 1) * 127.5) for _ in range(100)}
     assert min(starts) >= 0
     assert max(starts) <= 20
     assert len(starts) > 10

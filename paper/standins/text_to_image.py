@@ -50,7 +50,7 @@ from delora.evaluation.pictures import grid, write
 from delora.evaluation.segmentation import Overlap, Segmenter
 from delora.formats.files import write_atomically
 from delora.integrations.checkpoints import last_checkpoint
-from delora.tasks.subject import Denoiser
+from delora.training.denoising import Denoiser
 from paper.standins import fashion
 from paper.standins.fashion import CLASSES, PATTERNS, SIZE, WORDS, Clothes, Looks
 
@@ -331,7 +331,7 @@ class Captioned(nn.Module):
 
     def forward(self, mean: Tensor, std: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
         text = self.text_encoder(input_ids).last_hidden_state
-        return self.denoiser(mean[:, None], std[:, None], text[:, None])
+        return self.denoiser(mean[:, None], std[:, None], text=text[:, None])
 
 
 class Averaged(TrainerCallback):
@@ -396,7 +396,7 @@ def diffusion(folder: Path, plan: Plan, clothes: Clothes, vae: Any) -> None:
         vae=vae.half(),
         text_encoder=model.text_encoder.half(),
         tokenizer=tokens,
-        unet=denoiser.unet.half(),
+        unet=denoiser.network.half(),
         scheduler=DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None,
         feature_extractor=None,

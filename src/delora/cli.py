@@ -579,9 +579,11 @@ def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, meth
 
     where, experiment = _local(adapter), _drawing(adapter)
     if experiment is not None:
+        from delora.training.denoising import network
+
         pipe = _pipeline(model or experiment.model, where, method)
         with _refusals():
-            delora.merge(pipe.unet)
+            delora.merge(network(pipe))
         with whole_folder(folder, replace=True) as new:
             pipe.save_pretrained(new)
         out.print(f"Written to {folder}: a plain pipeline of diffusers", markup=False)
@@ -900,10 +902,11 @@ def _pipeline(model: str, adapter: Path, method: list[str] | None) -> Any:
     """A text-to-image pipeline with an adapter."""
     from delora.evaluation.generation import pipeline
     from delora.formats.native import load, require_adapter
+    from delora.training.denoising import network
 
     require_adapter(adapter)
     pipe = pipeline(model)
-    load(pipe.unet, adapter, methods=_own(method))
+    load(network(pipe), adapter, methods=_own(method))
     return pipe
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
 
 import delora
 from delora import tasks
@@ -158,8 +159,10 @@ def _of_pictures(
     word = _given(changes, "subject.word", word)
     if not isinstance(word, str) or not word.strip():
         raise ConfigError(f"{source} is a folder of photographs: say in a word what they show, such as --word mug")
+    from delora.training import denoising  # it needs diffusers
+
     task: Any = importlib.import_module(tasks.find("subject").name)
-    skeleton = task.skeleton(model)
+    skeleton = denoising.skeleton(model)
     (subject,) = dreambooth.read(source, word=word)
     method = str(_given(changes, "adapter.method", "delora"))
     judged = any(_given(changes, f"subject.{key}", None) for key in ("judge", "dino", "clip", "classifier"))
@@ -171,15 +174,22 @@ def _of_pictures(
         *_logged(log),
         Setting("data.source", source, "given"),
         Setting("subject.word", word, "given"),
-        *defaults.pictures(method, _ranked(method), len(subject.images), task.resolution(model), judged),
+        *defaults.pictures(
+            method, _ranked(method), len(subject.images), denoising.resolution(model), denoising.guidance(model), judged
+        ),
     ]
     recipe, experiment = _experiment(settings, changes)
     experiments.check(task, experiment)
+    skeleton.to(memory.DTYPES[experiment.train.weights])
     experiments.adapt(skeleton, experiment)
     summary, wanted = delora.summary(skeleton), experiment.subject
+    kinds = 2 if wanted.class_images else 1
+    denoiser, batch = denoising.dry(skeleton, wanted.resolution, denoising.latent(model), kinds)
+    beside = denoising.others(model) * memory.DTYPES[experiment.train.weights].itemsize
     before = [
         f"{len(subject.images)} photographs of “{wanted.token} {wanted.word}”, in {wanted.resolution} x {wanted.resolution}",
         f"{summary.trainable:,} of {summary.base:,} parameters train ({summary.share:.2%}); {experiment.train.steps:,} steps",
+        *_estimated(denoiser, batch(experiment.train.batch_size), experiment, beside),
         f"first the model draws {wanted.class_images} pictures of “a photo of {wanted.word}”, which it shall not forget",
     ]
     told = dreambooth.odd(subject, wanted.resolution)
@@ -288,15 +298,24 @@ def _memory(drawn: Sketch, experiment: Experiment) -> list[str]:
     """The memory that a step takes, beside what the device has."""
     if drawn.batch is None:
         return []
-    data, train, device = experiment.data, experiment.train, "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[attr-defined]
+    data, train = experiment.data, experiment.train  # type: ignore[attr-defined]
     length = data.max_tokens if getattr(data, "packing", False) else min(data.max_tokens, max(drawn.lengths))
     rows = -(-train.batch_size // parallel.processes())
+    return _estimated(drawn.model, drawn.batch(rows, length), experiment)
+
+
+def _estimated(model: nn.Module, batch: Mapping[str, Tensor], experiment: Experiment, beside: int = 0) -> list[str]:
+    """The memory of a step on a batch, beside what the device has; ``beside``: the bytes of weights outside the model."""
+    train, device = experiment.train, "cuda" if torch.cuda.is_available() else "cpu"
+    if train.checkpointing:
+        memory.checkpoint(model)
     try:
-        found = memory.estimate(drawn.model, drawn.batch(rows, length), train.precision, device, train.accumulation)
+        found = memory.estimate(model, batch, train.precision, device, train.accumulation)
     except Exception as error:  # the model's own code, which may ask for values that are not there
         reason = str(error).strip().partition("\n")[0]
         return [f"memory: not estimated, for the model could not be run without its values ({type(error).__name__}: {reason})"]
-    return memory.told(found, memory.available(device), device)
+    found = replace(found, peak=found.peak + beside, weights=found.weights + beside)
+    return memory.told(found, memory.available(device), device, train.checkpointing)
 
 
 # ---------------------------------------------------------------- the recipe as a file

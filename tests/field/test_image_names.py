@@ -11,20 +11,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 import delora
 from delora import DeLoRA, LoRA
@@ -37,116 +31,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:DeprecationWarning"),
 ]
 
-VOCABULARY = len(tiny_diffusion.SPECIAL) + len(tiny_diffusion.WORDS)
-BLOCKS: dict[str, Any] = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
-
-
-def clip(kind: type, width: int = 16) -> Any:
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    return kind(CLIPTextConfig(vocab_size=VOCABULARY, max_position_embeddings=16, projection_dim=width, **sizes, **ids))
-
-
-def t5(width: int) -> T5EncoderModel:
-    sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
-    return T5EncoderModel(T5Config(vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", **sizes)).eval()
-
-
-def vae(channels: int) -> AutoencoderKL:
-    down, up = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    return AutoencoderKL(
-        sample_size=16, down_block_types=down, up_block_types=up, latent_channels=channels, shift_factor=0.0, **BLOCKS
-    )
-
-
-def sdxl(deep: bool = False) -> Any:
-    """Stable Diffusion XL's blocks; or, deep, one more of them, as its refiner has."""
-    torch.manual_seed(0)
-    more = ("DownBlock2D",) * deep
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", *more),
-        up_block_types=(*("UpBlock2D",) * deep, "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 8, 16, *(16,) * deep),
-        transformer_layers_per_block=(1, 1, 2, *(1,) * deep),
-        norm_num_groups=4,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + 16,
-    )
-    return StableDiffusionXLPipeline(
-        vae(4),
-        clip(CLIPTextModel),
-        clip(CLIPTextModelWithProjection),
-        tiny_diffusion.tokenizer(),
-        tiny_diffusion.tokenizer(),
-        unet,
-        tiny_diffusion.pipeline().scheduler,
-    )
-
-
-def sd3() -> Any:
-    torch.manual_seed(0)
-    transformer = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        caption_projection_dim=16,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    return StableDiffusion3Pipeline(
-        transformer,
-        FlowMatchEulerDiscreteScheduler(),
-        vae(4),
-        clip(CLIPTextModelWithProjection),
-        tiny_diffusion.tokenizer(),
-        clip(CLIPTextModelWithProjection),
-        tiny_diffusion.tokenizer(),
-        t5(32),
-        tiny_diffusion.tokenizer(),
-    )
-
-
-def flux() -> Any:
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-    )
-    return FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(),
-        vae(1),
-        clip(CLIPTextModel),
-        tiny_diffusion.tokenizer(),
-        t5(32),
-        tiny_diffusion.tokenizer(),
-        transformer,
-    )
-
-
 PIPELINES: dict[str, Callable[[], Any]] = {
     "sd": tiny_diffusion.pipeline,
-    "sdxl": sdxl,
-    "refiner": functools.partial(sdxl, deep=True),
-    "sd3": sd3,
-    "flux": flux,
+    "sdxl": tiny_diffusion.sdxl,
+    "refiner": functools.partial(tiny_diffusion.sdxl, deep=True),
+    "sd3": tiny_diffusion.sd3,
+    "flux": tiny_diffusion.flux,
 }
 
 
@@ -277,7 +167,7 @@ def test_text_encoders_of_old_and_new_transformers_are_one_in_files(kohya, tmp_p
     pipe = tiny_diffusion.pipeline()
     names, keys = [], []
     for kind in (CLIPTextModel, CLIPTextModelWithProjection):
-        encoder = delora.inject(clip(kind), LoRA(r=2), ["q_proj", "out_proj"])
+        encoder = delora.inject(tiny_diffusion.clip(kind), LoRA(r=2), ["q_proj", "out_proj"])
         names.append(list(adapted_layers(encoder)))
         file = delora.export.diffusers({"unet": pipe.unet, "text_encoder": encoder}, tmp_path / kind.__name__, kohya=kohya)
         keys.append(set(load_file(file)))
@@ -372,7 +262,7 @@ class FirstCode(dict):
 @pytest.mark.parametrize("variant", ["plain", "ranks", "blend", "0.5", "1.5"])
 def test_kohyas_names_of_sd3_are_those_of_its_first_code(variant, tmp_path):
     """As diffusers converts SD3's published checkpoints, whose names kohya's scripts and ComfyUI use."""
-    pipe, fresh = sd3(), sd3()
+    pipe, fresh = tiny_diffusion.sd3(), tiny_diffusion.sd3()
     adapt("sd3", pipe, True, variant)
     tensors = load_file(delora.export.diffusers({"transformer": pipe.transformer}, tmp_path, kohya=True))
     changes = {}
@@ -449,9 +339,9 @@ def test_what_the_programs_would_drop(kind, part, target, kohya, words, tmp_path
 
 
 def test_parts_alone(tmp_path):
-    transformer = delora.inject(flux().transformer, LoRA(r=2), ["to_q"])
+    transformer = delora.inject(tiny_diffusion.flux().transformer, LoRA(r=2), ["to_q"])
     assert all(key.startswith("transformer.") for key in load_file(delora.export.diffusers(transformer, tmp_path)))
-    encoder = delora.inject(clip(CLIPTextModel), LoRA(r=2), ["q_proj"])
+    encoder = delora.inject(tiny_diffusion.clip(CLIPTextModel), LoRA(r=2), ["q_proj"])
     with pytest.raises(ValueError, match="can be any of a pipeline's text encoders: pass the pipeline, or the parts by name"):
         delora.export.diffusers(encoder, tmp_path / "out")
     with pytest.raises(ValueError, match="none of these is among text_encoder: pass the whole pipeline"):

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 import delora
 from delora.evaluation.pictures import grid
+from delora.training.denoising import network
 from delora.training.models import loading
 
 __all__ = ["SOLVERS", "pipeline", "sample", "strengths"]
@@ -24,11 +25,21 @@ def pipeline(model: str, weights: str = "fp32") -> Any:
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[weights]
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    pipe = loading(DiffusionPipeline, model, dtype=dtype, safety_checker=None).to(device or torch.device("cpu"))
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.requires_grad_(False)
+    asked: dict[str, Any] = {"dtype": dtype} | _without_checker(model)
+    pipe = loading(DiffusionPipeline, model, **asked).to(device or torch.device("cpu"))
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _without_checker(model: str) -> dict[str, None]:
+    """What leaves out the safety checker, which the pipelines of Stable Diffusion 1 and 2 alone have."""
+    try:
+        return {"safety_checker": None} if "safety_checker" in DiffusionPipeline.load_config(model) else {}
+    except (OSError, ValueError):
+        return {}  # what is wrong with it is told where it is loaded
 
 
 @torch.no_grad()
@@ -44,11 +55,14 @@ def sample(
 ) -> list[Any]:
     """``count`` pictures for a prompt, always from the noise of ``seed``; or for several prompts, each with its own seed.
 
-    ``solver``: "dpm" (multistep) or "ddim" (deterministic). The pipeline's own scheduler is put back afterwards.
+    ``solver``: "dpm" (multistep) or "ddim" (deterministic); a pipeline of flow matching has its own. The pipeline's own
+    scheduler is put back afterwards.
     """
-    kept, training = pipe.scheduler, pipe.unet.training
-    pipe.scheduler = SOLVERS[solver].from_config(kept.config)
-    pipe.unet.eval()
+    kept, drawing = pipe.scheduler, network(pipe)
+    training = drawing.training
+    flows = isinstance(kept, FlowMatchEulerDiscreteScheduler)
+    pipe.scheduler = (type(kept) if flows else SOLVERS[solver]).from_config(kept.config)
+    drawing.eval()
     try:
         output = pipe(
             prompt,
@@ -64,7 +78,7 @@ def sample(
         return list(output.images)
     finally:
         pipe.scheduler = kept
-        pipe.unet.train(training)
+        drawing.train(training)
 
 
 def strengths(
@@ -77,10 +91,10 @@ def strengths(
     guidance: float,
     resolution: int | None = None,
 ) -> Any:
-    """A picture with a row for each strength of the U-Net's adapter, from the same noise; 0 is the base model."""
+    """A picture with a row for each strength of the network's adapter, from the same noise; 0 is the base model."""
     rows = []
     for value in values:
-        delora.strength(pipe.unet, value)
+        delora.strength(network(pipe), value)
         rows.append(sample(pipe, prompt, seed, count, steps, guidance, resolution))
-    delora.strength(pipe.unet, 1.0)
+    delora.strength(network(pipe), 1.0)
     return grid(rows, [f"strength {value:g}" for value in values])

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from diffusers import ControlNetModel, DDPMScheduler
+from diffusers import ControlNetModel
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from PIL import Image
 from pydantic import Field
@@ -33,8 +33,10 @@ from delora.evaluation.images import Encoder
 from delora.evaluation.pictures import write
 from delora.evaluation.segmentation import UNLABELLED, Inception, Overlap, Segmenter, frechet
 from delora.formats.files import write_atomically
-from delora.tasks.subject import Denoiser, embedded, rgb, skeleton
+from delora.tasks.subject import rgb
+from delora.training import denoising
 from delora.training.config import ConfigError, Count, Experiment, Rate, Strict
+from delora.training.denoising import Denoiser, denoiser_of, embedded, form_of, skeleton
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import loading
 from delora.training.runs import Result, RunContext, RunError
@@ -210,7 +212,7 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     scenes = Cached(data.train, context.shared / "cache", settings.resolution)
     scenes.fill(pipe, context.console)
     adapt(pipe.unet, experiment)
-    denoiser = Denoiser(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, 0.0)
+    denoiser = denoiser_of(pipe, 0.0)
     trainer = fit(experiment, context, Mapped(denoiser), metric=None, train_dataset=scenes)
 
     def score() -> dict[str, Any]:
@@ -235,10 +237,10 @@ class Mapped(nn.Module):
         self.denoiser = denoiser
 
     def forward(self, mean: Tensor, std: Tensor, text: Tensor, control: Tensor) -> dict[str, Tensor]:
-        hinted: Any = self.denoiser.unet.conv_in
+        hinted: Any = self.denoiser.network.conv_in
         hinted.control = control
         try:
-            return self.denoiser(mean[:, None], std[:, None], text[:, None])
+            return self.denoiser(mean[:, None], std[:, None], text=text[:, None])
         finally:
             hinted.control = None
 
@@ -271,7 +273,7 @@ class Cached(Dataset[Any]):
         for scene in missing:
             pixels = rgb(squared(open_image(scene.image), self.resolution)) / 127.5 - 1
             latent = pipe.vae.encode(pixels[None].to(pipe.vae.device, pipe.vae.dtype)).latent_dist
-            kept = {"mean": latent.mean[0], "std": latent.std[0], "text": embedded(pipe, [scene.caption])[0]}
+            kept = {"mean": latent.mean[0], "std": latent.std[0], "text": embedded(pipe, [scene.caption])["text"][0]}
             write_atomically(self.file(scene), to_bytes({key: t.half().cpu().contiguous() for key, t in kept.items()}))
 
 
@@ -338,9 +340,12 @@ def scored(experiment: Settings, pipe: Any, scenes: Sequence[Scene], folder: Pat
 
 def check(experiment: Settings) -> Material:
     """Raises an error for anything that would make a run fail, before one starts; returns its scenes."""
-    unet = with_hint(skeleton(experiment.model), None)
-    adapt(unet, experiment)
+    unet = skeleton(experiment.model)
+    if (form := form_of(unet)) is not denoising.SD:
+        raise ConfigError(f"{experiment.model} is a {form.name}: maps are learned by the U-Net of {denoising.SD.name} alone")
     settings, source = experiment.semantic_map, experiment.data.source
+    denoising.check(experiment.model, settings.resolution, "semantic_map.resolution")
+    adapt(with_hint(unet, None), experiment)
     train, test = (maps.read(source, part) for part in maps.PARTS)
     if settings.maps is not None:
         test = test[: settings.maps]

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -36,36 +35,33 @@ from delora.evaluation.pictures import write
 from delora.formats.files import read_json
 from delora.formats.native import require_adapter
 from delora.models import adapters
+from delora.training import denoising
 from delora.training.config import ConfigError, Count, Experiment, Rate, Strict, slug
+from delora.training.denoising import Denoiser, denoiser_of, embedded, network, skeleton
 from delora.training.experiments import adapt, begin, finish, fit, reached
-from delora.training.models import loading, refused
+from delora.training.models import loading
 from delora.training.runs import METRICS, Result, RunContext, RunError, write_json
 from delora.training.task import Kind
 
 __all__ = [
     "Data",
-    "Denoiser",
     "Settings",
     "SubjectSettings",
     "base",
     "check",
     "columns",
     "deliver",
-    "embedded",
     "error",
     "evaluate",
     "named",
     "one",
-    "resolution",
     "respond",
     "rgb",
     "run",
-    "skeleton",
     "snapshots",
 ]
 
 SCORES = "scores.json"
-PARTS: tuple[tuple[Any, str], ...] = ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
 FIT = "fit"
 DRAWS = True
 MEASURED, TOGETHER = 64, 8  # crops with noise by which the error is measured, and how many at a time
@@ -186,11 +182,11 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
     class_prompt, instance_prompt = f"a photo of {subject.word}", f"a photo of {settings.token} {subject.word}"
     set_seed(experiment.seed)
     material = Pairs(
-        moments(pipe, photographs, settings.resolution, settings.crops),
-        moments(pipe, class_images, settings.resolution, 1) if class_images else None,
+        latents(pipe, photographs, settings.resolution, settings.crops),
+        latents(pipe, class_images, settings.resolution, 1) if class_images else None,
         embedded(pipe, [instance_prompt, class_prompt]),
     )
-    adapt(pipe.unet, experiment)
+    adapt(network(pipe), experiment)
     denoiser = denoiser_of(pipe, settings.prior_weight)
     prompt = subject.prompts[0].format(f"{settings.token} {subject.word}")
     watch = Snapshots(pipe, place / "snapshots", settings.snapshots, prompt, experiment)
@@ -209,26 +205,22 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
         train_dataset=material,
         watch=[watch, AtSteps(settings.scored, score)],
     )
-    done: dict[str, Any] = {"diverged": trainer.diverged, "trainable": delora.summary(pipe.unet).trainable}
+    done: dict[str, Any] = {"diverged": trainer.diverged, "trainable": delora.summary(network(pipe)).trainable}
     done["seconds"] = trainer.state.log_history[-1]["seconds"]
     if trainer.diverged is None:
-        delora.save(pipe.unet, place / "adapter")
+        delora.save(network(pipe), place / "adapter")
         pictures = generate(experiment, pipe, subject, place / "pictures")
         scores = {FIT: fit_of(denoiser, material)} if judge is None else judge.scores(pictures) | judge.real
         done["scores"] = {name: values.tolist() for name, values in scores.items()} | untuned
         for step in settings.scored:
             done["scores"] |= read_json(_after(place, step))
-        done["reached"] = reached(pipe.unet, place / "adapter")
+        done["reached"] = reached(network(pipe), place / "adapter")
     write_json(place / SCORES, done)
-
-
-def denoiser_of(pipe: Any, weight: float) -> Denoiser:
-    return Denoiser(pipe.unet, DDPMScheduler.from_config(pipe.scheduler.config), pipe.vae.config.scaling_factor, weight)
 
 
 def fit_of(denoiser: Denoiser, material: Pairs) -> Tensor:
     """By which share the error on the photographs is below the base model's, as a row of one value."""
-    with delora.disabled(denoiser.unet):
+    with delora.disabled(denoiser.network):
         untuned = error(denoiser, material)
     return torch.tensor([1 - error(denoiser, material) / untuned])
 
@@ -303,71 +295,49 @@ class Judge:
 @torch.no_grad()
 def error(denoiser: Denoiser, material: Pairs) -> float:
     """The mean squared error of the predicted noise over crops of all photographs, always with the same times and noise."""
-    alone = Denoiser(denoiser.unet, denoiser.scheduler, denoiser.scale, 0.0)
-    mean, std = material.instance
-    device, errors = next(denoiser.unet.parameters()).device, []
-    training = denoiser.unet.training
-    denoiser.unet.eval()
+    given = material.alone()
+    crops = len(given["mean"])
+    device, errors = next(denoiser.network.parameters()).device, []
+    training = denoiser.network.training
+    denoiser.network.eval()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for start in range(0, MEASURED, TOGETHER):
-            crops = [k * len(mean) // MEASURED for k in range(start, start + TOGETHER)]
-            text = material.text[:1].expand(TOGETHER, -1, -1)
-            errors.append(alone(*(x[:, None].to(device) for x in (mean[crops], std[crops], text)))["loss"].item())
-    denoiser.unet.train(training)
+            some = [k * crops // MEASURED for k in range(start, start + TOGETHER)]
+            errors.append(denoiser(**{key: t[some].to(device) for key, t in given.items()})["loss"].item())
+    denoiser.network.train(training)
     return fmean(errors)
 
 
 # ---------------------------------------------------------------- the model and its material
 
 
-class Denoiser(nn.Module):
-    """The loss of a latent diffusion model: the squared error of the noise (or velocity) that its U-Net predicts.
-
-    With pairs of an instance and a class picture, it is the error of the first plus ``weight`` times that of the second.
-    """
-
-    def __init__(self, unet: nn.Module, scheduler: Any, scale: float, weight: float) -> None:
-        super().__init__()
-        self.unet, self.scheduler, self.scale, self.weight = unet, scheduler, scale, weight
-
-    def forward(self, mean: Tensor, std: Tensor, text: Tensor) -> dict[str, Tensor]:
-        """``mean``, ``std`` of the latents [batch, kinds, channels, height, width]; ``text`` [batch, kinds, tokens, width]."""
-        kinds = mean.shape[1]
-        dtype = next(self.unet.parameters()).dtype
-        mean, std, text = (x.flatten(0, 1) for x in (mean, std, text))
-        latents = (mean + std * torch.randn_like(std)) * self.scale
-        noise = torch.randn_like(latents)
-        steps = torch.randint(self.scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        noisy = self.scheduler.add_noise(latents, noise, steps)
-        predicted = self.unet(noisy.to(dtype), steps, encoder_hidden_states=text.to(dtype)).sample.float()
-        kind = self.scheduler.config.prediction_type
-        target = noise if kind == "epsilon" else self.scheduler.get_velocity(latents, noise, steps)
-        errors = (predicted - target).pow(2).flatten(1).mean(1).unflatten(0, (-1, kinds)).mean(0)
-        return {"loss": errors[0] + self.weight * errors[1:].sum()}
-
-
 @torch.no_grad()
-def moments(pipe: Any, pictures: Sequence[Any], resolution: int, crops: int) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the latents of ``crops`` random crops of each picture, on the CPU; encoded once for all steps."""
-    latents = []
+def latents(pipe: Any, pictures: Sequence[Any], resolution: int, crops: int) -> dict[str, Tensor]:
+    """``mean`` and deviation ``std`` of the latents of ``crops`` random crops of each picture, on the CPU; encoded once for all
+    steps. Stable Diffusion XL is also told each one's ``place``: height and width of the picture, the crop's top and left, and
+    height and width of the crop.
+    """
+    found = []
     for picture in pictures:
         for _ in range(crops):
-            pixels = cropped(picture, resolution, crops > 1)[None].to(pipe.vae.device, pipe.vae.dtype)
-            latent = pipe.vae.encode(pixels).latent_dist
-            latents.append((latent.mean[0].float().cpu(), latent.std[0].float().cpu()))
-    means, deviations = zip(*latents, strict=True)
-    return torch.stack(means), torch.stack(deviations)
+            pixels, corner = cropped(picture, resolution, crops > 1)
+            latent = pipe.vae.encode(pixels[None].to(pipe.vae.device, pipe.vae.dtype)).latent_dist
+            place = torch.tensor([picture.height, picture.width, *corner, resolution, resolution], dtype=torch.float32)
+            found.append({"mean": latent.mean[0].float().cpu(), "std": latent.std[0].float().cpu(), "place": place})
+    return {key: torch.stack([each[key] for each in found]) for key in found[0]}
 
 
-def cropped(picture: Any, resolution: int, at_random: bool) -> Tensor:
-    """A square of a picture, its shorter side resized and its longer one cut, [3, resolution, resolution] in [-1, 1]."""
+def cropped(picture: Any, resolution: int, at_random: bool) -> tuple[Tensor, tuple[int, int]]:
+    """A square of a picture, its shorter side resized and its longer one cut, [3, resolution, resolution] in [-1, 1]; and its
+    top and left in the resized picture.
+    """
     scale = resolution / min(picture.size)
     width, height = (max(resolution, round(scale * side)) for side in picture.size)
     pixels = rgb(picture.resize((width, height), Image.Resampling.BILINEAR)) / 127.5 - 1
     spare = [height - resolution, width - resolution]
     top, left = (int(torch.randint(n + 1, ())) if at_random else n // 2 for n in spare)
-    return pixels[:, top : top + resolution, left : left + resolution]
+    return pixels[:, top : top + resolution, left : left + resolution], (top, left)
 
 
 def rgb(picture: Any) -> Tensor:
@@ -379,28 +349,30 @@ def rgb(picture: Any) -> Tensor:
     return torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)
 
 
-@torch.no_grad()
-def embedded(pipe: Any, prompts: list[str]) -> Tensor:
-    """The text encoder's last states [prompts, tokens, width], on the CPU."""
-    states, _ = pipe.encode_prompt(prompts, pipe.device, 1, do_classifier_free_guidance=False)
-    return states.float().cpu()
-
-
 @dataclass(frozen=True)
 class Pairs(Dataset[Any]):
-    """An instance, paired with a class picture if there are any. The shorter of both lists is repeated."""
+    """An instance, paired with a class picture if there are any. The shorter of both lists is repeated.
 
-    instance: tuple[Tensor, Tensor]
-    prior: tuple[Tensor, Tensor] | None
-    text: Tensor
+    ``instance``, ``prior``: what `latents` gives; ``text``: what `embedded` gives for the prompts of both.
+    """
+
+    instance: dict[str, Tensor]
+    prior: dict[str, Tensor] | None
+    text: dict[str, Tensor]
 
     def __len__(self) -> int:
-        return max(len(self.instance[0]), 0 if self.prior is None else len(self.prior[0]))
+        return max(len(self.instance["mean"]), 0 if self.prior is None else len(self.prior["mean"]))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         kinds = [self.instance] if self.prior is None else [self.instance, self.prior]
-        mean, std = (torch.stack([kind[i][index % len(kind[i])] for kind in kinds]) for i in (0, 1))
-        return {"mean": mean, "std": std, "text": self.text[: len(kinds)]}
+        pictures = {key: torch.stack([kind[key][index % len(kind[key])] for kind in kinds]) for key in self.instance}
+        return pictures | {key: states[: len(kinds)] for key, states in self.text.items()}
+
+    def alone(self) -> dict[str, Tensor]:
+        """All crops of the instance as one batch."""
+        crops = len(self.instance["mean"])
+        text = {key: states[:1].expand(crops, *states.shape[1:]) for key, states in self.text.items()}
+        return {key: states[:, None] for key, states in (self.instance | text).items()}
 
 
 @torch.no_grad()
@@ -492,13 +464,8 @@ def check(experiment: Settings) -> list[Subject]:
             f"{experiment.name}: subject.scored = {settings.scored}: training ends at step {experiment.train.steps}, where the "
             f"pictures are scored anyway; leave out {', '.join(map(str, late))}"
         )
-    unet: Any = skeleton(experiment.model)
-    if unet.config.addition_embed_type is not None:
-        raise ConfigError(
-            f"{experiment.name}: {experiment.model} takes more than one text's states (as Stable Diffusion XL does): this task "
-            "trains models of the form of Stable Diffusion 1 and 2"
-        )
-    adapt(unet, experiment)
+    denoising.check(experiment.model, settings.resolution, "subject.resolution")
+    adapt(skeleton(experiment.model), experiment)
     subjects = dreambooth.read(experiment.data.source, settings.names, settings.word, settings.prompts)
     for subject in subjects:
         for file in subject.images:
@@ -518,34 +485,18 @@ def _instead(settings: SubjectSettings) -> dict[str, str]:
     return {settings.dino: "subject.dino=FOLDER"} | clips | classifier
 
 
-def skeleton(model: str) -> nn.Module:
-    """The U-Net's layers on the meta device."""
-    try:
-        config = UNet2DConditionModel.load_config(model, subfolder="unet")
-    except (OSError, ValueError) as error:
-        raise refused(model, "diffusers", error) from error
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
-
-
-def resolution(model: str) -> int:
-    """The size of the pictures that a model draws, in pixels: its latents', times two for each halving of its autoencoder."""
-    unet, autoencoder = (kind.load_config(model, subfolder=part) for kind, part in PARTS)
-    return int(unet["sample_size"]) * 2 ** (len(autoencoder["block_out_channels"]) - 1)
-
-
 def base(experiment: Settings) -> nn.Module:
-    """The frozen U-Net."""
-    return pipeline(experiment.model, experiment.train.weights).unet
+    """The frozen network."""
+    return network(pipeline(experiment.model, experiment.train.weights))
 
 
 def respond(experiment: Settings, adapter: Path) -> tuple[Kind, nn.Module, Callable[[str], Any]]:
-    """The U-Net of the pipeline, and the picture that it draws for a prompt, from the noise of the experiment's seed.
+    """The network of the pipeline, and the picture that it draws for a prompt, from the noise of the experiment's seed.
 
     In a prompt ``{}`` stands for the subject.
     """
     pipe = pipeline(experiment.model)
-    return "picture", pipe.unet, lambda prompt: sampled(experiment, pipe, named(experiment, prompt), experiment.seed, 1)[0]
+    return "picture", network(pipe), lambda prompt: sampled(experiment, pipe, named(experiment, prompt), experiment.seed, 1)[0]
 
 
 def named(experiment: Settings, prompt: str) -> str:
@@ -572,7 +523,7 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
         raise RunError(f"{folder} has the name of none of the subjects: {', '.join(slug(s.name) for s in subjects)}")
     require_adapter(folder)
     pipe = pipeline(experiment.model, experiment.train.weights)
-    delora.load(pipe.unet, folder, methods=experiment.adapter.classes())
+    delora.load(network(pipe), folder, methods=experiment.adapter.classes())
     if settings.judge:
         with tempfile.TemporaryDirectory() as place:
             pictures = generate(experiment, pipe, subject, Path(place))
@@ -580,9 +531,9 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
     else:
         photographs = [open_image(file) for file in subject.images]
         set_seed(experiment.seed)
-        latents = moments(pipe, photographs, settings.resolution, settings.crops)
+        crops = latents(pipe, photographs, settings.resolution, settings.crops)
         text = embedded(pipe, [f"a photo of {settings.token} {subject.word}"])
-        scores = {FIT: fit_of(denoiser_of(pipe, 0.0), Pairs(latents, None, text))}
+        scores = {FIT: fit_of(denoiser_of(pipe, 0.0), Pairs(crops, None, text))}
     return {name: values.mean().item() for name, values in scores.items()}, len(subject.images)
 
 
@@ -596,11 +547,11 @@ def deliver(experiment: Settings, run: Path, subjects: list[Subject], out: Path)
     made = [open_image(run / "subjects" / slug(first.name) / "pictures" / f"00-{i}.png") for i in range(settings.images)]
     for subject in subjects:
         pipe = pipeline(experiment.model, experiment.train.weights)
-        delora.load(pipe.unet, run / "subjects" / slug(subject.name) / "adapter", methods=experiment.adapter.classes())
-        delora.save(pipe.unet, out / "adapter" / slug(subject.name))
+        delora.load(network(pipe), run / "subjects" / slug(subject.name) / "adapter", methods=experiment.adapter.classes())
+        delora.save(network(pipe), out / "adapter" / slug(subject.name))
         if subject is first:
             agreement["adapter"] = _alike(experiment, pipe, subject, made)
-        parts = list(adapters(pipe.unet).values())
+        parts = list(adapters(network(pipe)).values())
         if all(not a.whole and a.low_rank() is not None for a in parts):
             delora.export.diffusers(pipe, out / "diffusers" / slug(subject.name))
             if subject is first and importlib.util.find_spec("peft"):  # which diffusers reads LoRA files with

@@ -12,6 +12,7 @@
 ``delivery``     the best run as files, each read back and compared
 ``causal_lm``    what the tasks on causal language models share
 ``loggers``      where else a run's metrics go: TensorBoard, trackio, wandb
+``denoising``    what text-to-image models of diffusers are trained by
 ``defaults``     settings that need no search, each with its reason
 ``memory``       what a training step takes, before anything is loaded
 ``dial``         the strength of a finished experiment's adapter, chosen on validation data

@@ -21,7 +21,7 @@ RATE, CAREFUL_RATE, PAIR_RATE, OTHER_RATE, HEAD_RATE = 1e-1, 1e-2, 1e-3, 1e-3, 1
 # Of rows that a new head learns from, short as a rule, and of others.
 LARGEST_BATCH_OF_HEAD, LARGEST_BATCH, STEPS_AN_EPOCH = 32, 8, 20
 # Of a text-to-image model: where its adapter is, at which rate, how long for each photograph, and within which steps.
-ATTENTION, PICTURE_RATE, EACH, LEAST_STEPS, MOST_STEPS = r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)", 2e-2, 200, 400, 1400
+ATTENTION, PICTURE_RATE, EACH, LEAST_STEPS, MOST_STEPS = r".*attn[12]?\.(to_q|to_k|to_v|to_out\.0)", 2e-2, 200, 400, 1400
 COVERED = 0.99  # of the rows that shall not be cut
 # Up to so many rows to train on, so many epochs: of a model with a new head, which knows nothing yet, and of any other.
 NEW_EPOCHS, EPOCHS = ((500, 10), (2_000, 6), (20_000, 3)), ((1_000, 3), (10_000, 2))
@@ -157,23 +157,24 @@ def training(method: str, rows: int, head: bool, pairs: bool = False) -> list[Se
     return [*settings, precision()]
 
 
-def pictures(method: str, ranked: bool, photographs: int, resolution: int, judged: bool) -> list[Setting]:
+def pictures(method: str, ranked: bool, photographs: int, resolution: int, guidance: float, judged: bool) -> list[Setting]:
     """The keys of ``subject``, ``adapter`` and ``train`` for photographs of one's own.
 
-    >>> settings = {setting.key: setting.value for setting in pictures("delora", True, 5, 512, judged=False)}
+    >>> settings = {setting.key: setting.value for setting in pictures("delora", True, 5, 512, 7.5, judged=False)}
     >>> settings["train.steps"], settings["subject.judge"]
     (1000, False)
     """
     steps = min(MOST_STEPS, max(LEAST_STEPS, EACH * photographs))
     judge = "given" if judged else "no other model is needed; subject.judge=true has DINO and CLIP score the pictures"
     method_settings = [
-        Setting(each.key, ATTENTION, "the attention of the U-Net") if each.key == "adapter.targets" else each
+        Setting(each.key, ATTENTION, "the attention") if each.key == "adapter.targets" else each
         for each in adapter(method, ranked, [])
     ]
     rate = PICTURE_RATE if method == "delora" else OTHER_RATE / 10
     return [
         Setting("subject.judge", judged, judge),
         Setting("subject.resolution", resolution, "the size that the model draws"),
+        Setting("subject.guidance", guidance, "with which diffusers draws with such a model"),
         Setting("subject.class_images", 100, "drawn by the model itself, so that it does not forget the class"),
         Setting("subject.crops", 40, "random ones of each photograph"),
         *method_settings,
