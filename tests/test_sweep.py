@@ -10,6 +10,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,14 @@ from delora.training.runs import FAILED, RESULT, Result, RunContext, RunError
 from tests.tiny import make_model, make_sentences, recipe
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _not_behind_all_others() -> Iterator[None]:
+    """Ray's processes are nice to all others, and would wait for the tests that run beside these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +175,37 @@ def numbers(result: Result | None) -> dict[str, Any]:
     return {key: value for key, value in vars(result).items() if key not in ("name", "row", "setting", "folder", "seconds")}
 
 
+@contextmanager
+def cluster(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A Ray cluster that somebody else has started, somewhere else, and that asks for Ray's token; its address."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = str(Path(sys.executable).with_name("ray"))
+    subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
+    place.mkdir()
+    options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--block"]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([ray, "start", *options], cwd=place, **pipes) as head:
+        for line in head.stdout or ():
+            if "Ray runtime started" in line:
+                break
+        try:
+            yield f"127.0.0.1:{port}"
+        finally:
+            head.terminate()
+            head.wait(60)
+
+
 @pytest.mark.slow
-def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
-    """One that cannot end well fails alone; started again, only what is missing runs."""
+def test_on_ray_every_trial_is_what_train_gives(written, tmp_path, monkeypatch):
+    """One that cannot end well fails alone; started again, on a cluster, only what is missing runs. What the recipe names
+    relative to where the command is given is found by Ray's processes as well.
+    """
+    monkeypatch.chdir(Path(written["file"]).parent)
     out = tmp_path / "out"
-    one = asked(written, out)
+    one = asked(written, out, grid={"seed": [0, 1], "model": ["model"], "data.source": ["data"]})
     first, second = trials(one)
     (first.folder(out)).mkdir(parents=True)
     (first.folder(out) / "notes.txt").write_text("not a run's")  # a folder that no run may take
@@ -178,11 +214,14 @@ def test_on_ray_every_trial_is_what_train_gives(written, tmp_path):
     before = (second.folder(out) / RESULT).stat().st_mtime_ns
 
     shutil.rmtree(first.folder(out))
-    assert run(one, screen()) == []
+    with cluster(tmp_path / "elsewhere", monkeypatch) as address:
+        assert run(one, screen(), address=address) == []
+    assert Result.read(first.folder(out))
+    assert not list(out.glob(".ray*"))
     assert (second.folder(out) / RESULT).stat().st_mtime_ns == before
 
-    values = written["values"] | {"seed": 1, "out": str(tmp_path / "alone"), "variants": []}
-    experiment = parse(values)
+    values = written["values"] | {"seed": 1, "out": str(tmp_path / "alone"), "variants": [], "model": "model"}
+    experiment = parse(values | {"data": values["data"] | {"source": "data"}})
     context = RunContext(tmp_path / "alone", tmp_path, "row", "setting", screen())
     alone = classification.run(experiment, context, classification.read_splits(experiment))
     assert numbers(Result.read(second.folder(out))) == numbers(alone)
@@ -222,39 +261,6 @@ def test_trials_of_several_processes_need_a_recipe_for_them(written, tmp_path):
     with pytest.raises(ConfigError, match='2 processes were started, but parallel = "none"'):
         run(asked(written, tmp_path / "out"), screen(), processes=2)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def cluster(tmp_path, monkeypatch):
-    """A Ray cluster that somebody else has started, somewhere else, and that asks for Ray's token; its address."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ray = str(Path(sys.executable).with_name("ray"))
-    subprocess.run([ray, "get-auth-token", "--generate"], check=True, capture_output=True)
-    place = tmp_path / "elsewhere"
-    place.mkdir()
-    options = ["--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false", "--disable-usage-stats", "--block"]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen([ray, "start", *options], cwd=place, **pipes) as head:
-        for line in head.stdout or ():
-            if "Ray runtime started" in line:
-                break
-        yield f"127.0.0.1:{port}"
-        head.terminate()
-        head.wait(60)
-
-
-@pytest.mark.slow
-def test_on_a_cluster_with_relative_folders(written, tmp_path, cluster, monkeypatch):
-    """What the recipe names relative to where the command is given is found by the cluster's processes as well."""
-    monkeypatch.chdir(Path(written["file"]).parent)
-    changes = {"model": ["model"], "data.source": ["data"]}
-    one = asked(written, tmp_path / "out", grid={"seed": [0, 1], **changes})
-    assert run(one, screen(), address=cluster) == []
-    assert all(Result.read(trial.folder(tmp_path / "out")) for trial in trials(one))
-    assert not list((tmp_path / "out").glob(".ray*"))
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999"])
