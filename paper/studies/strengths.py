@@ -190,7 +190,7 @@ def starts() -> list[str]:
             "The rule and the runs are written (`knobs.equal_starts`); they were not run yet.",
             "",
         ]
-    equal = {name: Task([*t.rows, *_as_subtract(name)], t.chance) for name, t in knobs.read("equal").items()}
+    equal = {name: Task([*t.rows, *_as_subtract(name, t.rows)], t.chance) for name, t in knobs.read("equal").items()}
     start, gains = knobs.equal_starts(equal)
     outcome = f"**`{start}` {'stays' if start == 'subtract' else 'takes the place of `subtract`'}.**"
     if missing := [name for name in knobs.read("strength") if name not in equal]:
@@ -224,8 +224,10 @@ def _reached(tasks: Mapping[str, Task]) -> str:
     return "|dW|/|W| is " + ", ".join(f"{100 * share:.1f} % with `{start}`" for start, share in far.items())
 
 
-def _as_subtract(task: str) -> list[knobs.Row]:
-    """The rows of the chosen mode at the common reach, whose start is `subtract`."""
+def _as_subtract(task: str, rows: Iterable[knobs.Row]) -> list[knobs.Row]:
+    """The rows of the chosen mode at the common reach, whose start is `subtract`; none if the study has runs of its own."""
+    if any(row["case"] == "subtract" for row in rows):
+        return []
     mode = knobs.chosen_mode()
     return [r | {"case": "subtract"} for r in knobs.read("strength")[task].rows if r["case"] == mode]
 
