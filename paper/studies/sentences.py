@@ -52,7 +52,7 @@ CUT_SEEDS, CUT_RANKS = (60, 61, 62, 63, 64), (8, 4, 2, 0)
 class Size:
     """How many sentences a run trains, validates and tests on, and how often it sees them.
 
-    ``short``: it reads the first 24 tokens, in bfloat16.
+    ``short``: it reads the first 24 tokens, in bfloat16. ``whole``: in float32 all the same.
     """
 
     train: int
@@ -60,6 +60,7 @@ class Size:
     test: int
     epochs: int
     short: bool = True
+    whole: bool = False
 
 
 LONG, MIDDLE, SHORT = Size(1000, 500, 1000, 2, short=False), Size(1000, 300, 800, 2), Size(500, 300, 8, 1)
@@ -144,11 +145,13 @@ def cut_judged(study: str, task: str) -> Iterator[Job]:
         yield Job(study, "DeLoRA", adapter, lr * factor, seed, factor, task=task, cut=cuts.RANKS)
 
 
-def reaching(study: str, task: str, mode: str, lr: float, seed: int, case: str, reach_: float, **fields: Any) -> Job:
+def reaching(
+    study: str, task: str, mode: str, lr: float, seed: int, case: str, reach_: float, size: Size = MIDDLE, **fields: Any
+) -> Job:
     """A run of DeLoRA at a reach, its strength learned as ``mode`` says."""
     method, learned, _ = reach.MODES[mode]
     adapter = {"method": method, "r": 8, "reach": reach_} | learned | fields
-    return Job(study, case, adapter, lr, seed, task=task, size=MIDDLE, lam_lr=reach.lam_lr(mode, lr))
+    return Job(study, case, adapter, lr, seed, task=task, size=size, lam_lr=reach.lam_lr(mode, lr))
 
 
 def modes(study: str, task: str) -> Iterator[Job]:
@@ -164,11 +167,15 @@ def choose(study: str, task: str) -> Iterator[Job]:
 
 
 def equal(study: str, task: str) -> Iterator[Job]:
-    """Starts of rank r at the reach, the rates and the seeds of `modes`, for `knobs.equal_starts`."""
-    for seed, lr, (case, fields) in product(
-        reach.MODE_SEEDS[: 3 if task == "product" else None], reach.RATES, reach.STARTS.items()
-    ):
-        yield reaching(study, task, knobs.chosen_mode(), lr, seed, case, reach.REACH, **fields)
+    """Every start at the reach, the rates and the seeds of `modes`, for `knobs.equal_starts`.
+
+    These runs are in float32, unlike those of `modes`: on the processor that was there bfloat16 took eight times as long. So
+    `subtract` is run again here; each start is compared with the runs of its own precision. Set before the first of these runs.
+    """
+    starts = {"subtract": {"start": "subtract"}} | reach.STARTS
+    for seed, lr, (case, fields) in product(reach.MODE_SEEDS[: 3 if task == "product" else None], reach.RATES, starts.items()):
+        size = replace(MIDDLE, whole=True)
+        yield reaching(study, task, knobs.chosen_mode(), lr, seed, case, reach.REACH, size, **fields)
 
 
 def knob(study: str, task: str) -> Iterator[Job]:
@@ -209,7 +216,7 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     kind, domain, _ = TASKS[job.task]
     size = replace(job.size, test=1000) if job.cut else job.size
-    train: dict[str, Any] = {"epochs": size.epochs} | ({"precision": "bf16"} if size.short else {})
+    train: dict[str, Any] = {"epochs": size.epochs} | ({"precision": "bf16"} if size.short and not size.whole else {})
     rates = reach.rates(job.adapter, job.lr, job.lr / 2 if job.lam_lr is None else job.lam_lr)
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
