@@ -287,6 +287,9 @@ def test_the_score_is_the_share_of_the_error_that_is_gone(done):
         ("sd", {"scheduler": {"prediction_type": "sample"}}, "it predicts 'sample'; known are epsilon, v_prediction"),
         ("sd3", {"scheduler": {"_class_name": "DDIMScheduler"}}, "its noise is that of DDIMScheduler"),
         ("sd", {"unet": {"addition_embed_type": "image"}}, "is a UNet2DConditionModel with image: pictures are learned by"),
+        ("sdxl", {"": {"_class_name": "StableDiffusionXLImg2ImgPipeline"}}, "Img2ImgPipeline draws from more than a text"),
+        ("sd", {"unet": {"in_channels": 9}}, "takes 9 channels, a picture's latents have 4"),
+        ("flux", {"transformer": {"in_channels": 128}}, "takes 128 channels"),
         ("flux", {"subject.resolution": 18}, "subject.resolution = 18: .* takes multiples of 4"),
         ("sdxl", {"subject.resolution": 17}, "takes multiples of 2"),
     ],
@@ -295,7 +298,8 @@ def test_what_is_not_known_is_refused_in_words(kind, change, words, tmp_path):
     made(kind).save_pretrained(tmp_path / "pipe")
     for part, values in change.items():
         if isinstance(values, dict):
-            file = tmp_path / "pipe" / part / ("config.json" if part != "scheduler" else "scheduler_config.json")
+            names = {"": "model_index.json", "scheduler": "scheduler_config.json"}
+            file = tmp_path / "pipe" / part / names.get(part, "config.json")
             file.write_text(json.dumps(json.loads(file.read_text()) | values))
     side = change.get("subject.resolution", SIZE)
     with pytest.raises(ConfigError, match=words):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import diffusers
@@ -255,9 +256,20 @@ def check(model: str, side: int, key: str) -> None:
     """Raise an error if pictures of this side, which ``key`` of a recipe gives, cannot be learned by this model.
 
     Raises:
-        ConfigError: its form, its noise or what it predicts are not known, or the side does not fit it.
+        ConfigError: its form, its noise or what it predicts are not known, it draws from more than a text, or the side does not
+            fit it.
     """
     form, config = _configured(model)
+    index: Any = DiffusionPipeline.load_config(model)
+    pipeline: Any = getattr(diffusers, index["_class_name"], None)
+    channels = _read(model, AutoencoderKL, "vae").get("latent_channels", 4) * form.multiple**2
+    from_picture = pipeline is not None and "image" in signature(pipeline.__call__).parameters
+    if from_picture or config["in_channels"] != channels:
+        raise ConfigError(
+            f"{model}: {index['_class_name']} draws from more than a text, such as another picture (its network takes "
+            f"{config['in_channels']} channels, a picture's latents have {channels}); pictures are learned by models that draw "
+            "from a text alone"
+        )
     noise: Any = _read(model, DDPMScheduler, "scheduler")
     kind, predicts = noise.get("_class_name", ""), noise.get("prediction_type", "epsilon")
     if (form.part == "transformer") != (kind == FLOW) or kind.startswith(ANOTHER_NOISE):
