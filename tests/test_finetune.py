@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import tomllib
 from pathlib import Path
 
@@ -142,14 +143,22 @@ def test_a_dry_run_shows_everything_and_claims_no_folder(tmp_path, monkeypatch, 
 
 
 def test_a_run_that_does_not_fit_the_memory_says_what_to_do():
+    """Checkpointing is set with its reason; what is told is the memory with it. One who sets it otherwise is asked to."""
     planned = finetuning.plan("model", "tickets.csv", ["train.batch_size=100000000"])
     assert "memory, estimated: " in planned.before[-2]
     assert planned.before[-1].startswith("WARNING: that is ")
-    assert "lower train.batch_size" in planned.before[-1]
+    assert ": lower train.batch_size" in planned.before[-1]
+    (setting,) = (setting for setting in planned.settings if setting.key == "train.checkpointing")
+    assert setting.value is planned.experiment.train.checkpointing is planned.recipe["train"]["checkpointing"] is True
+    assert re.fullmatch(r"a step takes [\d,.]+ GB without it, and the (cpu|cuda) has .* left", setting.why)
+    without = finetuning.plan("model", "tickets.csv", ["train.batch_size=100000000", "train.checkpointing=false"])
+    assert ": train.checkpointing=true, or lower train.batch_size" in without.before[-1]
+    assert without.before[-2] != planned.before[-2]
+    small = finetuning.plan("model", "tickets.csv", [])
+    assert "checkpointing" not in small.recipe["train"]
 
 
 def test_a_run_with_checkpointing_computes_each_block_twice_and_ends_the_same(world, monkeypatch, tmp_path):
-    """It is what the plan advises where the memory is short, and the estimate knows of it."""
     blocks, ends = [], []
     forward = BertAttention.forward
     monkeypatch.setattr(BertAttention, "forward", lambda *args, **given: blocks.append(1) or forward(*args, **given))
@@ -163,13 +172,6 @@ def test_a_run_with_checkpointing_computes_each_block_twice_and_ends_the_same(wo
     layers = sum(isinstance(m, BertAttention) for m in AutoModel.from_pretrained("model").modules())
     assert ends[1][0] == ends[0][0] + (2 + 1) * layers  # two steps, and that of the estimate
     assert ends[1][1] == pytest.approx(ends[0][1], rel=1e-4)
-    short, saves = (
-        finetuning.plan("model", "tickets.csv", ["train.batch_size=100000000", f"train.checkpointing={again}"]).before[-2:]
-        for again in ("false", "true")
-    )
-    assert "train.checkpointing=true, or lower" in short[-1]
-    assert "train.checkpointing" not in saves[-1]
-    assert short[0] != saves[0]
 
 
 def test_another_method_gets_settings_of_its_own(world):

@@ -112,7 +112,12 @@ def plan(
     if not drawn.head and experiment.train.weights == "bf16":  # a classifier is loaded in float32
         drawn.model.to(torch.bfloat16)
     experiments.adapt(drawn.model, experiment)
-    return Plan(recipe, experiment, _shown(settings, recipe), list(table.told), _before(table, drawn, experiment))
+    before, batch = _before(table, drawn, experiment), _batch(drawn, experiment)
+    if batch is not None:
+        needed, more = _estimated(drawn.model, batch, experiment, changes)
+        settings, before = [*settings, *more], [*before, *needed]
+        recipe, experiment = _experiment(settings, changes)
+    return Plan(recipe, experiment, _shown(settings, recipe), list(table.told), before)
 
 
 def _experiment(settings: Sequence[Setting], changes: Sequence[str]) -> tuple[dict[str, Any], Any]:
@@ -186,10 +191,13 @@ def _of_pictures(
     kinds = 2 if wanted.class_images else 1
     denoiser, batch = denoising.dry(skeleton, wanted.resolution, denoising.latent(model), kinds)
     beside = denoising.others(model) * memory.DTYPES[experiment.train.weights].itemsize
+    needed, more = _estimated(denoiser, batch(experiment.train.batch_size), experiment, changes, beside)
+    settings += more
+    recipe, experiment = _experiment(settings, changes)
     before = [
         f"{len(subject.images)} photographs of “{wanted.token} {wanted.word}”, in {wanted.resolution} x {wanted.resolution}",
         f"{summary.trainable:,} of {summary.base:,} parameters train ({summary.share:.2%}); {experiment.train.steps:,} steps",
-        *_estimated(denoiser, batch(experiment.train.batch_size), experiment, beside),
+        *needed,
         f"first the model draws {wanted.class_images} pictures of “a photo of {wanted.word}”, which it shall not forget",
     ]
     told = dreambooth.odd(subject, wanted.resolution)
@@ -290,32 +298,53 @@ def _before(table: tables.Table, drawn: Sketch, experiment: Experiment) -> list[
         f"longest {max(lengths):,}; {cut:,} of {len(lengths):,} ({cut / len(lengths):.1%}) are cut at {most:,}",
         f"one example, as the model sees it: {example}",
         f"{summary.trainable:,} of {summary.base:,} parameters train ({summary.share:.2%}); {steps:,} steps",
-        *_memory(drawn, experiment),
     ]
 
 
-def _memory(drawn: Sketch, experiment: Experiment) -> list[str]:
-    """The memory that a step takes, beside what the device has."""
+def _batch(drawn: Sketch, experiment: Experiment) -> Mapping[str, Tensor] | None:
+    """A batch of the largest shape that a process trains on; None if the task gives none."""
     if drawn.batch is None:
-        return []
+        return None
     data, train = experiment.data, experiment.train  # type: ignore[attr-defined]
     length = data.max_tokens if getattr(data, "packing", False) else min(data.max_tokens, max(drawn.lengths))
-    rows = -(-train.batch_size // parallel.processes())
-    return _estimated(drawn.model, drawn.batch(rows, length), experiment)
+    return drawn.batch(-(-train.batch_size // parallel.processes()), length)
 
 
-def _estimated(model: nn.Module, batch: Mapping[str, Tensor], experiment: Experiment, beside: int = 0) -> list[str]:
-    """The memory of a step on a batch, beside what the device has; ``beside``: the bytes of weights outside the model."""
+def _estimated(
+    model: nn.Module, batch: Mapping[str, Tensor], experiment: Experiment, changes: Sequence[str], beside: int = 0
+) -> tuple[list[str], list[Setting]]:
+    """The memory of a step on a batch, beside what the device has; and the setting of checkpointing, if it is needed and the
+    changes say nothing of it. ``beside``: the bytes of weights outside the model.
+    """
     train, device = experiment.train, "cuda" if torch.cuda.is_available() else "cpu"
-    if train.checkpointing:
+    left, settings = memory.available(device), []
+
+    def found() -> memory.Memory:
+        step = memory.estimate(model, batch, train.precision, device, train.accumulation)
+        return replace(step, peak=step.peak + beside, weights=step.weights + beside)
+
+    if again := train.checkpointing:
         memory.checkpoint(model)
     try:
-        found = memory.estimate(model, batch, train.precision, device, train.accumulation)
+        needed = found()
+        if needed.peak > left and _given(changes, "train.checkpointing", None) is None and _checkpoints(model):
+            without, needed, again = needed, found(), True
+            why = f"a step takes {memory.size(without.peak)} without it, and the {device} has {memory.size(left)} left"
+            settings.append(Setting("train.checkpointing", True, why))
     except Exception as error:  # the model's own code, which may ask for values that are not there
         reason = str(error).strip().partition("\n")[0]
-        return [f"memory: not estimated, for the model could not be run without its values ({type(error).__name__}: {reason})"]
-    found = replace(found, peak=found.peak + beside, weights=found.weights + beside)
-    return memory.told(found, memory.available(device), device, train.checkpointing)
+        told = f"memory: not estimated, for the model could not be run without its values ({type(error).__name__}: {reason})"
+        return [told], settings
+    return memory.told(needed, left, device, again), settings
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Have a model checkpoint, if it can."""
+    try:
+        memory.checkpoint(model)
+    except ConfigError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- the recipe as a file
