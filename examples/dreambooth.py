@@ -21,7 +21,7 @@ from delora import DeLoRA
 
 def learn(unet, scheduler, latents, text, steps):
     """Latents [pictures, channels, h, w] and the prompt's embedding [1, tokens, width]; the U-Net is adapted in place."""
-    delora.inject(unet, DeLoRA(r=16, lam=4.0, learn_lam=True), targets=r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+    delora.inject(unet, DeLoRA(r=16, lam=4.0, start="copy", learn_lam=True), targets=r".*attn[12]\.(to_q|to_k|to_v|to_out\.0)")
     print(delora.summary(unet))
     optimizer = torch.optim.AdamW(delora.param_groups(unet, lr=2e-2, lam_lr=1e-3, weight_decay=0.01))
     for step in range(steps):

@@ -34,7 +34,7 @@ LAMS = (1.0, 2.0, 4.0, 8.0)
 LOW, HIGH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 LAM_SHARE = 0.5  # lam's rate over A's and B's
 
-DELORA = DeLoRA(r=8, learn_lam=True)  # as the paper trains it
+DELORA = DeLoRA(r=8, start="subtract", learn_lam=True)  # as the paper trains it
 METHODS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
     "LoRA": ([LoRA(r=8, alpha=16.0)], LOW),
     "DoRA": ([DoRA(r=8, alpha=16.0)], LOW),
@@ -220,6 +220,13 @@ def knob() -> Iterator[Job]:
             yield Job("knob", "LoRA", LoRA(r=r, alpha=2.0 * r), lr, 0.0, seed)
 
 
+def knob_start() -> Iterator[Job]:
+    """DeLoRA's runs of `knob` with the chosen start."""
+    chosen, start = knobs.chosen_default()[0], knobs.of_start()
+    for r, seed, lr in product(reach.RANKS, reach.JUDGED_SEEDS, reach.JUDGED_RATES):
+        yield reaching("knob-start", knobs.chosen_mode(), lr, seed, "DeLoRA", chosen, r=r, **start)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
@@ -238,6 +245,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "choose": choose,
     "equal": equal,
     "knob": knob,
+    "knob-start": knob_start,
 }
 
 # ---------------------------------------------------------------- running them

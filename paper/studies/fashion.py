@@ -48,7 +48,7 @@ ENDS = (HIGH[0], HIGH[-1])
 
 LORA: Adapter = {"method": "lora", "r": R, "alpha": 2.0 * R}
 DORA: Adapter = {"method": "dora", "r": R, "alpha": 2.0 * R}
-DELORA: Adapter = {"method": "delora", "r": R, "learn_lam": True}  # as the paper trains it
+DELORA: Adapter = {"method": "delora", "r": R, "learn_lam": True, "start": "subtract"}  # as the paper trains it
 # Each case with the settings and rates to choose from.
 METHODS: dict[str, tuple[list[Adapter], tuple[float, ...]]] = {
     "LoRA": ([LORA], LOW),
@@ -169,10 +169,10 @@ def maps() -> Iterator[Job]:
 
 
 def knob() -> Iterator[Job]:
-    """The chosen reach against LoRA, for `knobs.knob`."""
+    """The chosen reach and start against LoRA, for `knobs.knob`."""
     chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
     method, learned, _ = reach.MODES[mode]
-    adapter = {"method": method, "r": R, "reach": chosen} | learned
+    adapter = {"method": method, "r": R, "reach": chosen} | learned | knobs.of_start()
     for seed in reach.SUBJECT_SEEDS:
         for lr in reach.FEW_RATES:
             yield from jobs("knob", "DeLoRA", adapter, lr, seed, SUBJECTS, lam_lr=reach.lam_lr(mode, lr))

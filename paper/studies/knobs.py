@@ -53,7 +53,10 @@ def read(study: str, results: Path = RESULTS) -> dict[str, Task]:
     """The rows so far of a study of reach, by the task's name."""
     tasks = {}
     for name, (folder, end, chance) in TASKS.items():
-        if rows := [_with_fields(row) for row in engine.read(study + end, results / folder)]:
+        # The runs of the chosen start are beside the runs of LoRA that `knob` has.
+        other = [r for r in engine.read("knob" + end, results / folder) if r["case"] == "LoRA"] if study == "knob-start" else []
+        own = engine.read(study + end, results / folder)
+        if rows := [_with_fields(row) for row in [*own, *(other if own else [])]]:
             # A subject has no pictures to choose by: LoRA's rate is the best by the score itself, which favours LoRA.
             tasks[name] = Task(rows, chance, "test" if folder == "fashion" else "validation")
     return tasks
@@ -85,6 +88,28 @@ def second() -> dict[str, Task]:
 def chosen_mode() -> str:
     """The mode that `strength_mode` chooses from the rows of `second`."""
     return strength_mode(second())[0]
+
+
+def starts() -> dict[str, Task]:
+    """The rows that choose the start, with those of `subtract` from the study of modes where the study has none of its own."""
+    tasks = {}
+    for name, task in read("equal").items():
+        rows = list(task.rows)
+        if not any(row["case"] == "subtract" for row in rows):
+            mode = chosen_mode()
+            rows += [r | {"case": "subtract"} for r in read("strength")[name].rows if r["case"] == mode]
+        tasks[name] = Task(rows, task.chance)
+    return tasks
+
+
+def chosen_start() -> str:
+    """The start that `equal_starts` chooses from the rows of `starts`."""
+    return equal_starts(starts())[0]
+
+
+def of_start() -> reach.Fields:
+    """The fields of the start that is chosen."""
+    return ({"subtract": {"start": "subtract"}} | reach.STARTS)[chosen_start()]
 
 
 def chosen_default() -> tuple[float, float]:

@@ -29,7 +29,7 @@ from paper.studies.digits import STARTS
 RESULTS = Path("paper/results/sentences")
 SEEDS = (10, 11)
 FACTORS = (0.25, 1.0, 2.0, 4.0, 8.0, 16.0)
-DELORA: dict[str, Any] = {"method": "delora", "r": 8, "learn_lam": True}  # as the paper trains it
+DELORA: dict[str, Any] = {"method": "delora", "r": 8, "learn_lam": True, "start": "subtract"}  # as the paper trains it
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "LoRA": ({"method": "lora", "r": 8, "alpha": 16.0}, 3e-3),
     "DoRA": ({"method": "dora", "r": 8, "alpha": 16.0}, 3e-3),
@@ -188,6 +188,13 @@ def knob(study: str, task: str) -> Iterator[Job]:
             yield Job(study, "LoRA", {"method": "lora", "r": 8, "alpha": 16.0}, lr, seed, task=task, size=MIDDLE)
 
 
+def knob_start(study: str, task: str) -> Iterator[Job]:
+    """DeLoRA's runs of `knob` with the chosen start."""
+    reaches, start = (reach.PRETRAINED, knobs.chosen_default()[0]), knobs.of_start()
+    for seed, own, lr in product(reach.JUDGED_SEEDS, reaches, reach.JUDGED_RATES):
+        yield reaching(study, task, knobs.chosen_mode(), lr, seed, "DeLoRA", own, **start)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "robustness": robustness,
     "robustness-judged": judged,
@@ -209,6 +216,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "equal-product": partial(equal, "equal-product", "product"),
     "knob-movie": partial(knob, "knob-movie", "movie"),
     "knob-product": partial(knob, "knob-product", "product"),
+    "knob-start-movie": partial(knob_start, "knob-start-movie", "movie"),
 }
 
 
