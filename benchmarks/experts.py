@@ -84,8 +84,8 @@ VARIANTS: dict[str, tuple[Callable[[nn.Module, int], nn.Module], bool]] = {  # h
     "PEFT LoRA": (by_peft, True),
     "LoRA": (ours(lambda r: LoRA(r=r)), True),
     "LoRA, changed weights": (ours(lambda r: LoRA(r=r)), False),
-    "DeLoRA": (ours(lambda r: DeLoRA(r=r)), True),
-    "DeLoRA, changed weights": (ours(lambda r: DeLoRA(r=r)), False),
+    "DeLoRA": (ours(lambda r: DeLoRA(r=r, start="subtract")), True),
+    "DeLoRA, changed weights": (ours(lambda r: DeLoRA(r=r, start="subtract")), False),
 }
 
 

@@ -158,7 +158,7 @@ def variants(r: int) -> dict[str, Callable[[nn.Module, list[str], float], nn.Mod
         "frozen": frozen,
         "LoRA": ours(LoRA(r=r)),
         "DeLoRA soft": ours(DeLoRA(r=r, start="soft")),
-        "DeLoRA subtract": ours(DeLoRA(r=r)),
+        "DeLoRA subtract": ours(DeLoRA(r=r, start="subtract")),
         "PEFT DeLoRA": peft_model(peft.DeloraConfig(r=r)),
         "paper's formula": dense(r),
         "DoRA": ours(DoRA(r=r)),
@@ -322,7 +322,7 @@ def mixed(seconds: float, tokens: int) -> list[Row]:
     for name in names:
         if name != names[0]:
             theirs.add_adapter(name, config)
-        delora.inject(own, DeLoRA(r=8), ["layers.0"], name=name)
+        delora.inject(own, DeLoRA(r=8, start="subtract"), ["layers.0"], name=name)
     rows = [names[i % 16] for i in range(32)]
 
     def run(model: nn.Module, **more: Any) -> Callable[[], None]:

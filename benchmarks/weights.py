@@ -84,7 +84,7 @@ def run(variant: str, layers: int, r: int) -> dict[str, tuple[float, float, floa
         return result
 
     methods = {
-        "DeLoRA subtract": delora.DeLoRA(r=r),
+        "DeLoRA subtract": delora.DeLoRA(r=r, start="subtract"),
         "DeLoRA soft": delora.DeLoRA(r=r, start="soft"),
         "LoRA": delora.LoRA(r=r),
     }

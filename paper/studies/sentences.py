@@ -61,6 +61,7 @@ class Size:
     epochs: int
     short: bool = True
     whole: bool = False
+    batch: int = 32
 
 
 LONG, MIDDLE, SHORT = Size(1000, 500, 1000, 2, short=False), Size(1000, 300, 800, 2), Size(500, 300, 8, 1)
@@ -85,12 +86,14 @@ class Job:
     size: Size = LONG
     cut: tuple[int, ...] = ()
     lam_lr: float | None = None
+    targets: str | tuple[str, ...] = ("query", "value")
 
     def key(self) -> dict[str, Any]:
         strength = {name: self.adapter[name] for name in ("lam", "reach") if name in self.adapter}
         rank = {"r": self.adapter["r"]} if self.study.partition("-")[0] in ("ranks", "knob") else {}
         clip = {"clip": self.clip} if self.clip else {}
-        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | strength | rank | clip
+        epochs = {"epochs": self.size.epochs} if self.study.startswith("few") else {}
+        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | strength | rank | clip | epochs
 
 
 def robustness() -> Iterator[Job]:
@@ -178,6 +181,16 @@ def equal(study: str, task: str) -> Iterator[Job]:
         yield reaching(study, task, knobs.chosen_mode(), lr, seed, case, reach.REACH, size, **fields)
 
 
+def few(study: str, task: str) -> Iterator[Job]:
+    """Starts and rates as `delora finetune` sets up a table of few rows, for `knobs.few` and `knobs.few_rate`."""
+    for seed, lr, epochs, (case, fields) in product(
+        reach.FEW_SEEDS, reach.STEP_RATES, reach.FEW_EPOCHS, reach.FEW_STARTS.items()
+    ):
+        size = Size(reach.FEW_ROWS, 200, 800, epochs, whole=True, batch=4)
+        job = reaching(study, task, knobs.chosen_mode(), lr, seed, case, reach.REACH, size, **fields)
+        yield replace(job, targets="all-linear")
+
+
 def knob(study: str, task: str) -> Iterator[Job]:
     """The chosen reach against LoRA at rank 8, for `knobs.knob`."""
     chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
@@ -214,6 +227,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "choose-product": partial(choose, "choose-product", "product"),
     "equal-movie": partial(equal, "equal-movie", "movie"),
     "equal-product": partial(equal, "equal-product", "product"),
+    "few-movie": partial(few, "few-movie", "movie"),
     "knob-movie": partial(knob, "knob-movie", "movie"),
     "knob-product": partial(knob, "knob-product", "product"),
     "knob-start-movie": partial(knob_start, "knob-start-movie", "movie"),
@@ -224,7 +238,9 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     kind, domain, _ = TASKS[job.task]
     size = replace(job.size, test=1000) if job.cut else job.size
-    train: dict[str, Any] = {"epochs": size.epochs} | ({"precision": "bf16"} if size.short and not size.whole else {})
+    train: dict[str, Any] = {"epochs": size.epochs, "batch_size": size.batch} | (
+        {"precision": "bf16"} if size.short and not size.whole else {}
+    )
     rates = reach.rates(job.adapter, job.lr, job.lr / 2 if job.lam_lr is None else job.lam_lr)
     with tempfile.TemporaryDirectory() as folder:
         experiment = parse(
@@ -239,7 +255,7 @@ def work(job: Job) -> dict[str, Any]:
                     **{name: getattr(size, name) for name in ("train", "validation", "test")},
                     **({"max_tokens": 24} if size.short else {}),
                 },
-                "adapter": job.adapter | {"targets": ["query", "value"], "also_train": ["pooler", "classifier"]},
+                "adapter": job.adapter | {"targets": job.targets, "also_train": ["pooler", "classifier"]},
                 "train": rates | {"head_lr": 1e-3, "clip": job.clip} | train,
             }
         )
