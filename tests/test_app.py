@@ -13,7 +13,7 @@ from rich.console import Console
 
 import delora
 from delora import tasks
-from delora.app import page, shown
+from delora.app import blended, page, shown
 from delora.evaluation.answers import answer
 from delora.formats.files import AdapterError
 from delora.formats.native import is_adapter
@@ -139,6 +139,23 @@ def test_runs_of_two_base_models_are_not_on_one_page(done, talks):
         page(shown(done), shown(talks))
 
 
+def test_a_blend_is_the_weighted_sum_of_the_runs_changes(talks):
+    folders = talks, talks / "variants" / "slow"
+    blend, (first, second) = blended(*folders), (shown(folder) for folder in folders)
+    asked = "who are you"
+    assert blend.at([1.0, 0.0], asked) == first.at(1.0, asked)
+    assert blend.at([0.0, 1.0], asked) == second.at(1.0, asked)
+    assert blend.at([0.0, 0.0], asked) == first.at(0.0, asked) != first.at(1.0, asked)
+    assert blended(talks, talks).at([0.5, 0.25], asked) == first.at(0.75, asked)
+
+
+def test_runs_that_have_no_blend_are_refused_in_words(done, talks):
+    with pytest.raises(delora.errors.UserError, match="trained .*classifier.* whole"):
+        blended(done, done)
+    code, _, err = test_cli.run("app", talks, "--blend")
+    assert (code, "one is given" in err) == (2, True)
+
+
 # ---------------------------------------------------------------- in a browser
 
 
@@ -149,8 +166,8 @@ def browser():
 
 
 @contextmanager
-def served(*runs):
-    blocks = page(*runs)
+def served(*runs, blend):
+    blocks = page(*runs, blend=blend)
     _, address, _ = blocks.launch(prevent_thread_lock=True, quiet=True, share=False, server_name="127.0.0.1")
     try:
         yield address
@@ -163,15 +180,16 @@ def served(*runs):
 # Sockets that Playwright and gradio's server leave to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: make test installs it where apt-get may")
-@pytest.mark.parametrize(("run", "others"), [("done", []), ("talks", ["variants/slow"])], ids=["one", "two"])
+@pytest.mark.parametrize(("run", "others"), [("done", []), ("talks", ["variants/slow"])], ids=["one", "two and their blend"])
 def test_a_user_in_a_browser_moves_the_slider(run, others, browser, request, tmp_path):
     folder = request.getfixturevalue(run)
-    runs = [shown(folder), *(shown(folder / other) for other in others)]
-    with served(*runs) as address:
-        browser(moves(runs, address, tmp_path / "app.png"))
+    folders = [folder, *(folder / other for other in others)]
+    runs, blend = [shown(each) for each in folders], blended(*folders) if others else None
+    with served(*runs, blend=blend) as address:
+        browser(moves(runs, blend, address, tmp_path / "app.png"))
 
 
-def moves(runs, address, picture):
+def moves(runs, blend, address, picture):
     """What a user does: ask at 0, and something hostile at 2; the sides come to say what the model does at 0 and at these."""
 
     async def act(tab):
@@ -182,15 +200,25 @@ def moves(runs, address, picture):
         await tab.goto(address)
         await expect(tab.locator("#ask")).to_be_visible(timeout=30_000)
         title = await tab.title()
-        assert title == f"delora: {', '.join(run.title for run in runs)}"  # the name is shown as it is, and does nothing
+        titles = [run.title for run in runs]
+        of_one_name = [f"{each} ({number})" for number, each in enumerate(titles, 1)]
+        assert (
+            title == f"delora: {', '.join(titles if len(set(titles)) == len(titles) else of_one_name)}"
+        )  # as text: it does nothing
+
+        async def write(slider, value):
+            number = tab.locator(f"{slider} input[type=number]")
+            await number.fill(str(value))
+            await number.press("Tab")
 
         async def ask(prompt, strength):
             expected = {"#base": runs[0].at(0.0, prompt)}
             expected |= {f"#adapted-{number}": run.at(strength, prompt) for number, run in enumerate(runs, 1)}
             await tab.locator("#prompt textarea").fill(prompt)
-            number = tab.locator("#strength input[type=number]")
-            await number.fill(str(strength))
-            await number.press("Tab")
+            await write("#strength", strength)
+            if blend is not None:
+                expected["#blend"] = blend.at([0.5 * strength, 0.25 * strength], prompt)
+                await write("#weight-2", 0.25)  # the first is at a half
             await tab.locator("#ask").click()
             for side, said in expected.items():
                 if isinstance(said, str):

@@ -501,6 +501,8 @@ def test_a_hint_for_a_judge_works_as_it_is_written(world, tmp_path, key):
         (["{world}/data/dog2/00.png", "--word", "dog"], "is one picture: give the folder"),
         (["{world}/data/dog2", "--word", "dog", "subject.judge=true"], "subject.dino=FOLDER"),
         (["{world}/data/prompts_and_classes.txt", "--word", "dog"], "--word is what photographs show"),
+        (["{world}/data/dog3", "--word", "dog"], "dog3 is not there"),
+        (["{world}/data", "--word", "dog"], "data holds none: give a folder of photographs"),
     ],
 )
 def test_photographs_that_cannot_be_learned_are_refused_in_words(world, tmp_path, monkeypatch, arguments, words):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -17,14 +17,15 @@ import delora
 from delora import tasks
 from delora.errors import UserError
 from delora.formats.native import require_adapter
-from delora.models import adapters
+from delora.models import adapter_names, adapters
 from delora.training.runs import adapter_in
 from delora.training.task import Kind
 
-__all__ = ["MOST", "Shown", "page", "shown"]
+__all__ = ["MOST", "Blend", "Shown", "blended", "page", "shown"]
 
 MOST = 2.0  # the slider's right end
 WIDE = 256  # pixels: a narrower picture is enlarged by a whole factor
+BLEND = "blend"  # the name of the sum beside the adapters that it is made of
 LAYERS = 40  # bars of the picture of layers; of more, those that changed most
 
 
@@ -104,6 +105,50 @@ def shown(run: Path, adapter: Path | None = None) -> Shown:
     return Shown(experiment.name, kind, model, answer, report if report.is_file() else None, experiment.model)
 
 
+@dataclass(frozen=True)
+class Blend:
+    """The adapters of several runs in one model, named by their places: 1, 2, ..."""
+
+    model: Any
+    answer: Callable[[str], Any]
+    turning: Any = field(default_factory=RLock, repr=False, compare=False)
+
+    def at(self, weights: Sequence[float], prompt: str) -> Any:
+        """The answer at W + sum of weight * (W' - W) over the runs, each W' at strength 1 (`delora.blend`)."""
+        with self.turning:
+            if BLEND in adapter_names(self.model):
+                delora.activate(self.model, "1")
+                delora.eject(self.model, BLEND)
+            delora.blend(self.model, {str(n): w for n, w in enumerate(weights, 1)}, BLEND)
+            return self.answer(prompt)
+
+
+def blended(*folders: Path) -> Blend:
+    """The adapters of finished runs of one base model, loaded into it once more.
+
+    Raises:
+        UserError: a folder holds no finished run; or an adapter is of another base, is not low-rank, or trained a module whole.
+    """
+    first = tasks.of_run(folders[0])
+    _, model, answer = tasks.find(first.task).respond(first, adapter_in(folders[0]))
+    for number, folder in enumerate(folders, 1):
+        name = str(number)
+        delora.load(model, adapter_in(folder), name=name, methods=tasks.of_run(folder).adapter.classes())
+        if whole := [layer for layer, a in adapters(model, name).items() if a.whole]:
+            raise UserError(
+                f"{folder} trained {', '.join(whole)} whole, and the sum of two such modules answers for neither: blends are "
+                "for runs that trained adapters alone"
+            )
+        delora.strength(model, 1.0, name)
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    blend = Blend(model, answer)
+    try:
+        delora.blend(model, dict.fromkeys(adapter_names(model), 0.0), BLEND)
+    except ValueError as error:
+        raise UserError(f"these runs have no blend: {error}") from error
+    return blend
+
+
 def enlarged(picture: Any) -> Any:
     """A picture, larger by a whole factor if it is small; every pixel stays a square.
 
@@ -115,8 +160,8 @@ def enlarged(picture: Any) -> Any:
     return picture.resize((times * picture.width, times * picture.height), 0)  # 0: the nearest pixel
 
 
-def page(*runs: Shown) -> Any:
-    """The page, a ``gradio.Blocks``, which ``launch`` serves: the base model, and beside it each run's.
+def page(*runs: Shown, blend: Blend | None = None) -> Any:
+    """The page, a ``gradio.Blocks``, which ``launch`` serves: the base model, beside it each run's, and their blend.
 
     Prompts and names are shown as text, whatever they contain.
 
@@ -146,16 +191,20 @@ def page(*runs: Shown) -> Any:
 
     base_says = lru_cache(maxsize=8)(lambda prompt: first.at(0.0, prompt))  # the slider moves, the base does not
 
-    def answers(prompt: str, strength: float) -> list[Any]:
+    def answers(prompt: str, strength: float, *weights: float) -> list[Any]:
         if not prompt.strip():
             raise gr.Error("Write something first.")
         try:
             said = [base_says(prompt), *(run.at(strength, prompt) for run in runs)]
+            if blend is not None:
+                said.append(blend.at([strength * weight for weight in weights], prompt))
         except UserError as error:
             raise gr.Error(html.escape(str(error))) from error
         return [enlarged(each) for each in said] if first.kind == "picture" else said
 
-    title = ", ".join(run.title for run in runs)
+    titles = [run.title for run in runs]
+    named = [t if titles.count(t) == 1 else f"{t} ({n})" for n, t in enumerate(titles, 1)]  # of one name: told apart by place
+    title = ", ".join(named)
     with gr.Blocks(title=f"delora: {title}", analytics_enabled=False) as blocks:
         gr.HTML(f"<h2>{html.escape(title)}</h2>")
         prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
@@ -167,19 +216,26 @@ def page(*runs: Shown) -> Any:
             label="Strength: 0 is the base, 1 what was trained",
             elem_id="strength",
         )
+        weights = [
+            gr.Slider(0, 1, 1 / len(runs), step=0.05, label=f"Weight of {name} in the blend", elem_id=f"weight-{n}")
+            for n, name in enumerate(named if blend is not None else (), 1)
+        ]
         ask = gr.Button("Ask", variant="primary", elem_id="ask")
         with gr.Row():
             whole = any(a.whole for a in adapters(first.model).values())
-            trained = f", with what {first.title if len(runs) > 1 else 'was'} trained whole" if whole else ""
+            trained = f", with what {named[0] if len(runs) > 1 else 'was'} trained whole" if whole else ""
             columns = [output(f"Base model{trained}", "base")]
-            for number, run in enumerate(runs, 1):
-                columns.append(output("Adapted" if len(runs) == 1 else run.title, f"adapted-{number}"))
-        asked = [prompt, strength]
+            for number, name in enumerate(named, 1):
+                columns.append(output("Adapted" if len(runs) == 1 else name, f"adapted-{number}"))
+            if blend is not None:
+                columns.append(output("Blend", "blend"))
+        asked = [prompt, strength, *weights]
         ask.click(answers, asked, columns)
         prompt.submit(answers, asked, columns)
-        strength.release(lambda p, s: answers(p, s) if p.strip() else [None] * len(columns), asked, columns)
-        for run in runs:
-            of_run = f" ({run.title})" if len(runs) > 1 else ""
+        for slider in (strength, *weights):
+            slider.release(lambda p, *at: answers(p, *at) if p.strip() else [None] * len(columns), asked, columns)
+        for run, name in zip(runs, named, strict=True):
+            of_run = f" ({name})" if len(runs) > 1 else ""
             if any(not a.whole for a in adapters(run.model).values()):
                 with gr.Accordion(f"How far each layer is from the base{of_run}", open=False):
                     plot = gr.Plot(show_label=False)

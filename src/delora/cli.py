@@ -718,6 +718,7 @@ def convert(
     epilog=_examples(
         "delora app runs/tickets",
         "delora app runs/tickets runs/other --port 8000",
+        "delora app runs/pirate runs/polite --blend",
     ),
 )
 def show(
@@ -732,16 +733,22 @@ def show(
     adapter: Annotated[
         Path | None, typer.Option(help="Another adapter of the same base model, in place of the run's.", show_default=False)
     ] = None,
+    blend: Annotated[
+        bool, typer.Option("--blend", help="A column more: the weighted sum of the runs' changes, a slider for each.")
+    ] = False,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
 ) -> None:
     """Open a page with the base model beside the adapted one, and the strength as a slider."""
     if adapter is not None and len(folders) > 1:
         raise typer.BadParameter(f"--adapter is for one run, and {len(folders)} are given")
+    if blend and len(folders) == 1:
+        raise typer.BadParameter("--blend is the sum of several runs, and one is given")
     _quiet()
     from delora import app as pages
 
-    blocks = pages.page(*(pages.shown(folder, adapter) for folder in folders))
+    runs = [pages.shown(folder, adapter) for folder in folders]
+    blocks = pages.page(*runs, blend=pages.blended(*folders) if blend else None)
     out.print(f"http://{host}:{port}/ (Ctrl-C ends it)", markup=False)
     blocks.launch(server_name=host, server_port=port, quiet=True, share=False)
 

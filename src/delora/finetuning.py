@@ -87,7 +87,9 @@ def plan(
         others = [name for name, value in {**given, "sample": sample or None}.items() if value is not None]
         return _of_pictures(model, source, changes, out, word, others, log)
     if word is not None:
-        raise DataError(f"--word is what photographs show, and {source}{nearest_path(source)} is no folder of photographs")
+        path = Path(source)
+        found = "is a file" if path.is_file() else "holds none" if path.is_dir() else f"is not there{nearest_path(source)}"
+        raise DataError(f"--word is what photographs show, and {source} {found}: give a folder of photographs, as .jpg or .png")
     seed = _given(changes, "seed", 0)
     table = tables.read(source, kind=kind, text=text, label=label, columns=_roles(columns), group=group, seed=seed)
     task = _task(table, source)
