@@ -1,4 +1,4 @@
-"""Two small recipes, one of classes and one of language, whose runs are stopped, continued and compared."""
+"""Small recipes, of classes and of language, whose runs are stopped, continued and compared."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from safetensors.torch import load_file
 
 from delora import tasks
 from delora.training import experiments
-from tests import tiny
+from tests import test_chat, test_preference, tiny, tiny_chat
 
 __all__ = ["KINDS", "make", "same", "stopped", "trained"]
 
-KINDS = ("sentiment", "instructions")
+KINDS = ("sentiment", "instructions", "chat", "preference")
 
 
 def make(folder: Path) -> None:
-    """A recipe of each kind, ``sentiment.json`` and ``instructions.json``, with what it needs.
+    """A recipe of each kind, such as ``sentiment.json``, with what it needs.
 
     Neither training nor validation is a multiple of the batch: of the last ones each process has a part.
     """
@@ -39,6 +39,17 @@ def make(folder: Path) -> None:
     words["train"] |= {"batch_size": 4, "accumulation": 2, "save_steps": 5}
     words["adapter"] |= {"targets": "all-linear", "also_train": [], "exclude": ["lm_head"]}
     tiny.write(words, folder / "instructions.json")
+    talks, pairs = folder / "talks", folder / "pairs"
+    talks.mkdir()
+    pairs.mkdir()
+    chats = test_chat.written(talks, test_chat.rows_of(60))
+    llm, some = (
+        tiny_chat.make_model(folder / "chat-llm"),
+        {"train": {"lr": 1e-3, "batch_size": 4, "epochs": 3, "record_steps": 1}},
+    )
+    tiny.write(test_chat.recipe(llm, chats, folder / "one-chat", **some), folder / "chat.json")
+    source = test_preference.written(pairs, test_preference.pairs_of(60))
+    tiny.write(test_preference.recipe(llm, source, folder / "one-preference", **some), folder / "preference.json")
 
 
 def trained(folder: Path, kind: str, out: str, *changes: str) -> None:

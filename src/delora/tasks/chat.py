@@ -60,6 +60,7 @@ __all__ = [
     "validation",
 ]
 
+PARALLEL = True
 METRIC = "likelihood"
 NOT_SHARES = ("perplexity",)
 KINDS = ("chat", "completion", "text")
@@ -132,8 +133,9 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     )
 
     def score() -> dict[str, Any]:
+        following = predicted(model, data.test[:COMPARED])  # of a model in parts all processes compute it
         if parallel.first():
-            write_json(context.folder / NEXT, predicted(model, data.test[:COMPARED]))
+            write_json(context.folder / NEXT, following)
         scores = scored(model, tokenizer, experiment, data.test)
         with delora.disabled(model):
             scores |= {f"{name} before": value for name, value in scored(model, tokenizer, experiment, data.test).items()}

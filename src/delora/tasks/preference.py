@@ -31,6 +31,7 @@ from delora.data.examples import DataError
 from delora.data.packing import Collator
 from delora.evaluation.language import predicted, token_sums
 from delora.formats.native import is_adapter
+from delora.training import parallel
 from delora.training.causal_lm import (
     COMPARED,
     NEXT,
@@ -71,6 +72,7 @@ __all__ = [
     "validation",
 ]
 
+PARALLEL = True
 METRIC, ACCURACY = "likelihood", "accuracy"
 NOT_SHARES = ("perplexity",)
 SIDES = ("chosen", "rejected")
@@ -253,7 +255,9 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
     )
 
     def score() -> dict[str, Any]:
-        write_json(context.folder / NEXT, predicted(model, answers[:COMPARED]))
+        following = predicted(model, answers[:COMPARED])  # of a model in parts all processes compute it
+        if parallel.first():
+            write_json(context.folder / NEXT, following)
         scores = judged(model, parts["test"], collate, experiment)
         scores["perplexity before"] = perplexity(parts["test"])
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
