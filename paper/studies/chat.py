@@ -79,12 +79,12 @@ def robustness() -> Iterator[Job]:
 
 
 def knob() -> Iterator[Job]:
-    """The chosen reach and start against LoRA, for `knobs.knob`."""
+    """The chosen reach against LoRA, for `knobs.knob`."""
     chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
     method, learned, _ = reach.MODES[mode]
     for seed in reach.CHAT_SEEDS:
         for own, lr in (*((reach.PRETRAINED, lr) for lr in reach.FEW_RATES), (chosen, reach.FEW_RATES[1])):
-            adapter = {"method": method, "r": 8, "reach": own} | learned | knobs.of_start()
+            adapter = {"method": method, "r": 8, "reach": own} | learned
             yield Job("knob", "DeLoRA", adapter, lr, seed, lam_lr=reach.lam_lr(mode, lr))
         for lr in reach.CHAT_LORA_RATES:
             yield Job("knob", "LoRA", METHODS["LoRA"][0], lr, seed)

@@ -169,10 +169,10 @@ def maps() -> Iterator[Job]:
 
 
 def knob() -> Iterator[Job]:
-    """The chosen reach and start against LoRA, for `knobs.knob`."""
+    """The chosen reach against LoRA, for `knobs.knob`."""
     chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
     method, learned, _ = reach.MODES[mode]
-    adapter = {"method": method, "r": R, "reach": chosen} | learned | knobs.of_start()
+    adapter = {"method": method, "r": R, "reach": chosen} | learned
     for seed in reach.SUBJECT_SEEDS:
         for lr in reach.FEW_RATES:
             yield from jobs("knob", "DeLoRA", adapter, lr, seed, SUBJECTS, lam_lr=reach.lam_lr(mode, lr))

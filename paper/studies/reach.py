@@ -10,8 +10,7 @@ were committed with this file, before the first run.
 4. ``knob``: the chosen reach at other seeds, over rates and ranks, against LoRA's rates. `knobs.knob` judges.
 5. ``few``: starts and rates in the set-up of `delora finetune`: all linear layers, few rows. `knobs.few` judges the start,
    `knobs.few_rate` the rate.
-6. ``knob-start``: DeLoRA's runs of ``knob`` with the start that ``equal`` chose, on digits and film reviews; its chat model and
-   subjects were not run before that, and have it in ``knob``.
+6. ``knob-start``: DeLoRA's runs of ``knob`` with the start that ``equal`` chose, on digits and film reviews.
 """
 
 from __future__ import annotations
