@@ -6,6 +6,7 @@ chance. Differences are paired by the seed, in shares of one.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -231,6 +232,36 @@ def few_rate(tasks: Mapping[str, Task], start: str) -> tuple[float, dict[float, 
     mean = {lr: over(by_task.values()) for lr, by_task in gains.items()}
     best = max(rates, key=lambda lr: mean[lr].score)
     return (best if mean[best].gain > 2 * mean[best].error else RATE), gains
+
+
+def own_default(tasks: Mapping[str, Task] | None = None) -> tuple[tuple[float, float], float]:
+    """Reach and rate of `delora finetune` with a new head, and LoRA's rate, from the validation scores of ``own-choose``.
+
+    Rule: of DeLoRA's pairs of reach and rate, and of LoRA's rates, those with the highest mean over both numbers of rows and
+    the choosing seeds.
+    """
+    ((_, task),) = (read("own-choose") if tasks is None else tasks).items()
+
+    def score(**having: Any) -> float:
+        return fmean(fmean(task.scores("validation", epochs=n, **having).values()) for n, _ in reach.OWN_ROWS.values())
+
+    pairs = [(own, lr) for own in reach.OWN_GRID[0] for lr in reach.OWN_GRID[1]]
+    best = max(pairs, key=lambda pair: score(case="DeLoRA", reach=pair[0], lr=pair[1]))
+    return best, max(reach.OWN_LORA_RATES, key=lambda lr: score(case="LoRA", lr=lr))
+
+
+def own_cells(task: Task) -> dict[tuple[int, float], tuple[float, Gain]]:
+    """By the number of rows and the factor: LoRA's mean test score, and DeLoRA's gain over LoRA at the same factor.
+
+    Claim: for both numbers of rows DeLoRA is at most one standard error below LoRA at its chosen rate, and at three times the
+    rate it is not more than two standard errors below.
+    """
+    cells = {}
+    for (rows, (epochs, _)), factor in itertools.product(reach.OWN_ROWS.items(), reach.OWN_FACTORS):
+        base = task.scores(case="LoRA", epochs=epochs, factor=factor)
+        ours = task.scores(case="DeLoRA", epochs=epochs, factor=factor)
+        cells[rows, factor] = fmean(base.values()), gain(ours, base)
+    return cells
 
 
 @dataclass(frozen=True)

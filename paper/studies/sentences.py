@@ -92,7 +92,7 @@ class Job:
         strength = {name: self.adapter[name] for name in ("lam", "reach") if name in self.adapter}
         rank = {"r": self.adapter["r"]} if self.study.partition("-")[0] in ("ranks", "knob") else {}
         clip = {"clip": self.clip} if self.clip else {}
-        epochs = {"epochs": self.size.epochs} if self.study.startswith("few") else {}
+        epochs = {"epochs": self.size.epochs} if self.study.startswith(("few", "own")) else {}
         return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor} | strength | rank | clip | epochs
 
 
@@ -191,6 +191,34 @@ def few(study: str, task: str) -> Iterator[Job]:
         yield replace(job, targets="all-linear")
 
 
+def own(study: str, case: str, adapter: dict[str, Any], lr: float, seed: int, rows: int, factor: float = 1.0) -> Job:
+    """A run on film reviews as `delora finetune` sets it up, but for reach and rate: batch and epochs by the number of rows."""
+    epochs, batch = reach.OWN_ROWS[rows]
+    size = Size(rows, 200, 800, epochs, whole=True, batch=batch)
+    return Job(study, case, adapter, lr * factor, seed, factor, task="movie", size=size, targets="all-linear")
+
+
+def own_delora(reach_: float) -> dict[str, Any]:
+    return {"method": "delora", "r": 8, "start": "subtract", "learn_lam": False, "reach": reach_}
+
+
+def own_choose() -> Iterator[Job]:
+    """Reach and rate, and LoRA's rates, for `knobs.own_default`."""
+    for seed, rows in product(reach.OWN_CHOOSING, reach.OWN_ROWS):
+        for reach_, lr in product(*reach.OWN_GRID):
+            yield own("own-choose-movie", "DeLoRA", own_delora(reach_), lr, seed, rows)
+        for lr in reach.OWN_LORA_RATES:
+            yield own("own-choose-movie", "LoRA", METHODS["LoRA"][0], lr, seed, rows)
+
+
+def own_judged() -> Iterator[Job]:
+    """What `knobs.own_default` chose of each, and three times its rate, for `knobs.own_cells`."""
+    (reach_, lr), lora_lr = knobs.own_default()
+    for seed, rows, factor in product(reach.OWN_JUDGING, reach.OWN_ROWS, reach.OWN_FACTORS):
+        yield own("own-judged-movie", "DeLoRA", own_delora(reach_), lr, seed, rows, factor)
+        yield own("own-judged-movie", "LoRA", METHODS["LoRA"][0], lora_lr, seed, rows, factor)
+
+
 def knob(study: str, task: str) -> Iterator[Job]:
     """The chosen reach against LoRA at rank 8, for `knobs.knob`."""
     chosen, mode = knobs.chosen_default()[0], knobs.chosen_mode()
@@ -228,6 +256,8 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "equal-movie": partial(equal, "equal-movie", "movie"),
     "equal-product": partial(equal, "equal-product", "product"),
     "few-movie": partial(few, "few-movie", "movie"),
+    "own-choose-movie": own_choose,
+    "own-judged-movie": own_judged,
     "knob-movie": partial(knob, "knob-movie", "movie"),
     "knob-product": partial(knob, "knob-product", "product"),
     "knob-start-movie": partial(knob_start, "knob-start-movie", "movie"),
