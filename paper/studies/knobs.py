@@ -19,7 +19,6 @@ from paper.studies.verdicts import Gain
 
 Row, Pair = dict[str, Any], tuple[int, str]
 CASES = ("DeLoRA", "LoRA")
-RATE = 0.1  # what `delora finetune` begins with for a new head, when `few` was written
 RESULTS = Path("paper/results")
 # The folder of a task's rows, what its studies' names end with, and the score of a model that has learned nothing.
 TASKS = {
@@ -190,48 +189,6 @@ def equal_starts(tasks: Mapping[str, Task]) -> tuple[str, dict[str, dict[str, Ga
         if mean[start].gain >= -mean[start].error and all(g.gain >= -2 * g.error for g in by_task.values())
     ]
     return max(passed, key=lambda start: mean[start].score, default="subtract"), gains
-
-
-def by_length(task: Task) -> dict[str, Task]:
-    """The rows of `few` by how long they train, each as a task of its own."""
-    return {
-        f"{epochs} epochs": Task([row for row in task.rows if row["epochs"] == epochs], task.chance)
-        for epochs in sorted({row["epochs"] for row in task.rows})
-    }
-
-
-def few(tasks: Mapping[str, Task]) -> tuple[str, dict[str, dict[str, Gain]]]:
-    """The start for few rows and all linear layers, and what each gains over `subtract`, by the length of training.
-
-    A start's score for a seed is its mean over the three rates. Rule, that of `equal_starts`: a start of rank r is allowed if
-    in the mean over the lengths it is at most one standard error below `subtract`, and on no length more than two. The start
-    that `equal_starts` chose is the library's default if it is allowed here; else the best of those that are allowed here and
-    by `equal_starts`; else `subtract` stays, and the page says so.
-    """
-    gains: dict[str, dict[str, Gain]] = {}
-    for start in reach.FEW_STARTS:
-        if start != "subtract":
-            gains[start] = {n: gain(t.scores(case=start), t.scores(case="subtract")) for n, t in tasks.items()}
-    mean = {start: over(by_task.values()) for start, by_task in gains.items()}
-    passed = [
-        s for s, by in gains.items() if mean[s].gain >= -mean[s].error and all(g.gain >= -2 * g.error for g in by.values())
-    ]
-    return max(passed, key=lambda start: mean[start].score, default="subtract"), gains
-
-
-def few_rate(tasks: Mapping[str, Task], start: str) -> tuple[float, dict[float, dict[str, Gain]]]:
-    """The rate of `delora finetune` for a model with a new head, and what each rate gains over its present one, 0.1.
-
-    Rule: the rate with the highest mean score over seeds and lengths takes the place of 0.1 if in the mean over the lengths it
-    gains more than two standard errors.
-    """
-    rates = [lr for lr in reach.STEP_RATES if lr != RATE]
-    gains = {
-        lr: {n: gain(t.scores(case=start, lr=lr), t.scores(case=start, lr=RATE)) for n, t in tasks.items()} for lr in rates
-    }
-    mean = {lr: over(by_task.values()) for lr, by_task in gains.items()}
-    best = max(rates, key=lambda lr: mean[lr].score)
-    return (best if mean[best].gain > 2 * mean[best].error else RATE), gains
 
 
 def own_default(tasks: Mapping[str, Task] | None = None) -> tuple[tuple[float, float], float]:

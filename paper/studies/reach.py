@@ -8,8 +8,7 @@ were committed with this file, before the first run.
 2. ``choose``: reach and rate at that mode. `knobs.default` chooses both, from validation scores.
 3. ``starts``: starts of rank r against ``subtract`` at the same reach, with the rows of ``strength`` for the latter.
 4. ``knob``: the chosen reach at other seeds, over rates and ranks, against LoRA's rates. `knobs.knob` judges.
-5. ``few``: starts and rates in the set-up of `delora finetune`: all linear layers, few rows. `knobs.few` judges the start,
-   `knobs.few_rate` the rate.
+5. ``few``: starts and rates in the set-up of `delora finetune`: all linear layers, few rows. Stopped; no rule was applied.
 6. ``own-choose``, ``own-judged``: which reach and rate `delora finetune` begins with, for a model with a new head.
    `knobs.own_default` chooses, `knobs.own_cells` judges.
 7. ``knob-start``: DeLoRA's runs of ``knob`` with the start that ``equal`` chose, on digits and film reviews.
