@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,35 @@ def test_torchrun_runs_a_recipe(runs):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("Written to") == 1  # by the first process
     same(runs, "sentiment", "torchrun")
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_with_a_checkpoint(runs):
+    """As a terminal does it: torchrun is asked, which asks both processes, not in the same moment."""
+    out = runs / "stopped"
+    command = [sys.executable, *TORCHRUN, "-m", "tests.field.interruptible"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    run = out / "variants" / "tiny"
+    with subprocess.Popen(
+        [*command, "train", str(runs / "sentiment.json"), "parallel=ddp", f"out={out}"],
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not (run / "metrics.jsonl").is_file() or not (run / "metrics.jsonl").read_text().count("\n"):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGINT)
+        said, err = process.communicate()
+    assert not (run / "result.json").exists(), "stopped too late to tell anything"
+    assert said.count("Stopping with a checkpoint") == 1, said + err  # by the first process
+    assert "with a checkpoint. To go on: delora train" in err, said + err
+    (last,) = (run / "checkpoints").iterdir()
+    assert json.loads((last / "trainer_state.json").read_text())["global_step"] < 12
+    trained(runs, "sentiment", "stopped")
+    same(runs, "sentiment", "stopped")
 
 
 @pytest.mark.slow

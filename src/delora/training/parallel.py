@@ -18,7 +18,7 @@ from delora.errors import UserError
 from delora.meeting import ProcessError
 from delora.training.config import ConfigError, Experiment
 
-__all__ = ["Slices", "agreed", "arguments", "first", "join", "processes", "require", "together", "wait"]
+__all__ = ["Slices", "agreed", "anyone", "arguments", "first", "join", "processes", "require", "together", "wait"]
 
 
 def processes() -> int:
@@ -114,6 +114,19 @@ def agreed(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values)
     return values[0]
+
+
+def anyone(said: bool) -> bool:
+    """Whether one of the processes says so; all ask together.
+
+    >>> anyone(False)
+    False
+    """
+    if processes() == 1:
+        return said
+    found = torch.tensor(int(said), device=PartialState().device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
 
 
 def arguments(experiment: Experiment, tokens: bool = False) -> dict[str, Any]:

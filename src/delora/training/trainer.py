@@ -188,7 +188,7 @@ def _line(row: dict[str, Any]) -> str:
 class Stopping(TrainerCallback):
     """Ctrl-C while a run trains: the step is finished, a checkpoint is written, and then an `Interrupted` ends the run.
 
-    A second Ctrl-C ends it at once. Several processes of one run do not stop at the same step: there the first one does.
+    A second Ctrl-C ends it at once. Of several processes, which torchrun asks when it is asked, all stop after the same step.
 
     >>> Stopping(print).asked
     False
@@ -200,11 +200,8 @@ class Stopping(TrainerCallback):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """The context in which Ctrl-C is heard. Where somebody else hears it, that is left alone."""
-        if (
-            parallel.processes() > 1
-            or threading.current_thread() is not threading.main_thread()
-            or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-        ):
+        there = threading.current_thread() is threading.main_thread()
+        if not there or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
             return
         signal.signal(signal.SIGINT, self._ask)
@@ -219,6 +216,7 @@ class Stopping(TrainerCallback):
         self.say("Stopping with a checkpoint after this step; Ctrl-C again ends it at once")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.asked = parallel.anyone(self.asked)
         control.should_save = control.should_save or self.asked
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
