@@ -130,7 +130,7 @@ def test_a_dry_run_shows_everything_and_claims_no_folder(tmp_path, monkeypatch, 
         "parameters train",
         "memory, estimated: ",
         "r = 4  # given",
-        "reach = 0.1",
+        "reach = 0.03",
     )
     for expected in shown:
         assert expected in out

@@ -734,7 +734,10 @@ def show(
         Path | None, typer.Option(help="Another adapter of the same base model, in place of the run's.", show_default=False)
     ] = None,
     blend: Annotated[
-        bool, typer.Option("--blend", help="A column more: the weighted sum of the runs' changes, a slider for each.")
+        bool,
+        typer.Option(
+            "--blend", help="A column more: the weighted sum of the runs' changes. It loads the base model once more."
+        ),
     ] = False,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
