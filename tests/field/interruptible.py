@@ -4,5 +4,6 @@ import signal
 
 from delora.cli import main
 
-signal.signal(signal.SIGINT, signal.default_int_handler)
-main()
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()
