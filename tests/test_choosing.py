@@ -279,3 +279,10 @@ def test_a_language_model_is_tuned_by_what_its_run_measured(tmp_path):
     assert full.score == pytest.approx(result.validation, rel=1e-5)
     assert full.forgotten == pytest.approx(result.scores["perplexity"], rel=1e-5)
     assert base.forgotten == pytest.approx(result.scores["perplexity before"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("scores", "expected"), [((1, 2, 2, 2, 2), 1.0), ((0, 2, 1, 1, 2), 0.5), ((3, 2, 2, 2, 3), 0.0)])
+def test_of_equal_scores_the_one_nearest_to_what_was_trained_is_taken(scores, expected):
+    """An accuracy has many: a strength far below 1 would cost the answers their certainty for nothing."""
+    values = in_turn(scores)
+    assert delora.choose_strength(trained(), values, strengths=(0, 0.5, 1, 1.25, 2)).strength == expected

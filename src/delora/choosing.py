@@ -73,7 +73,8 @@ def choose_strength(
     """Set the active adapter to the strength with the best score, among those that forget no more than a budget allows.
 
     Nothing is trained: at each strength, as `strength` sets it, the model is scored in evaluation mode and without gradients.
-    Of equal scores the lower strength is taken; a score that is not finite is never chosen. `save` writes what was chosen.
+    Of equal scores the strength nearest to 1 is taken, which is what was trained; a score that is not finite is never chosen.
+    `save` writes what was chosen.
 
     Args:
         model: a model with a trained adapter.
@@ -156,7 +157,7 @@ def _fits(tried: Tried, budget: float | None) -> bool:
 
 
 def _best(tried: Sequence[Tried], budget: float | None) -> Tried:
-    """The best of those that fit; the first, which is the lowest, of equal ones."""
+    """The best of those that fit; of equal ones the one nearest to what was trained, and of two as near the lower."""
     fitting = [each for each in tried if _fits(each, budget)]
     if not fitting:
         losses = {each.strength: math.nan if each.forgotten is None else each.forgotten for each in tried}
@@ -170,4 +171,4 @@ def _best(tried: Sequence[Tried], budget: float | None) -> Tried:
         raise ValueError(
             f"no score is finite at strengths {', '.join(f'{each.strength:g}' for each in fitting)}: look at what score returns"
         )
-    return max(finite, key=lambda each: each.score)
+    return max(finite, key=lambda each: (each.score, -abs(each.strength - 1)))

@@ -198,7 +198,7 @@ def one(experiment: Settings, context: RunContext, subject: Subject) -> None:
         write_json(_after(place, step), {f"{name} after {step}": each.tolist() for name, each in values.items()})
 
     trainer = fit(
-        experiment.model_copy(update={"name": f"{experiment.name}: {subject.name}"}),
+        experiment.model_copy(update={"name": ": ".join(dict.fromkeys((experiment.name, subject.name)))}),
         context,
         denoiser,
         metric=None,
