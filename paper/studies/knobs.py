@@ -191,13 +191,13 @@ def equal_starts(tasks: Mapping[str, Task]) -> tuple[str, dict[str, dict[str, Ga
     return max(passed, key=lambda start: mean[start].score, default="subtract"), gains
 
 
-def own_default(tasks: Mapping[str, Task] | None = None) -> tuple[tuple[float, float], float]:
+def own_default() -> tuple[tuple[float, float], float]:
     """Reach and rate of `delora finetune` with a new head, and LoRA's rate, from the validation scores of ``own-choose``.
 
     Rule: of DeLoRA's pairs of reach and rate, and of LoRA's rates, those with the highest mean over both numbers of rows and
     the choosing seeds.
     """
-    ((_, task),) = (read("own-choose") if tasks is None else tasks).items()
+    ((_, task),) = read("own-choose").items()
 
     def score(**having: Any) -> float:
         return fmean(fmean(task.scores("validation", epochs=n, **having).values()) for n, _ in reach.OWN_ROWS.values())

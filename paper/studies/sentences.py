@@ -182,7 +182,7 @@ def equal(study: str, task: str) -> Iterator[Job]:
 
 
 def few(study: str, task: str) -> Iterator[Job]:
-    """Starts and rates as `delora finetune` sets up a table of few rows, for `knobs.few` and `knobs.few_rate`."""
+    """Starts and rates as `delora finetune` sets up a table of few rows,; stopped (see `reach`)."""
     for seed, lr, epochs, (case, fields) in product(
         reach.FEW_SEEDS, reach.STEP_RATES, reach.FEW_EPOCHS, reach.FEW_STARTS.items()
     ):
@@ -199,7 +199,7 @@ def own(study: str, case: str, adapter: dict[str, Any], lr: float, seed: int, ro
 
 
 def own_delora(reach_: float) -> dict[str, Any]:
-    return {"method": "delora", "r": 8, "start": "subtract", "learn_lam": False, "reach": reach_}
+    return {"method": "delora", "r": 8, "reach": reach_} | reach.MODES["fixed"][1]
 
 
 def own_choose() -> Iterator[Job]:

@@ -89,6 +89,11 @@ class Shown:
         return figure
 
 
+def _placed(model: Any) -> None:
+    """On the accelerator, where there is one, in evaluation mode."""
+    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+
+
 def shown(run: Path, adapter: Path | None = None) -> Shown:
     """The finished run in a folder, its adapter (or another one's folder) loaded into its base model.
 
@@ -100,7 +105,7 @@ def shown(run: Path, adapter: Path | None = None) -> Shown:
     require_adapter(folder)
     kind, model, answer = tasks.find(experiment.task).respond(experiment, folder)
     delora.load(model, folder, methods=experiment.adapter.classes())
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    _placed(model)
     report = run / "report.html"
     return Shown(experiment.name, kind, model, answer, report if report.is_file() else None, experiment.model)
 
@@ -140,7 +145,7 @@ def blended(*folders: Path) -> Blend:
                 "for runs that trained adapters alone"
             )
         delora.strength(model, 1.0, name)
-    model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+    _placed(model)
     blend = Blend(model, answer)
     try:
         delora.blend(model, dict.fromkeys(adapter_names(model), 0.0), BLEND)
