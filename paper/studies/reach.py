@@ -11,7 +11,8 @@ were committed with this file, before the first run.
 5. ``few``: starts and rates in the set-up of `delora finetune`: all linear layers, few rows. Stopped; no rule was applied.
 6. ``own-choose``, ``own-judged``: which reach and rate `delora finetune` begins with, for a model with a new head.
    `knobs.own_default` chooses, `knobs.own_cells` judges.
-7. ``knob-start``: DeLoRA's runs of ``knob`` with the start that ``equal`` chose, on digits and film reviews.
+7. ``chats-choose``, ``chats-judged``: the same for chats, with what is forgotten. `knobs.chats_default` chooses.
+8. ``knob-start``: DeLoRA's runs of ``knob`` with the start that ``equal`` chose, on digits and film reviews.
 """
 
 from __future__ import annotations
@@ -66,6 +67,17 @@ FEW_STARTS: dict[str, Fields] = {"subtract": {"start": "subtract"}, **STARTS, "s
 OWN_ROWS = {100: (10, 4), 1000: (6, 32)}  # epochs, and rows in a batch
 OWN_GRID, OWN_LORA_RATES = ((0.03, 0.1), (0.003, 0.01, 0.03, 0.1)), (3e-4, 1e-3, 3e-3)
 OWN_CHOOSING, OWN_JUDGING, OWN_FACTORS = (150, 151), (152, 153, 154), (1.0, 3.0)
+
+# ---------------------------------------------------------------- 7.
+# `delora finetune` begins with reach 0.1 and rate 0.01 for chats, which no study chose: the rate is from the chat model's runs
+# with the layers query and value, the reach from film reviews. Seen before this grid: forty answers of a pirate, learned so,
+# make the model answer every question as a pirate; and one run of these chats (40 rows, seed 9), at 0.1 and 0.01, had 1.7 times
+# the base model's perplexity on newspapers. So what is forgotten is in the rule. A batch has as many rows, and a run as
+# many epochs, as `delora finetune` takes.
+CHATS_ROWS = {40: (3, 4), 120: (3, 4)}  # epochs, and rows in a batch
+CHATS_GRID, CHATS_LORA_RATES = ((0.03, 0.1), (0.003, 0.01, 0.03)), (1e-4, 3e-4, 1e-3)
+CHATS_CHOOSING, CHATS_JUDGING = (170,), (171, 172)
+FORGOTTEN = 1.25  # times the base model's perplexity on newspapers: the most that a default may come to
 
 # ---------------------------------------------------------------- 4.
 RANKS, JUDGED_RATES, JUDGED_SEEDS = (8, 4, 32), (0.03, 0.1, 0.3, 0.6), (110, 111, 112, 113, 114)
