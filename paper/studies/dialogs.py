@@ -22,6 +22,7 @@ import delora
 from delora.data import sentences
 from delora.evaluation.language import perplexity
 from delora.tasks import chat, instructions, parse
+from delora.training.config import Experiment
 from delora.training.models import language_model
 from delora.training.runs import RunContext
 from paper.standins import dialogs
@@ -73,24 +74,30 @@ def judged() -> Iterator[Job]:
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {"chats-choose": choose, "chats-judged": judged}
 
 
+def experiment(job: Job, out: Path) -> Experiment:
+    """The recipe for chats with the job's data, adapter, rate and seed."""
+    epochs, batch = reach.CHATS_ROWS[job.rows]
+    return parse(
+        {
+            "task": "chat",
+            "name": "run",
+            "seed": job.seed,
+            "out": str(out),
+            "model": MODEL,
+            "data": {"source": str(dialogs.prepared(job.rows, job.seed)), "max_tokens": 128},
+            "adapter": job.adapter | {"targets": "all-linear"},
+            "train": {"epochs": epochs, "batch_size": batch, "lr": job.lr},
+        }
+    )
+
+
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
-    epochs, batch = reach.CHATS_ROWS[job.rows]
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        experiment = parse(
-            {
-                "task": "chat",
-                "name": "run",
-                "seed": job.seed,
-                "out": folder,
-                "model": MODEL,
-                "data": {"source": str(dialogs.prepared(job.rows, job.seed)), "max_tokens": 128},
-                "adapter": job.adapter | {"targets": "all-linear"},
-                "train": {"epochs": epochs, "batch_size": batch, "lr": job.lr},
-            }
-        )
-        result = chat.run(experiment, RunContext(run, Path(folder), "run", "run", Console(quiet=True)), chat.check(experiment))
+        settings: Any = experiment(job, Path(folder))
+        context = RunContext(run, Path(folder), "run", "run", Console(quiet=True))
+        result = chat.run(settings, context, chat.check(settings))
         lost = {"perplexity_before": on_newspapers()}
         if result.test is not None:
             lost["perplexity"] = on_newspapers(run / "adapter")

