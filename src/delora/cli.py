@@ -627,8 +627,8 @@ def export(
     base: Annotated[
         Path | None,
         typer.Option(
-            help="For --kind ollama or gguf: the model's own GGUF file, to merge into a copy of it. A packaged model brings its "
-            "own for ollama.",
+            help="For --kind ollama or gguf: the model's own GGUF file, to merge into a copy of it. A packaged model that is "
+            "made from one brings it for ollama.",
             show_default=False,
         ),
     ] = None,
@@ -662,8 +662,8 @@ def export(
     model = model or named_base(where)
     if kind == "ollama" and base is None and (base := gguf_of(model)) is None:
         raise typer.BadParameter(
-            f"--kind ollama merges into a copy of the model's own GGUF file, and {model} comes without one: give it with --base, "
-            "or merge: delora merge writes a folder of transformers, which Ollama reads as FROM FOLDER for many kinds of models"
+            f"--kind ollama merges into a copy of the model's own GGUF file, and {model} comes without one: give it with "
+            "--base, or write a folder of transformers with delora merge, of which Ollama reads many kinds: FROM FOLDER"
         )
     loaded = adapted(where, model, _own(method))
     with _refusals():
