@@ -83,3 +83,14 @@ def test_files_are_whole_and_the_same_again(tmp_path, case):
         first, second = ((tmp_path / folder / name).read_bytes() for folder in "ab")
         assert first.startswith(start)
         assert first == second
+
+
+def test_a_tradeoff_goes_through_its_points_in_their_order():
+    curves = {"DeLoRA": [(90.0, 5.0, "0"), (40.0, 60.0, HOSTILE), (10.0, 30.0, "2")], "LoRA": [(90.0, 5.0, "0")]}
+    figure = figures.tradeoff(curves, "kept", "gained")
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert {line.get_label(): list(line.get_xdata()) for line in axes.lines} == {"DeLoRA": [90, 40, 10], "LoRA": [90]}
+    assert [text.xy for text in axes.texts] == [(x, y) for points in curves.values() for x, y, _ in points]
+    left, right = figures.tradeoff(curves, "perplexity", "gained", logarithmic=True).axes[0].get_xlim()
+    assert left > right  # less of a perplexity is better, and stands on the right

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from delora.choosing import STRENGTHS
 from delora.data import dreambooth, maps
 from delora.data.dreambooth import open_image
 from delora.evaluation.pictures import grid, write
 from delora.reports import figures
 from delora.training.models import classifier
 from paper.standins import fashion as clothes
-from paper.studies import chat, fashion, sentences
+from paper.studies import chat, dial, fashion, sentences
 from paper.studies.digits import STARTS, read
 from paper.studies.page import means, start_tasks, subject_rows, whole
 from paper.studies.verdicts import largest_column_norm, near_best, strength
@@ -155,6 +157,31 @@ def starts() -> None:
         figures.save(figure, FIGURES / f"starts-{key}")
 
 
+def forgetting() -> None:
+    """Gain against what is forgotten: on turned digits by the strength chosen after training, of the chat model by the rate."""
+    if rows := read("dial"):
+        curves = {}
+        for case in dict.fromkeys(row["case"] for row in rows):
+            kept, scores = (dial.curve(rows, case, key) for key in ("kept", "test"))
+            curves[case] = [(100 * k, 100 * s, f"{at:g}") for k, s, at in zip(kept, scores, STRENGTHS, strict=True)]
+        figure = figures.tradeoff(
+            curves, "accuracy on upright digits, which the base model knew [%]", "accuracy on turned digits [%]"
+        )
+        figures.save(figure, FIGURES / "forgetting-digits")
+    if rows := whole("knob", chat):
+        by_rate: dict[str, list[tuple[float, float, str]]] = {}
+        for case, lr, own in sorted({(r["case"], r["lr"], r.get("reach", 0.0)) for r in rows}):
+            same = [r for r in rows if (r["case"], r["lr"], r.get("reach", 0.0)) == (case, lr, own)]
+            runs = [r for r in same if "perplexity" in r]  # the others diverged
+            if not runs:
+                continue
+            lost = math.exp(fmean(math.log(r["perplexity"]) for r in runs))
+            point = (lost, 100 * fmean(r["likelihood"] for r in runs), f"{lr:g}")
+            by_rate.setdefault(case if case == "LoRA" else f"DeLoRA, reach {own:g}", []).append(point)
+        figure = figures.tradeoff(by_rate, "perplexity on newspapers", "likelihood of a response [%]", logarithmic=True)
+        figures.save(figure, FIGURES / "forgetting-chat")
+
+
 if __name__ == "__main__":
     digits()
     column_norms()
@@ -162,3 +189,4 @@ if __name__ == "__main__":
     subjects()
     samples()
     starts()
+    forgetting()

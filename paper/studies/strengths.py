@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from delora.formats.files import write_atomically
-from paper.studies import knobs, reach
+from paper.studies import dial, knobs, reach
 from paper.studies.knobs import Task, over
 from paper.studies.verdicts import Gain
 
@@ -22,17 +22,31 @@ HEAD = """# One knob: which strength needs no search?
 Written by `make claims`: every result on this page is computed from the rows in `paper/results/`. `reach` is the share of |W| that the change of
 a layer comes to when its directions are random (`DeLoRA(reach=...)`); lam follows from it, the rank and the norms of W. The rules below, the
 grids and the seeds were committed before the runs; every seed is new (100 and above). The tasks are those of [the claims](claims.md), in
-smaller sizes: *film reviews* are 1,000 sentences, of which 24 tokens are read, twice, in bfloat16, 800 to test on; *turned digits* are as there.
-The rate is that of A and B. **Not run, for time**: product ratings, the chat model and subjects, which the committed grids have too.
+smaller sizes: *film reviews* are 1,000 sentences, of which 24 tokens are read, twice, in bfloat16, 800 to test on; *turned digits*, *chat* and
+*subjects* are as there. The rate is that of A and B. **Not run, for time**: {missing}, which the committed grids have too.
 """
 
 UNTIL = "Not decided yet: these studies are not complete.\n"
 
 
 def page() -> str:
+    missing = [name for name in ("product ratings", "chat", "subjects") if name not in knobs.read("knob")]
+    head = HEAD.format(missing=", ".join(missing))
     if not complete():
-        return HEAD + "\n" + UNTIL
-    lines = [HEAD, *modes(), *defaults(), *decisive(), *starts(), *chosen_start(), *few(), *own(), *forgetting()]
+        return head + "\n" + UNTIL
+    lines = [
+        head,
+        *modes(),
+        *defaults(),
+        *decisive(),
+        *starts(),
+        *chosen_start(),
+        *few(),
+        *own(),
+        *chats(),
+        *turned(),
+        *forgetting(),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -298,10 +312,13 @@ def own() -> list[str]:
         f"**Reach {own:g}, rate {rate:g}**; LoRA {lora_rate:g}. `delora finetune` begins so for a model with a new head.",
         "",
     ]
-    if not judged:
-        return lines
-    ((_, test),) = judged.items()
-    found = knobs.own_cells(test)
+    for test in judged.values():
+        lines += _judged_own(knobs.own_cells(test), len(reach.OWN_JUDGING), "Test scores [%]")
+    return lines
+
+
+def _judged_own(found: Mapping[tuple[int, float], tuple[float, Gain]], seeds: int, scores: str) -> list[str]:
+    """The claim of `knobs.own_cells`, and what came of it."""
     cells = ["| rows | rates | LoRA | DeLoRA less LoRA |", "|---|---|---|---|"]
     for (rows, factor), (score, gain) in found.items():
         times = "the chosen" if factor == 1 else f"{factor:g} times"
@@ -309,15 +326,112 @@ def own() -> list[str]:
     least = {1.0: 1, 3.0: 2}
     holds = all(gain.gain >= -least[factor] * gain.error for (_, factor), (_, gain) in found.items())
     return [
-        *lines,
-        f"**Claim, fixed before:** at {len(reach.OWN_JUDGING)} new seeds, for both numbers of rows, DeLoRA is at most one standard error below LoRA at the chosen rates, and not "
-        "more than two at three times these. Test scores [%]:",
+        f"**Claim, fixed before:** at {seeds} new seeds, for both numbers of rows, DeLoRA is at most one standard error below LoRA at the chosen rates, and not "
+        f"more than two at three times these. {scores}:",
         "",
         *cells,
         "",
         f"**The claim {'holds' if holds else 'fails'}.**",
         "",
     ]
+
+
+def chats() -> list[str]:
+    tasks, judged = knobs.read("chats-choose"), knobs.read("chats-judged")
+    if not tasks:
+        return []
+    ((_, task),) = tasks.items()
+    (own, rate), lora_rate = knobs.chats_default(task)
+    before = 100 * fmean(r["test_before"] for r in task.rows)
+    table = ["| method | rate | " + " | ".join(f"{rows:,} chats" for rows in reach.CHATS_ROWS) + " | times the perplexity |"]
+    table.append("|---" * (3 + len(reach.CHATS_ROWS)) + "|")
+    cases: list[tuple[str, dict[str, float | str]]] = [
+        (f"DeLoRA, reach {r:g}", {"case": "DeLoRA", "reach": r, "lr": lr})
+        for r in reach.CHATS_GRID[0]
+        for lr in reach.CHATS_GRID[1]
+    ]
+    cases += [("LoRA", {"case": "LoRA", "lr": lr}) for lr in reach.CHATS_LORA_RATES]
+    for name, having in cases:
+        scores = [100 * fmean(task.scores("validation", rows=n, **having).values()) for n in reach.CHATS_ROWS]
+        shown = " | ".join(f"{score:.2f}" for score in scores)
+        table.append(f"| {name} | {having['lr']:g} | {shown} | {knobs.forgotten(task, **having):.2f} |")
+    lines = [
+        "## What `delora finetune` begins with for chats",
+        "",
+        "SmolLM2-135M-Instruct on short conversations with a chat bot (the package `chatterbot-corpus`), every linear layer, rank 8, batches and epochs as "
+        "`delora finetune` takes them, float32. Scores are the probability of a held-out token of an answer (geometric mean) [%]; the base model's is "
+        f"{before:.2f}. What is forgotten is the perplexity on newspapers, in times of the base model's. **Rule, fixed before the runs:** the reach and the rate "
+        f"with the highest mean by validation over both numbers of chats, among those with at most {reach.FORGOTTEN:g} times the perplexity; LoRA's rate likewise; "
+        "where none has so little, the one with the least.",
+        "",
+        *table,
+        "",
+        f"**Reach {own:g}, rate {rate:g}**; LoRA {lora_rate:g}.",
+        "",
+    ]
+    for test in judged.values():
+        sizes = {rows: {"rows": rows} for rows in reach.CHATS_ROWS}
+        lines += _judged_own(knobs.own_cells(test, sizes), len(reach.CHATS_JUDGING), "Test scores [%]")
+        lost = {case: knobs.forgotten(test, case=case, factor=1.0) for case in knobs.CASES}
+        words = " and ".join(f"{times:.2f} with {case}" for case, times in lost.items())
+        lines += [f"At the chosen rates the perplexity on newspapers is, in times of the base model's, {words}.", ""]
+    return lines
+
+
+def turned() -> list[str]:
+    """What the strength chosen after training is worth."""
+    tasks = knobs.read("dial")
+    if not tasks:
+        return []
+    table = [
+        "| task | run | strengths chosen | test at 1 [%] | gain | with the budget: strengths | test [%] | upright [%] (at 1) |"
+    ]
+    table.append("|---" * 8 + "|")
+    claims = []
+    for name, task in tasks.items():
+        for case in dict.fromkeys(row["case"] for row in task.rows):
+            rows = [row for row in task.rows if row["case"] == case and "curve" in row]
+            worth = dial.worth(rows, case)
+            claims.append(_worth(worth, untuned="untuned" in case))
+            one = [dial.at(row, 1.0) for row in rows]
+            cells = [name, case, _each(row["strength"] for row in rows), f"{100 * fmean(p['test'] for p in one):.1f}"]
+            cells.append(f"{_gain(worth)} {claims[-1]}")
+            if all("within" in row for row in rows):
+                inside = [dial.at(row, row["within"]) for row in rows]
+                kept = f"{100 * fmean(p['kept'] for p in inside):.1f} ({100 * fmean(p['kept'] for p in one):.1f})"
+                cells += [_each(row["within"] for row in rows), f"{100 * fmean(p['test'] for p in inside):.1f}", kept]
+            else:
+                cells += ["–"] * 3
+            table.append(f"| {' | '.join(cells)} |")
+    return [
+        "## The strength chosen after training",
+        "",
+        "`delora.choose_strength` by validation, without further training, among 0, 0.25, ... 2; 1 is what was trained. Tuned runs are those of the section on LoRA "
+        "(the reach of that task, rate 0.1; LoRA 0.003); untuned ones have twice the reach or more, on film reviews three times the rate, and LoRA's is 0.01. **Claims, "
+        "fixed before the runs:** for tuned runs the gain in test score is not more than two standard errors below 0, for untuned ones more than two above. With a budget "
+        f"a run keeps at least {dial.KEPT:.0%} of what the base model can (upright digits).",
+        "",
+        *table,
+        "",
+        f"Of {len(claims)} claims these hold: {claims.count('yes')}; undecided (?): {claims.count('?')}; these fail: {claims.count('no')}.",
+        "",
+        "![Accuracy on turned against upright digits over the strength](figures/forgetting-digits.png)",
+        "",
+        "*Turned digits against upright ones, which the base model knew, over the strength, chosen after training: means of five seeds. Strengths 0.5, 1 "
+        "and 2 are written beside their points.*",
+        "",
+    ]
+
+
+def _each(strengths: Iterable[float]) -> str:
+    return ", ".join(f"{s:g}" for s in sorted(strengths))
+
+
+def _worth(worth: Gain, untuned: bool) -> str:
+    """Whether the claim holds: that choosing helps an untuned run, or does a tuned one no harm."""
+    if untuned:
+        return "yes" if worth.gain > 2 * worth.error else "no" if worth.gain <= -2 * worth.error else "?"
+    return "yes" if worth.gain >= -2 * worth.error else "no"
 
 
 def _reached(tasks: Mapping[str, Task]) -> str:
@@ -358,6 +472,13 @@ def forgetting() -> list[str]:
                     score = fmean(r["test"] for r in runs)
                     lines.append(f"| {case} | {lr:g} | {100 * score:.1f} | {show(kept)} | {100 * far:.1f} |")
         lines.append("")
+        if name == "chat":
+            lines += [
+                "![Likelihood of responses against the perplexity on newspapers](figures/forgetting-chat.png)",
+                "",
+                "*The chat model: likelihood of responses against the perplexity on newspapers, whose scale runs to the left; the rates are beside their points.*",
+                "",
+            ]
     return lines
 
 

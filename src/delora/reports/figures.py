@@ -21,7 +21,7 @@ from delora.diagnostics import column_norms
 from delora.formats.files import printable
 from delora.reports.curves import COLOURS, DASHES, STYLE
 
-__all__ = ["column_norm_profile", "grids", "kind", "over_rates", "over_steps", "save", "styles"]
+__all__ = ["column_norm_profile", "grids", "kind", "over_rates", "over_steps", "save", "styles", "tradeoff"]
 
 METHODS = ("LoRA", "DoRA", "ETHER+", "DeLoRA")
 Rows = Iterable[Mapping[str, Any]]
@@ -186,6 +186,39 @@ def grids(
         place.set_visible(False)
     if image is not None:
         figure.colorbar(image, ax=axes, label=value, shrink=0.8)
+    return figure
+
+
+def tradeoff(
+    curves: Mapping[str, Sequence[tuple[float, float, str]]], kept: str, score: str, logarithmic: bool = False
+) -> Figure:
+    """What is gained against what is forgotten: a line for each case, through its points (kept, score, label) in their order.
+
+    Args:
+        curves: a case's points: the value of what the base model could do, the score, and what is written beside the point.
+        kept: what the horizontal axis is.
+        score: what the vertical axis is.
+        logarithmic: whether the horizontal axis is so, and reversed: for a perplexity, of which less is better.
+
+    >>> figure = tradeoff({"DeLoRA": [(0.9, 0.5, "0"), (0.6, 0.8, "1")]}, "upright [%]", "turned [%]")
+    >>> figure.axes[0].get_ylabel()
+    'turned [%]'
+    """
+    figure, (axes,) = _canvas(1, 1, (7.2, 4.0))
+    for case, number in styles(list(curves)).items():
+        points = curves[case]
+        xs, ys = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(xs, ys, marker="o", markersize=4, label=_plain(case), **_style(number))
+        for x, y, label in points:
+            colour = COLOURS[number % len(COLOURS)]
+            axes.annotate(_plain(label) if label else "", (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.invert_xaxis()
+    axes.set_xlabel(kept)
+    axes.set_ylabel(score)
+    _legend(axes)
     return figure
 
 
