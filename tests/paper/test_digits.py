@@ -17,7 +17,7 @@ from delora import DeLoRA, LoRA
 from delora.models import adapters
 from paper.standins.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
 from paper.studies import chat as chat_study
-from paper.studies import standins
+from paper.studies import standins, strengths
 from paper.studies.cut import exported
 from paper.studies.digits import best, read, run
 from paper.studies.page import CLAIMS, STARTS, claims, starts
@@ -149,6 +149,7 @@ def test_the_pages_are_what_the_kept_rows_say():
     assert CLAIMS.read_text() == claims()
     assert STARTS.read_text() == starts()
     assert standins.PAGE.read_text("utf-8") == standins.page()
+    assert strengths.PAGE.read_text("utf-8") == strengths.page()
 
 
 # ---------------------------------------------------------------- rules

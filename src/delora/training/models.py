@@ -37,6 +37,7 @@ __all__ = [
     "classifier",
     "converted",
     "drawn",
+    "gguf_of",
     "language_model",
     "language_skeleton",
     "language_tokenizer",
