@@ -116,3 +116,18 @@ def test_checkpointing_keeps_less_and_changes_no_gradient():
 def test_a_model_that_cannot_checkpoint_says_so():
     with pytest.raises(ConfigError, match="train.checkpointing = true: a Sequential does not offer it"):
         memory.checkpoint(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("found", "checkpointing", "words"),
+    [
+        (memory.Memory(peak=100, weights=60, trained=20, saved=15, operation=5), False, []),  # it fits to the byte
+        (memory.Memory(peak=101, weights=60, trained=20, saved=16, operation=5), False, ["train.checkpointing=true, or lower"]),
+        (memory.Memory(peak=101, weights=60, trained=20, saved=16, operation=5), True, ["a word: lower train.batch_size"]),
+        (memory.Memory(peak=120, weights=80, trained=20, saved=15, operation=5), False, ["its weights alone do not fit"]),
+    ],
+)
+def test_the_warning_begins_at_the_first_byte_that_is_too_much(found, checkpointing, words):
+    _, *warned = memory.told(found, 100, "cpu", checkpointing)
+    assert len(warned) == len(words)
+    assert all(word in line for word, line in zip(words, warned, strict=True))
