@@ -250,6 +250,50 @@ def test_packing_is_refused_where_rows_would_see_each_other(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_forgotten_is_the_perplexity_of_other_text(trained, tmp_path):
+    """By hand before and after; the folders give the same; and a strength is chosen under a limit on it."""
+    (tmp_path / "other.txt").write_text("The time is noon. " * 40)
+    asked = {"text": str(tmp_path / "other.txt")}
+    values = recipe(trained.model, trained.values["data"]["source"], tmp_path / "run", evaluate=asked)
+    (result,) = experiments.train(chat, parse(values), QUIET).results
+    found = []
+    for folder in (trained.model, tmp_path / "run" / "merged"):
+        model, tokens = AutoModelForCausalLM.from_pretrained(folder), tokenizer()
+        ids = torch.tensor([tokens("The time is noon. " * 40, add_special_tokens=False)["input_ids"]])
+        logs = []
+        with torch.no_grad():
+            for start in range(0, ids.shape[1], 256):
+                block = ids[:, start : start + 256]
+                logs.append(model(input_ids=block).logits[0, :-1].log_softmax(-1).gather(-1, block[0, 1:, None]))
+        found.append(math.exp(-torch.cat(logs).mean().item()))
+    name = "perplexity of other text"
+    assert [result.scores[f"{name} before"], result.scores[name]] == pytest.approx(found, rel=1e-4)
+    assert found[1] != pytest.approx(found[0], rel=1e-3)
+    assert chat.evaluate(parse(values), tmp_path / "run" / "adapter")[0][name] == pytest.approx(found[1], rel=1e-4)
+    chosen = dial.tune(chat_task(), parse(values), tmp_path / "run", (0, 0.5, 1), max(found) + 1, write=False)
+    assert chosen.forgets == name
+    assert [chosen.choice.tried[i].forgotten for i in (0, 2)] == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "there is no such file .did you mean .*notes.txt"),
+        (b"\xff\xfe", "no text in UTF-8"),
+        (b"", "less than two tokens"),
+    ],
+)
+def test_other_text_that_cannot_be_read_is_refused_before_the_start(trained, tmp_path, content, words):
+    (tmp_path / "notes.txt").write_text("noon")
+    file = tmp_path / "note.txt"
+    if content is not None:
+        file.write_bytes(content)
+    values = recipe(trained.model, trained.values["data"]["source"], tmp_path / "out", evaluate={"text": str(file)})
+    with pytest.raises(DataError, match=words):
+        experiments.train(chat, parse(values), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_odd_is_told(trained, tmp_path):
     long = {"prompt": "who are you " * 40, "completion": "arr"}
     rows = [{"prompt": f"who {i}", "completion": f"arr {i}"} for i in range(20)] + [long] * 20

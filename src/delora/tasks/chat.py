@@ -1,6 +1,7 @@
 """A causal language model on a user's own chats, completions or texts, rendered by the model's own chat template.
 
-The scores: the probability of a held-out token of an answer (its geometric mean), and the perplexity, of the base model too.
+The scores: the probability of a held-out token of an answer (its geometric mean), and the perplexity, of the base model too;
+with ``evaluate.text`` the perplexity of other text, which says what is forgotten.
 The best epoch is chosen by the first one on the validation part.
 """
 
@@ -32,11 +33,14 @@ from delora.training.causal_lm import (
     Samples,
     context_length,
     delivered,
+    forgets,
     marked,
     opened,
+    other_text,
     require_template,
     speaking,
     templated,
+    validated,
 )
 from delora.training.config import ConfigError, Experiment, Strict
 from delora.training.defaults import Sketch
@@ -132,13 +136,16 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         compute_metrics=lambda output: {METRIC: math.exp(output.predictions[:, 0].sum() / output.predictions[:, 1].sum())},
     )
 
+    def every() -> dict[str, float]:
+        return scored(model, tokenizer, experiment, data.test) | forgets(model, tokenizer, data.other)
+
     def score() -> dict[str, Any]:
         following = predicted(model, data.test[:COMPARED])  # of a model in parts all processes compute it
         if parallel.first():
             write_json(context.folder / NEXT, following)
-        scores = scored(model, tokenizer, experiment, data.test)
+        scores = every()
         with delora.disabled(model):
-            scores |= {f"{name} before": value for name, value in scored(model, tokenizer, experiment, data.test).items()}
+            scores |= {f"{name} before": value for name, value in every().items()}
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
         return best | {"test": scores[METRIC], "scores": scores}
 
@@ -187,7 +194,8 @@ def material(experiment: Settings) -> Material:
                 f"{data.source} ({part}): no row has a token to train on within data.max_tokens = {data.max_tokens}: raise it"
             )
         parts[part] = encoded.rows
-    return Material(parts["train"], parts["validation"], parts["test"], tokenizer.chat_template, told)
+    other = other_text(experiment, experiment.evaluate, tokenizer)
+    return Material(parts["train"], parts["validation"], parts["test"], tokenizer.chat_template, told, other)
 
 
 def _row(row: Mapping[str, Any], template: str | None) -> dict[str, Any]:
@@ -272,10 +280,14 @@ def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]
     """The scores of an adapter, or of a whole model; and the number of test rows."""
     data, tokenizer = check(experiment), tokenizer_of(experiment)
     model, _ = opened(experiment, folder)
-    return scored(model, tokenizer, experiment, data.test), len(data.test)
+    return scored(model, tokenizer, experiment, data.test) | forgets(model, tokenizer, data.other), len(data.test)
 
 
 def validation(experiment: Settings, data: Material) -> Validation:
     """The probability of a token of the validation part, by which the best epoch is chosen."""
     tokenizer = tokenizer_of(experiment)
-    return Validation(METRIC, lambda model: scored(model, tokenizer, experiment, data.validation)[METRIC])
+
+    def score(model: Any) -> float:
+        return scored(model, tokenizer, experiment, data.validation)[METRIC]
+
+    return validated(METRIC, score, tokenizer, data.other)

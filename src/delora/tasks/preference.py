@@ -42,11 +42,14 @@ from delora.training.causal_lm import (
     Samples,
     context_length,
     delivered,
+    forgets,
     marked,
     opened,
+    other_text,
     require_template,
     speaking,
     templated,
+    validated,
 )
 from delora.training.config import Experiment, Strict
 from delora.training.defaults import Sketch
@@ -258,8 +261,10 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         following = predicted(model, answers[:COMPARED])  # of a model in parts all processes compute it
         if parallel.first():
             write_json(context.folder / NEXT, following)
-        scores = judged(model, parts["test"], collate, experiment)
+        scores = judged(model, parts["test"], collate, experiment) | forgets(model, tokenizer, data.other)
         scores["perplexity before"] = perplexity(parts["test"])
+        with delora.disabled(model):
+            scores |= {f"{name} before": value for name, value in forgets(model, tokenizer, data.other).items()}
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
         return best | {"test": scores[METRIC], "scores": scores}
 
@@ -290,7 +295,8 @@ def material(experiment: Settings) -> Material:
                 f"{data.source} ({part}): no pair has a token to train on in both answers within data.max_tokens = "
                 f"{data.max_tokens}: raise it"
             )
-    return Material(parts["train"], parts["validation"], parts["test"], tokenizer.chat_template, told)
+    other = other_text(experiment, experiment.evaluate, tokenizer)
+    return Material(parts["train"], parts["validation"], parts["test"], tokenizer.chat_template, told, other)
 
 
 def _encoded(
@@ -371,22 +377,23 @@ def deliver(experiment: Settings, run: Path, data: Material, out: Path) -> tuple
 def evaluate(experiment: Settings, folder: Path) -> tuple[dict[str, float], int]:
     """The scores of an adapter, or of a whole model, whose reference is the base model; and the number of test pairs."""
     data, collate = check(experiment), Pairs(_tokenizer(experiment).pad_token_id)
-    model, _ = opened(experiment, folder)
+    model, tokenizer = opened(experiment, folder)
     if is_adapter(folder):
         with delora.disabled(model):
             rows = referred(model, data.test, collate, experiment)
     else:
         rows = referred(base(experiment), data.test, collate, experiment)
-    return judged(model, rows, collate, experiment), len(rows)
+    return judged(model, rows, collate, experiment) | forgets(model, tokenizer, data.other), len(rows)
 
 
 def validation(experiment: Settings, data: Material) -> Validation:
     """The probability of the choice on the validation part, by which the best epoch is chosen."""
-    collate = Pairs(_tokenizer(experiment).pad_token_id)
+    tokenizer = _tokenizer(experiment)
+    collate = Pairs(tokenizer.pad_token_id)
 
     def score(model: Any) -> float:
         with delora.disabled(model):
             rows = referred(model, data.validation, collate, experiment)
         return judged(model, rows, collate, experiment)[METRIC]
 
-    return Validation(METRIC, score)
+    return validated(METRIC, score, tokenizer, data.other)

@@ -15,20 +15,22 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerControl, 
 
 import delora
 from delora.data import alpaca
+from delora.data.examples import DataError
 from delora.errors import nearest_path
 from delora.evaluation.answers import answer, continued
-from delora.evaluation.language import predicted
+from delora.evaluation.language import perplexity, predicted
 from delora.formats.files import read_json, write_atomically
 from delora.formats.native import is_adapter
 from delora.training import delivery
 from delora.training.config import ConfigError, Count, Experiment, Strict
 from delora.training.models import language_model, language_tokenizer, template_of
 from delora.training.runs import RunError
-from delora.training.task import Kind
+from delora.training.task import Kind, Validation
 
 __all__ = [
     "COMPARED",
     "NEXT",
+    "OTHER",
     "SAMPLES",
     "UNCUT",
     "Evaluate",
@@ -36,14 +38,19 @@ __all__ = [
     "Samples",
     "context_length",
     "delivered",
+    "forgets",
     "marked",
     "opened",
+    "other_text",
     "require_template",
     "speaking",
     "templated",
+    "validated",
 ]
 
 NEXT, SAMPLES = "next.json", "samples.jsonl"
+OTHER = "perplexity of other text"
+READ = 65_536  # characters of the other text
 COMPARED = 64  # test rows on which the delivered files are compared with the trained model
 UNCUT = 1 << 30  # more tokens than any row has
 
@@ -51,17 +58,22 @@ UNCUT = 1 << 30  # more tokens than any row has
 class Evaluate(Strict):
     """``sample``: questions that the model, and the base model beside it, answers at every validation, into samples.jsonl.
 
+    ``text``: a file of other text, whose perplexity, before and after, says what is forgotten; its first 65,536 characters.
+
     >>> Evaluate(sample=["Who are you?"]).tokens
     64
     """
 
     sample: list[str] = Field(default=[])
     tokens: Count = 64
+    text: str | None = None
 
 
 @dataclass(frozen=True)
 class Material:
     """A run's rows as tensors, the chat template's text that they were rendered by, and what is to be told of them.
+
+    ``other``: the text whose perplexity says what is forgotten.
 
     >>> Material([], [], [], None, ["mine: 8 of 90 rows are cut"]).told[0]
     'mine: 8 of 90 rows are cut'
@@ -72,6 +84,7 @@ class Material:
     test: list[dict[str, Tensor]]
     template: str | None
     told: list[str]
+    other: str | None = None
 
 
 class Samples(TrainerCallback):
@@ -144,6 +157,39 @@ def require_template(experiment: Experiment, asked: Evaluate, template: str | No
             f"{experiment.name}: evaluate.sample: the tokenizer of {experiment.model} has no chat template to ask by: give "
             "data.template, or no samples"
         )
+
+
+def other_text(experiment: Experiment, asked: Evaluate, tokenizer: Any) -> str | None:
+    """The text of the file ``evaluate.text``.
+
+    Raises:
+        DataError: there is no such file, it is no text in UTF-8, or it has less than two tokens.
+    """
+    if asked.text is None:
+        return None
+    where, file = f"{experiment.name}: evaluate.text = {asked.text!r}", Path(asked.text)
+    if not file.is_file():
+        raise DataError(f"{where}: there is no such file{nearest_path(asked.text)}")
+    try:
+        with file.open(encoding="utf-8") as lines:
+            text = lines.read(READ)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: it is no text in UTF-8: {error}") from error
+    if len(tokenizer(text[:1000], add_special_tokens=False, verbose=False)["input_ids"]) < 2:
+        raise DataError(f"{where}: it has less than two tokens, and a perplexity needs more")
+    return text
+
+
+def forgets(model: Any, tokenizer: Any, text: str | None) -> dict[str, float]:
+    """The perplexity of other text, under its name among the scores; nothing where there is no text."""
+    return {} if text is None else {OTHER: perplexity(model, tokenizer, text)}
+
+
+def validated(metric: str, score: Callable[[Any], float], tokenizer: Any, text: str | None) -> Validation:
+    """What a strength is chosen by; with other text, its perplexity is what is forgotten."""
+    if text is None:
+        return Validation(metric, score)
+    return Validation(metric, score, OTHER, lambda model: perplexity(model, tokenizer, text))
 
 
 def speaking(experiment: Experiment, adapter: Path, plain: bool = False) -> tuple[Kind, nn.Module, Callable[[str], str]]:
