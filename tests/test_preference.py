@@ -19,8 +19,10 @@ from typer.testing import CliRunner
 import delora
 from delora import cli
 from delora.data.examples import DataError
+from delora.evaluation.language import perplexity
 from delora.tasks import find, parse, preference
 from delora.training import dial, experiments
+from delora.training.causal_lm import OTHER
 from delora.training.models import language_model
 from delora.training.runs import METRICS, read_metrics
 from tests.cases import shake
@@ -68,7 +70,9 @@ def recipe(model: str, source: str, out: Path, **changes: Any) -> dict[str, Any]
 def trained(tmp_path_factory) -> SimpleNamespace:
     folder = tmp_path_factory.mktemp("preference")
     model = make_model(folder / "model")
+    (folder / "other.txt").write_text("The time is noon. " * 40)
     values = recipe(model, written(folder, pairs_of(40)), folder / "run")
+    values["evaluate"]["text"] = str(folder / "other.txt")
     outcome = experiments.train(preference, parse(values), QUIET)
     return SimpleNamespace(model=model, values=values, out=folder / "run", outcome=outcome)
 
@@ -81,6 +85,15 @@ def test_it_begins_at_ln_2_and_learns_the_choice(trained):
     assert result.scores["accuracy"] > 0.5
 
 
+def test_what_is_forgotten_is_told_before_and_after(trained):
+    (result,) = trained.outcome.results
+    before, after = (result.scores[f"{OTHER}{when}"] for when in (" before", ""))
+    model, text = preference.base(parse(trained.values)), "The time is noon. " * 40
+    assert before == pytest.approx(perplexity(model, tokenizer(), text), rel=1e-5)
+    assert after == pytest.approx(perplexity(delora.load(model, trained.out / "adapter"), tokenizer(), text), rel=1e-5)
+    assert after != pytest.approx(before, rel=2e-5)
+
+
 def test_every_folder_predicts_as_the_run_did(trained):
     assert set(trained.outcome.agreement) == {"adapter", "merged", "peft"}
     assert set(trained.outcome.agreement.values()) == {trained.outcome.test}
@@ -88,6 +101,7 @@ def test_every_folder_predicts_as_the_run_did(trained):
     for form in ("adapter", "merged"):
         scores, n = preference.evaluate(parse(trained.values), trained.out / form)
         assert n == 4
+        assert OTHER in scores
         for name, value in scores.items():
             assert value == pytest.approx(result.scores[name], rel=1e-4), name
 
@@ -171,6 +185,9 @@ def test_the_strength_is_chosen_on_the_validation_part(trained):
     scores = {t.strength: t.score for t in tuned.choice.tried}
     assert scores[0.0] == pytest.approx(0.5, abs=1e-6)
     assert scores[1.0] == pytest.approx(trained.outcome.results[0].validation, rel=1e-4)
+    lost = {t.strength: t.forgotten for t in tuned.choice.tried}
+    found = trained.outcome.results[0].scores
+    assert lost == pytest.approx({0.0: found[f"{OTHER} before"], 1.0: found[OTHER]}, rel=1e-4)
 
 
 @pytest.mark.slow
