@@ -66,7 +66,7 @@ def choose() -> Iterator[Job]:
 def judged() -> Iterator[Job]:
     """What was chosen of each, and three times its rate, for `knobs.own_cells`."""
     (own, lr), lora_lr = knobs.chats_default(knobs.read("chats-choose")["chats"])
-    for seed, rows, factor in product(reach.CHATS_JUDGING, reach.CHATS_ROWS, reach.OWN_FACTORS):
+    for seed, rows, factor in product(reach.CHATS_JUDGING, reach.CHATS_JUDGED, reach.OWN_FACTORS):
         yield Job("chats-judged", "DeLoRA", ours(own), lr * factor, seed, rows, factor)
         yield Job("chats-judged", "LoRA", LORA, lora_lr * factor, seed, rows, factor)
 

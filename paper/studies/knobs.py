@@ -241,7 +241,7 @@ def forgotten(task: Task, **having: Any) -> float:
 def own_cells(task: Task, sizes: Mapping[int, Mapping[str, Any]] | None = None) -> dict[tuple[int, float], tuple[float, Gain]]:
     """By the number of rows and the factor: LoRA's mean test score, and DeLoRA's gain over LoRA at the same factor.
 
-    Claim: for both numbers of rows DeLoRA is at most one standard error below LoRA at its chosen rate, and at three times the
+    Claim: for each number of rows DeLoRA is at most one standard error below LoRA at its chosen rate, and at three times the
     rate it is not more than two standard errors below. ``sizes``: the values that rows of each number have.
     """
     cells = {}
