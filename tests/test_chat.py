@@ -80,7 +80,7 @@ def test_every_folder_predicts_as_the_run_did(trained):
     assert set(trained.outcome.agreement) == {"adapter", "merged", "peft"}
     assert set(trained.outcome.agreement.values()) == {trained.outcome.test}
     assert result.test == pytest.approx(1 / result.scores["perplexity"])
-    assert result.test > result.scores["likelihood before"]  # it learned something
+    assert result.test > result.scores["likelihood before"] == result.baseline  # it learned something
     for form in ("adapter", "merged"):
         scores, n = chat.evaluate(parse(trained.values), trained.out / form)
         assert n == len(trained.data.test)

@@ -68,6 +68,21 @@ def test_the_run_has_learned_and_says_what_it_did(world):
     printed = (world / "stdout").read_text()
     for expected in ("text: 'body', label: 'queue'", "4 classes", "train 96, validation 12, test 12", "parameters train", "->"):
         assert expected in printed
+    assert "no better than" not in printed
+
+
+def test_a_run_that_learned_nothing_says_so(world, tmp_path):
+    rates = ("train.lr=1e-9", "train.head_lr=1e-9", "train.epochs=1")
+    code, out, err = run("finetune", "model", "tickets.csv", "--out", tmp_path / "idle", *rates)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "idle" / "summary.json").read_text())
+    (result,) = summary["results"]
+    labels = [e.label for e in tasks.find("classification").check(tasks.read(tmp_path / "idle" / "recipe.toml")).test]
+    assert result["baseline"] == max(labels.count(label) for label in labels) / len(labels)  # the test part is stratified
+    said = " ".join(out.split())
+    assert f"WARNING: “{result['name']}” is no better than what has learned nothing: its test accuracy is" in said
+    assert f"{100 * result['baseline']:.1f} % without any learning" in said
+    assert "no better than what has learned nothing" in (tmp_path / "idle" / "report.html").read_text()
 
 
 def test_the_recipe_of_the_run_is_the_run():

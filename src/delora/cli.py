@@ -293,6 +293,8 @@ def _run(experiment: Any, fresh: bool) -> None:
     if not parallel.first():
         return
     _print(page.header(outcome), page.table(outcome), outcome.name)
+    for line in page.unlearned(outcome):
+        out.print(f"WARNING: {line}", style="yellow", markup=False)
     for line in page.reading(outcome, task):
         out.print(line, style="dim", markup=False)
     file = page.write(Path(experiment.out), task).name

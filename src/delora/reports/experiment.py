@@ -16,7 +16,7 @@ from delora.training.experiments import Outcome
 from delora.training.runs import CONFIG, METRICS, Result, Row, best_rows
 from delora.training.task import Task
 
-__all__ = ["header", "page", "reading", "score", "table", "write"]
+__all__ = ["header", "page", "reading", "score", "table", "unlearned", "write"]
 
 REPORT = "report.html"
 NOTHING = "–"
@@ -114,6 +114,27 @@ def reading(outcome: Outcome, task: Task) -> list[str]:
     ]
 
 
+def unlearned(outcome: Outcome) -> list[str]:
+    """A sentence if the run that was delivered is no better than its baseline.
+
+    >>> names = dict(name="a", row="LoRA", setting="LoRA", folder="a", task="cola", method="LoRA(r=8)", seed=0)
+    >>> run = Result(**names, metric="accuracy", reported="accuracy", trainable=10, seconds=1.0, test=0.5, baseline=0.5)
+    >>> unlearned(Outcome("mine", [run], 100, "a", {}, {}))[0][:48]
+    '“a” is no better than what has learned nothing: '
+    """
+    for run in outcome.results:
+        if run.name != outcome.delivered or run.test is None or run.baseline is None:
+            continue
+        error = standard_error(run.test, outcome.test) if run.reported == "accuracy" and outcome.test else 0.0
+        if run.test <= run.baseline + error:
+            found = f"{100 * run.test:.1f} %" + (f" ± {100 * error:.1f}" if error else "")
+            return [
+                f"“{run.name}” is no better than what has learned nothing: its test {run.reported} is {found}, and "
+                f"{100 * run.baseline:.1f} % without any learning. Try a lower rate, such as a third of train.lr, or more rows."
+            ]
+    return []
+
+
 def write(out: Path, task: Task) -> Path:
     """Write ``report.html`` and its plots into the folder of a finished experiment."""
     outcome = Outcome.read(out)
@@ -133,7 +154,7 @@ def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Mapping
     best, rows = best_rows(outcome.results), table(outcome)
     delivered = [i for i, row in enumerate(best) if outcome.delivered in [run.name for run in row.runs]]
     figures = "\n".join(pages.picture(plot, f"{plot.stem} per optimizer step", spots) for plot, spots in plots.items())
-    notes = "".join(f"<li>{escape(line)}</li>\n" for line in reading(outcome, task))
+    notes = "".join(f"<li>{escape(line)}</li>\n" for line in (*unlearned(outcome), *reading(outcome, task)))
     versions = ", ".join(f"{key} {value}" for key, value in outcome.environment.items())
     body = f"""<h1>{escape(outcome.name)}</h1>
 <p class="what">{escape(str(config.get("model", "")))}; {escape(versions)}</p>

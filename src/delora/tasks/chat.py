@@ -147,7 +147,7 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         with delora.disabled(model):
             scores |= {f"{name} before": value for name, value in every().items()}
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
-        return best | {"test": scores[METRIC], "scores": scores}
+        return best | {"test": scores[METRIC], "scores": scores, "baseline": scores[f"{METRIC} before"]}
 
     return conclude(experiment, context, model, trainer, METRIC, METRIC, score)
 

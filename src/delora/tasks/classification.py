@@ -6,6 +6,7 @@ The best run is delivered as an adapter, a merged model and a PEFT LoRA. Each is
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -39,6 +40,7 @@ __all__ = [
     "Settings",
     "Units",
     "base",
+    "baseline",
     "check",
     "deliver",
     "evaluate",
@@ -165,9 +167,21 @@ def run(experiment: Settings, context: RunContext, splits: Splits[Example]) -> R
             write_json(context.folder / PREDICTIONS, predicted.tolist())
         scores = text.scores(predicted, splits.test, task)
         best = {"validation": trainer.state.best_metric, "best_epoch": trainer.best_epoch()}
-        return best | {"test": scores[task.reported], "scores": scores}
+        return best | {"test": scores[task.reported], "scores": scores, "baseline": baseline(splits, task)}
 
     return conclude(experiment, context, model, trainer, task.metrics[0], task.reported, score)
+
+
+def baseline(splits: Splits[Example], task: TextTask) -> float:
+    """The reported score on the test part of one answer to all: the most frequent class of those to train on, or the mean.
+
+    >>> part = [Example("Good.", 1), Example("Fine.", 1), Example("Bad.", 0)]
+    >>> round(baseline(Splits(part, part, part), TextTask(("negative", "positive"), ("accuracy",))), 3)
+    0.667
+    """
+    labels = [e.label for e in splits.train]
+    always = statistics.fmean(labels) if task.regression else statistics.mode(labels)
+    return text.scores(torch.tensor([always] * len(splits.test)), splits.test, task)[task.reported]
 
 
 @dataclass(frozen=True)

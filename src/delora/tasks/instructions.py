@@ -183,7 +183,8 @@ def run(experiment: Settings, context: RunContext, data: Material) -> Result:
         scores = {METRIC: likelihood} | scored(model, tokenizer, experiment, data)
         last = math.ceil(trainer.state.epoch or 0)  # which an experiment with train.steps may have begun only
         figures = {"validation": likelihood, "test": scores[reported(experiment)], "best_epoch": last}
-        return figures | {"scores": scores | {f"{name} before": value for name, value in before.items()}}
+        every = scores | {f"{name} before": value for name, value in before.items()}
+        return figures | {"scores": every, "baseline": before.get(reported(experiment))}
 
     return conclude(experiment, context, model, trainer, METRIC, reported(experiment), score)
 

@@ -298,7 +298,8 @@ def conclude(
 ) -> Result:
     """The end of a run: save the adapter, score it, write the result. A run that diverged has no scores.
 
-    ``score()`` returns ``validation``, ``test`` and ``scores`` of a `Result`, and ``best_epoch`` if there is one.
+    ``score()`` returns ``validation``, ``test`` and ``scores`` of a `Result`; where there are such, ``best_epoch`` and
+    ``baseline`` too.
     """
     figures: dict[str, Any] = {"diverged": trainer.diverged}
     if trainer.diverged is None:

@@ -91,7 +91,9 @@ class Result:
     ``row`` is the run's line in a table, ``setting`` the name that it shares with its runs of other seeds, ``folder`` the name
     of its folder. ``validation`` is the value of ``metric`` at its best epoch. At that epoch, ``test`` is the value of
     ``reported`` on the test part, and ``scores`` has every metric of the task there. ``distance`` is the mean |dW|/|W| of the
-    adapted layers. ``diverged`` is the step at which the loss was no longer finite; such a run has no scores.
+    adapted layers. ``diverged`` is the step at which the loss was no longer finite; such a run has no scores. ``baseline`` is
+    what ``reported`` comes to with no learning: of a new head, by always the most frequent class, or the mean; else of the base
+    model. None: not known.
 
     >>> names = dict(name="a", row="LoRA", setting="LoRA 3e-3", folder="a", task="cola", method="LoRA(r=8)")
     >>> result = Result(**names, seed=0, metric="matthews", reported="matthews", trainable=10, seconds=1.0, test=0.6)
@@ -118,6 +120,7 @@ class Result:
     distance: float | None = None
     bound_used: float | None = None
     diverged: int | None = None
+    baseline: float | None = None
 
     def write(self, folder: Path) -> None:
         """Write it into the run's folder."""
