@@ -74,9 +74,9 @@ OWN_CHOOSING, OWN_JUDGING, OWN_FACTORS = (150, 151), (152, 153, 154), (1.0, 3.0)
 # make the model answer every question as a pirate; and one run of these chats (40 rows, seed 9), at 0.1 and 0.01, had 1.7 times
 # the base model's perplexity on newspapers. So what is forgotten is in the rule. A batch has as many rows, and a run as
 # many epochs, as `delora finetune` takes.
-# The rates 0.001, and 3e-5 of LoRA, were added after six runs, in which the lowest rate was the best.
+# The rates 0.001, and 3e-3 of LoRA, were added after ten runs, in which DeLoRA's lowest and LoRA's highest rate were the best.
 CHATS_ROWS = {40: (3, 4), 120: (3, 4)}  # epochs, and rows in a batch
-CHATS_GRID, CHATS_LORA_RATES = ((0.03, 0.1), (0.001, 0.003, 0.01, 0.03)), (3e-5, 1e-4, 3e-4, 1e-3)
+CHATS_GRID, CHATS_LORA_RATES = ((0.03, 0.1), (0.001, 0.003, 0.01, 0.03)), (1e-4, 3e-4, 1e-3, 3e-3)
 CHATS_CHOOSING, CHATS_JUDGING = (170,), (171, 172, 173)
 CHATS_JUDGED = (40,)  # rows: a run on 120 takes five minutes
 FORGOTTEN = 1.25  # times the base model's perplexity on newspapers: the most that a default may come to

@@ -39,7 +39,7 @@ def row(case: str, lr: float, validation: float, times: float, **more):
 
 @pytest.mark.parametrize(
     ("limit", "expected"),
-    [(9.0, ((0.1, 0.03), 1e-3)), (1.25, ((0.1, 0.01), 3e-4)), (0.5, ((0.03, 0.001), 3e-5))],  # the last: none fits
+    [(9.0, ((0.1, 0.03), 3e-3)), (1.25, ((0.1, 0.01), 3e-4)), (0.5, ((0.03, 0.001), 1e-4))],  # the last: none fits
 )
 def test_the_settings_for_chats_forget_no_more_than_the_limit(limit, expected, monkeypatch):
     monkeypatch.setattr(reach, "FORGOTTEN", limit)
