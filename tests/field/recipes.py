@@ -43,9 +43,13 @@ def make(folder: Path) -> None:
     talks.mkdir()
     pairs.mkdir()
     chats = test_chat.written(talks, test_chat.rows_of(60))
+    (folder / "other.txt").write_text("The time is noon. " * 40)
     llm, some = (
         tiny_chat.make_model(folder / "chat-llm"),
-        {"train": {"lr": 1e-3, "batch_size": 4, "epochs": 3, "record_steps": 1}},
+        {
+            "train": {"lr": 1e-3, "batch_size": 4, "epochs": 3, "record_steps": 1},
+            "evaluate": {"sample": ["who are you"], "tokens": 4, "text": str(folder / "other.txt")},
+        },
     )
     tiny.write(test_chat.recipe(llm, chats, folder / "one-chat", **some), folder / "chat.json")
     source = test_preference.written(pairs, test_preference.pairs_of(60))
