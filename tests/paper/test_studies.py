@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import delora
-from paper.studies import chat, dial, fashion, sentences
+from delora.training import defaults
+from paper.studies import chat, dial, fashion, knobs, sentences
 
 
 @pytest.mark.parametrize(("module", "study"), [(m, study) for m in (chat, fashion, sentences) for study in m.STUDIES])
@@ -53,3 +54,8 @@ def test_what_choosing_is_worth_is_paired_by_seed():
     worth = dial.worth([row(1, 0.6, 0.5), row(2, 0.9, 0.7), {"case": "b", "seed": 1}], "a")
     assert (worth.score, worth.gain) == pytest.approx((0.75, 0.15))
     assert worth.error == pytest.approx(0.05)
+
+
+def test_delora_finetune_begins_with_what_the_rules_chose():
+    assert knobs.own_default()[0] == (defaults.REACH, defaults.RATE)
+    assert knobs.chats_default(knobs.read("chats-choose")["chats"])[0] == (defaults.REACH, defaults.CHAT_RATE)

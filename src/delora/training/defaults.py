@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 __all__ = ["Setting", "Sketch", "adapter", "batch_size", "epochs", "longest", "pictures", "precision", "quantile", "training"]
 
-# The reach of a model with a new head, which is trained at a higher rate, and of any other.
-RANK, NEW_REACH, REACH, TARGETS = 8, 0.03, 0.1, "all-linear"
-# The learning rates of DeLoRA (with a new head, without one, on pairs), of other methods, and of modules trained whole.
-RATE, CAREFUL_RATE, PAIR_RATE, OTHER_RATE, HEAD_RATE = 3e-2, 1e-2, 1e-3, 1e-3, 1e-3
+# The reach of all linear layers, and of a text-to-image model's attention.
+RANK, REACH, PICTURE_REACH, TARGETS = 8, 0.03, 0.1, "all-linear"
+# The learning rates of DeLoRA (with a new head, on chats, on pairs), of other methods, and of modules trained whole.
+RATE, CHAT_RATE, PAIR_RATE, OTHER_RATE, HEAD_RATE = 3e-2, 3e-3, 1e-3, 1e-3, 1e-3
 # Of rows that a new head learns from, short as a rule, and of others.
 LARGEST_BATCH_OF_HEAD, LARGEST_BATCH, STEPS_AN_EPOCH = 32, 8, 20
 # Of a text-to-image model: where its adapter is, at which rate, how long for each photograph, and within which steps.
@@ -117,8 +117,8 @@ def precision() -> Setting:
     return Setting("train.precision", "fp32", "right on every device")
 
 
-def adapter(method: str, ranked: bool, head: Sequence[str]) -> list[Setting]:
-    """The keys of ``adapter`` for a method; ``ranked``: it has a rank ``r``.
+def adapter(method: str, ranked: bool, head: Sequence[str], reach: float = REACH) -> list[Setting]:
+    """The keys of ``adapter`` for a method; ``ranked``: it has a rank ``r``; ``reach`` is for DeLoRA.
 
     >>> [setting.key for setting in adapter("delora", True, ["classifier"])]
     ['adapter.method', 'adapter.r', 'adapter.reach', 'adapter.targets', 'adapter.also_train']
@@ -127,7 +127,6 @@ def adapter(method: str, ranked: bool, head: Sequence[str]) -> list[Setting]:
     if ranked:
         settings.append(Setting("adapter.r", RANK, "a small rank; a higher one costs more and seldom helps on one task"))
     if method == "delora":
-        reach = NEW_REACH if head else REACH
         settings.append(Setting("adapter.reach", reach, f"a layer changes by about {reach:.0%} of its weights' norm"))
     settings.append(Setting("adapter.targets", TARGETS, "every linear layer but the head"))
     if head:
@@ -149,7 +148,7 @@ def training(method: str, rows: int, head: bool, pairs: bool = False) -> list[Se
             )
         )
     elif method == "delora" and not head:
-        settings.append(Setting("train.lr", CAREFUL_RATE, "nothing new is put on the model; 0.08 cost a chat model 7 points"))
+        settings.append(Setting("train.lr", CHAT_RATE, "the best of four for 40 chats and for 120; a higher one forgets more"))
     elif method == "delora":
         settings.append(
             Setting("train.lr", RATE, "the reach bounds the change: from 0.003 to 0.1 film reviews were learned much alike")
@@ -172,7 +171,7 @@ def pictures(method: str, ranked: bool, photographs: int, resolution: int, guida
     judge = "given" if judged else "no other model is needed; subject.judge=true has DINO and CLIP score the pictures"
     method_settings = [
         Setting(each.key, ATTENTION, "the attention") if each.key == "adapter.targets" else each
-        for each in adapter(method, ranked, [])
+        for each in adapter(method, ranked, [], PICTURE_REACH)
     ]
     rate = PICTURE_RATE if method == "delora" else OTHER_RATE / 10
     return [
