@@ -53,16 +53,31 @@ class Task:
 
 
 def read(study: str, results: Path = RESULTS) -> dict[str, Task]:
-    """The rows so far of a study of reach, by the task's name."""
+    """The rows so far of a study of reach, by the task's name; of ``knob`` where every setting has been run at every seed."""
     tasks = {}
     for name, (folder, end, chance) in TASKS.items():
         # The runs of the chosen start are beside the runs of LoRA that `knob` has.
         other = [r for r in engine.read("knob" + end, results / folder) if r["case"] == "LoRA"] if study == "knob-start" else []
         own = engine.read(study + end, results / folder)
-        if rows := [_with_fields(row) for row in [*own, *(other if own else [])]]:
+        rows = [_with_fields(row) for row in [*own, *(other if own else [])]]
+        if rows and (study != "knob" or paired(rows)):
             # A subject has no pictures to choose by: LoRA's rate is the best by the score itself, which favours LoRA.
             tasks[name] = Task(rows, chance, "test" if folder == "fashion" else "validation")
     return tasks
+
+
+def paired(rows: Iterable[Row]) -> bool:
+    """Whether every setting was run at the same seeds, of which there are several: what differences need.
+
+    >>> rows = [{"case": case, "lr": 0.1, "seed": seed} for case in CASES for seed in (1, 2)]
+    >>> paired(rows), paired(rows[:3]), paired(rows[::2])
+    (True, False, False)
+    """
+    seeds: dict[tuple[Any, ...], set[int]] = {}
+    for row in rows:
+        seeds.setdefault(tuple(row.get(name) for name in ("case", "lr", "r", "reach")), set()).add(row["seed"])
+    every = set().union(*seeds.values())
+    return len(every) > 1 and all(some == every for some in seeds.values())
 
 
 def _with_fields(row: Row) -> Row:
