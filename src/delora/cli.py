@@ -667,6 +667,9 @@ def export(
             f"--kind ollama merges into a copy of the model's own GGUF file, and {model} comes without one: give it with "
             "--base, or write a folder of transformers with delora merge, of which Ollama reads many kinds: FROM FOLDER"
         )
+    if kind == "ollama" and rank is not None:
+        out.print(f"--rank {rank} is not needed: the merged weights hold the whole change", style="dim", markup=False)
+        form["rank"] = None
     loaded = adapted(where, model, _own(method))
     with _refusals():
         if kind in ("gguf", "ollama"):
