@@ -128,7 +128,7 @@ def unlearned(outcome: Outcome) -> list[str]:
         error = standard_error(run.test, outcome.test) if run.reported == "accuracy" and outcome.test else 0.0
         if run.test <= run.baseline + error:
             found = f"{100 * run.test:.1f} %" + (f" ± {100 * error:.1f}" if error else "")
-            moved = "" if run.distance is None else f" Its layers changed by {100 * run.distance:.2g} % of their weights' norm."
+            moved = "" if run.distance is None else f" Its layers changed by {100 * run.distance:,.1f} % of their norm."
             return [
                 f"“{run.name}” is no better than what has learned nothing: its test {run.reported} is {found}, and "
                 f"{100 * run.baseline:.1f} % without any learning.{moved} Lower train.lr, to a third, or raise it if next to "
