@@ -65,6 +65,20 @@ RIVALS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
 
 LADDER = {name: rung(name) for name in RUNGS}
 
+# R6 anew: in `rungs` the rates to choose from were not the same for every rung, and the chosen ones lie at their edges. Here
+# all rungs have the same rates, a factor of three apart, and four strengths where they have one: lam, or LoRA's alpha.
+EQUAL_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+EQUAL_SEEDS = tuple(range(190, 200))
+ALPHAS = (4.0, 8.0, 16.0, 32.0)
+
+
+def equal_rung(name: str) -> tuple[list[Any], tuple[float, ...]]:
+    methods = [replace(RUNGS[name], r=8, alpha=alpha) for alpha in ALPHAS] if name == "L0" else rung(name)[0]
+    return methods, EQUAL_RATES
+
+
+EQUAL_LADDER = {name: equal_rung(name) for name in RUNGS}
+
 # ---------------------------------------------------------------- which runs
 
 
@@ -129,17 +143,20 @@ def prolonged() -> Iterator[Job]:
         yield long("DeLoRA, lam fixed", replace(method, learn_lam=False), lr, 0.0, seed)
 
 
-def rungs_tuning() -> Iterator[Job]:
-    for case, (methods, rates) in LADDER.items():
+Ladder = dict[str, tuple[list[Any], tuple[float, ...]]]
+
+
+def rungs_tuning(study: str, ladder: Ladder) -> Iterator[Job]:
+    for case, (methods, rates) in ladder.items():
         for method, lr, seed in product(methods, rates, TUNING_SEEDS):
-            yield Job("rungs-tuning", case, method, lr, lr * LAM_SHARE, seed)
+            yield Job(study, case, method, lr, lr * LAM_SHARE, seed)
 
 
-def rungs() -> Iterator[Job]:
-    """The ladder of Table 1, each rung at its chosen strength and rate, on five seeds."""
-    for case, (method, lr) in best("rungs-tuning", LADDER).items():
-        for seed in (*SEEDS, 13, 14):
-            yield Job("rungs", case, method, lr, lr * LAM_SHARE, seed)
+def rungs(study: str, tuned: str, ladder: Ladder, seeds: tuple[int, ...]) -> Iterator[Job]:
+    """The ladder of Table 1, each rung at its chosen strength and rate."""
+    for case, (method, lr) in best(tuned, ladder).items():
+        for seed in seeds:
+            yield Job(study, case, method, lr, lr * LAM_SHARE, seed)
 
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -242,8 +259,10 @@ STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "rivals": rivals,
     "decoupling": decoupling,
     "prolonged": prolonged,
-    "rungs-tuning": rungs_tuning,
-    "rungs": rungs,
+    "rungs-tuning": partial(rungs_tuning, "rungs-tuning", LADDER),
+    "rungs": partial(rungs, "rungs", "rungs-tuning", LADDER, (*SEEDS, 13, 14)),
+    "rungs-equal-tuning": partial(rungs_tuning, "rungs-equal-tuning", EQUAL_LADDER),
+    "rungs-equal": partial(rungs, "rungs-equal", "rungs-equal-tuning", EQUAL_LADDER, EQUAL_SEEDS),
     "starts": starts,
     "starts-clipped": partial(starts, "starts-clipped", 1.0),
     "starts-judged": starts_judged,

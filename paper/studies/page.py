@@ -89,7 +89,7 @@ def whole(study: str, module: Any) -> list[dict[str, Any]]:
 
 def verdict_table() -> dict[str, dict[str, Verdict]]:
     """The verdicts of every stand-in whose studies are complete, by the claim's name."""
-    judged = {"digits": verdicts.on_digits(digits.read)}
+    judged = {"digits": verdicts.on_digits(lambda study: whole(study, digits))}
     if rows := whole("robustness-judged", sentences):
         judged["sentences"] = {"R1": verdicts.r1(rows, 0.5)}
     if rows := whole("robustness", chat):
@@ -147,7 +147,7 @@ def claims() -> str:
         lines += ["", "Subjects, score [%]:", "", *_over_factors(rows, 0.0)]
         lines += ["", "The subject's share of it [%]:", "", *_over_factors(rows, 0.0, "subject_share")]
         lines += ["", "The prompt's share of it [%]:", "", *_over_factors(rows, 0.0, "prompt")]
-    lines += ["", "## The ladder", "", "Digits:", "", *_ladder(digits.read("rungs"))]
+    lines += ["", "## The ladder", "", *_ladders()]
     lines += [*_subject_tables(), *_maps_table(), *_rivals(), "", LIMITS, "", "## Cost", "", *_cost()]
     return "\n".join(lines) + "\n"
 
@@ -201,6 +201,31 @@ def _over_factors(rows: Iterable[dict[str, Any]], gone: float, key: str = "test"
 
 def _spread(values: list[float]) -> str:
     return "–" if not values else f"{fmean(values):,.1f}" + (f" ± {stdev(values):.1f}" if values[1:] else "")
+
+
+def _ladders() -> list[str]:
+    lines = ["Digits:", "", *_ladder(digits.read("rungs"))]
+    if not (rows := whole("rungs-equal", digits)):
+        return lines
+    rates, alphas, lams = (", ".join(f"{v:g}" for v in values) for values in (digits.EQUAL_RATES, digits.ALPHAS, digits.LAMS))
+    at_edge = [
+        case
+        for case, (_, lr) in digits.best("rungs-equal-tuning", digits.EQUAL_LADDER).items()
+        if lr in (digits.EQUAL_RATES[0], digits.EQUAL_RATES[-1])
+    ]
+    edges = (
+        f"The chosen rate of {' and '.join(at_edge)} is at an edge of the grid" if at_edge else "No chosen rate is at an edge"
+    )
+    return [
+        f"Digits, on equal grids: every rung chose from the rates {rates}, by validation at two other seeds; with lam of {lams} "
+        f"(L0: alpha of {alphas}; E0 has none). {edges}.",
+        "",
+        *_ladder(rows),
+        "",
+        "The first runs, whose rates to choose from were three, and not the same for L0 as for the others:",
+        "",
+        *lines[2:],
+    ]
 
 
 def _ladder(rows: list[dict[str, Any]]) -> list[str]:

@@ -338,6 +338,18 @@ def ladder(rows: Rows) -> Verdict:
     )
 
 
+def on_equal_grids(equal: Rows, unequal: Rows) -> Verdict:
+    """The ladder where every rung chose from the same rates; what it was on others is told beside it."""
+    if not equal:
+        return ladder(unequal)
+    first = ladder(unequal)
+    beside = (
+        f"with other rates to choose from for each rung, at five seeds, it was {first.outcome}: {part.text}"
+        for part in first.parts
+    )
+    return replace(ladder(equal), notes=tuple(beside))
+
+
 def chat(rows: Rows, chance: float = 0.35) -> Verdict:
     """``chance``: the mean over a task of two answers (1/2) and one of five (1/5)."""
     before = fmean(r["perplexity_before"] for r in rows if "perplexity_before" in r)
@@ -392,7 +404,7 @@ def on_digits(read: Callable[[str], Rows]) -> dict[str, Verdict]:
         "R3": r3(robustness),
         "R4": r4(read("prolonged")),
         "R5": r5(read("decoupling"), robustness),
-        "R6": ladder(read("rungs")),
+        "R6": on_equal_grids(read("rungs-equal"), read("rungs")),
     }
 
 
