@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -213,35 +214,35 @@ SUBJECTS = {
     "dotted_top": ("top", "dots", 6),
     "barred_pullover": ("pullover", "bars", 6),
     "diagonal_dress": ("dress", "diagonals", 6),
+    "ringed_coat": ("coat", "rings", 6),
 }
-CHOOSING = ("barred_pullover", "diagonal_dress")  # settings are chosen on these and judged on the others
-VIEWS = 5
+CHOOSING = ("barred_pullover", "diagonal_dress")  # settings are chosen on these and judged on `JUDGED`
+VIEWED = (*CHOOSING, "ringed_coat")  # settings are chosen on these by new views
+JUDGED = ("striped_boot", "checked_bag", "dotted_top")
+VIEWS, NEW_VIEWS = 5, 16  # a subject's photographs, and pictures of it that no run sees
 PROMPTS = tuple(f"a photo of a {word} {{}}" for pair in ATTRIBUTES for word in pair)
 LEAST = 0.55  # least mean brightness of a subject, so that its pattern is visible
 
 
 def subjects() -> Path:
-    """Five pictures each of five garments that no model was trained on, laid out as google/dreambooth's folder.
+    """Five pictures each of six garments that no model was trained on, laid out as google/dreambooth's folder.
 
     A subject is the first of the 10,000 test pictures of its class that is bright enough, multiplied with a pattern, which
     moves with it. The prompts ask for it small, large, dark, bright, narrow and wide.
     """
-    return _made(PREPARED / "fashion-subjects", _subjects)
+    folder = PREPARED / "fashion-subjects"
+    if folder.is_dir() and {place.name for place in folder.iterdir() if place.is_dir()} != set(SUBJECTS):
+        shutil.rmtree(folder)  # of an earlier version, which had other subjects
+    return _made(folder, _subjects)
+
+
+def new_views() -> Path:
+    """16 other pictures of each of these garments, in a folder with its name; looks are drawn as those of the photographs."""
+    return _made(PREPARED / "fashion-new-views", lambda folder: _photographed(folder, NEW_VIEWS, seed=1))
 
 
 def _subjects(folder: Path) -> None:
-    clothes, generator = read("test"), torch.Generator().manual_seed(0)
-    light = measures(F.pad(clothes.items, (2, 2, 2, 2)))["dark"]
-    for name, (word, kind, period) in SUBJECTS.items():
-        item = int(((clothes.labels == CLASSES.index(word)) & (light > LEAST)).nonzero()[0])
-        patterned = clothes.items[item] * pattern(kind, period)[2:30, 2:30]
-
-        def about(middle: float, width: float) -> Tensor:
-            return middle + width * (2 * torch.rand(VIEWS, generator=generator) - 1)
-
-        looks = Looks(about(0.95, 0.08), about(0, 0.1).exp(), about(0, 0.2).exp(), torch.stack([about(0, 2), about(0, 2)], 1))
-        for number, picture in enumerate(placed(patterned.expand(VIEWS, -1, -1), looks)):
-            save(picture, folder / name / f"{number:02d}.png")
+    _photographed(folder, VIEWS, seed=0)
     prompts = "\n".join(f"'{prompt.replace('{}', '{0} {1}')}'.format(unique_token, class_token)," for prompt in PROMPTS)
     classes = "\n".join(f"{name},{word}" for name, (word, _, _) in SUBJECTS.items())
     blocks = (
@@ -254,6 +255,21 @@ def _subjects(folder: Path) -> None:
         prompts,
     )
     (folder / "prompts_and_classes.txt").write_text("\n\n".join(blocks), "utf-8")
+
+
+def _photographed(folder: Path, views: int, seed: int) -> None:
+    clothes, generator = read("test"), torch.Generator().manual_seed(seed)
+    light = measures(F.pad(clothes.items, (2, 2, 2, 2)))["dark"]
+    for name, (word, kind, period) in SUBJECTS.items():
+        item = int(((clothes.labels == CLASSES.index(word)) & (light > LEAST)).nonzero()[0])
+        patterned = clothes.items[item] * pattern(kind, period)[2:30, 2:30]
+
+        def about(middle: float, width: float) -> Tensor:
+            return middle + width * (2 * torch.rand(views, generator=generator) - 1)
+
+        looks = Looks(about(0.95, 0.08), about(0, 0.1).exp(), about(0, 0.2).exp(), torch.stack([about(0, 2), about(0, 2)], 1))
+        for number, picture in enumerate(placed(patterned.expand(views, -1, -1), looks)):
+            save(picture, folder / name / f"{number:02d}.png")
 
 
 def save(picture: Tensor, file: Path) -> None:

@@ -148,7 +148,7 @@ def claims() -> str:
         lines += ["", "The subject's share of it [%]:", "", *_over_factors(rows, 0.0, "subject_share")]
         lines += ["", "The prompt's share of it [%]:", "", *_over_factors(rows, 0.0, "prompt")]
     lines += ["", "## The ladder", "", *_ladders()]
-    lines += [*_subject_tables(), *_maps_table(), *_rivals(), "", LIMITS, "", "## Cost", "", *_cost()]
+    lines += [*_subject_tables(), *_views_tables(), *_maps_table(), *_rivals(), "", LIMITS, "", "## Cost", "", *_cost()]
     return "\n".join(lines) + "\n"
 
 
@@ -567,6 +567,32 @@ def _subject_tables() -> list[str]:
             words = ", ".join(prompt.split()[-2] for prompt in clothes.PROMPTS)
             caption = f"{name.replace('_', ' ')}, first seed; from left to right: {words}"
             lines += ["", f"![The photographs, and what each method draws](figures/figure7-{name}.png)", "", f"*A {caption}.*"]
+    return lines
+
+
+def _views_tables() -> list[str]:
+    """LoRA and DeLoRA on equal grids: what was chosen on new views of three subjects, and how that does on three others."""
+    if not (rows := whole("views-judged", fashion)):
+        return []
+    lines = ["", "LoRA and DeLoRA on equal grids, judged on three subjects and three seeds:", ""]
+    lines += _means_table(rows, SUBJECT_KEYS | {fashion.NEW: ("new views [%]", 100.0)})
+    chosen = whole("views-choose", fashion)
+    rates = ", ".join(f"{lr:g}" for lr in fashion.VIEW_RATES)
+    lines += [
+        "",
+        "New views: by which share the error of the noise that is predicted for pictures of the subject that training has not seen is below "
+        f"the base model's. It chose the settings, over the rates {rates}, with three other subjects and seeds [%]:",
+        "",
+        "| | setting | " + " | ".join(f"{lr:g}" for lr in fashion.VIEW_RATES) + " |",
+        "|---" * (2 + len(fashion.VIEW_RATES)) + "|",
+    ]
+    for case, adapters in fashion.ON_VIEWS.items():
+        for adapter in adapters:
+            cells = []
+            for lr in fashion.VIEW_RATES:
+                runs = [r for r in chosen if (r["case"], r["adapter"], r["lr"]) == (case, adapter, lr)]
+                cells.append(f"{100 * fmean(r.get(fashion.NEW, 0.0) for r in runs):.1f}")
+            lines.append(f"| {case} | {_setting({'adapter': adapter})} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -427,7 +427,31 @@ def on_subjects(read: Callable[[str], Rows]) -> dict[str, Verdict]:
         judged["R5"] = r5([*decoupling, *base], robustness)
     if read("ladder"):
         judged["R6"] = ladder(read("ladder"))
+    if read("views-judged"):
+        judged["S1"] = on_new_views(read("views-judged"))
     return judged
+
+
+def on_new_views(rows: Rows) -> Verdict:
+    """LoRA against DeLoRA where both had as many strengths and rates to choose from."""
+
+    def less(case: str, other: str, key: str) -> Callable[[Rows], float]:
+        def mean(rows: Rows, case: str) -> float:
+            return fmean(r.get(key, 0.0) for r in rows if r["case"] == case)
+
+        return lambda rows: mean(rows, case) - mean(rows, other)
+
+    def beside(case: str, other: str) -> str:
+        return judge(rows, less(case, other, "new_views"), f"on new views {case} less {other}: {{}} points", least=0).text
+
+    words = "score, {} less LoRA: {{}} points (at least 0)"
+    return Verdict(
+        "DeLoRA learns a subject at least as well as LoRA (Table 3)",
+        "Each at its best of equal grids, its score on other subjects is not below LoRA's, with the start that is the default "
+        "and with the one of rank r.",
+        tuple(judge(rows, less(case, "LoRA", "test"), words.format(case), least=0) for case in ("DeLoRA", "DeLoRA, soft")),
+        (beside("DeLoRA", "LoRA"), beside("DeLoRA, soft", "LoRA")),
+    )
 
 
 # ---------------------------------------------------------------- which start, and lam

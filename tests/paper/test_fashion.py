@@ -164,6 +164,24 @@ def test_subjects_are_in_dreambooths_form():
 
 
 @needed
+def test_new_views_are_the_same_garment_seen_anew():
+    """Each is nearer to one of its own subject's photographs than to any of another subject's of another class."""
+    folder = fashion.new_views()
+    photographs = {
+        s.name: [subject.rgb(dreambooth.open_image(f)) for f in s.images] for s in dreambooth.read(str(fashion.subjects()))
+    }
+    right = total = 0
+    for name in photographs:
+        files = sorted((folder / name).glob("*.png"))
+        assert len(files) == fashion.NEW_VIEWS
+        for view in (subject.rgb(dreambooth.open_image(file)) for file in files):
+            assert not any(torch.equal(view, seen) for seen in photographs[name])
+            near = {other: min((view - seen).square().mean().item() for seen in seen_) for other, seen_ in photographs.items()}
+            right, total = right + (min(near, key=near.get) == name), total + 1
+    assert right / total > 0.5  # one in six by chance
+
+
+@needed
 def test_scenes_have_the_labels_of_their_pictures():
     scenes = maps.read(str(fashion.scenes()), "validation")
     assert [len(maps.read(str(fashion.scenes()), part)) for part in maps.PARTS] == list(fashion.SCENES.values())

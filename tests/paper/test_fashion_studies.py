@@ -15,7 +15,7 @@ from paper.standins import fashion as clothes
 from paper.standins import prepare
 from paper.studies import engine, fashion
 from paper.studies.fashion import Job, best, experiment, trace
-from paper.studies.verdicts import on_subjects
+from paper.studies.verdicts import NO, YES, on_new_views, on_subjects
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,11 @@ def test_no_subject_both_chooses_and_judges():
     choosing = {job.subject for study in ("methods-tuning", "ladder-tuning") for job in fashion.STUDIES[study]()}
     assert choosing == set(clothes.CHOOSING)
     assert choosing.isdisjoint(fashion.SUBJECTS)
-    assert {*choosing, *fashion.SUBJECTS} == set(clothes.SUBJECTS)
+    assert {*choosing, *fashion.SUBJECTS} < set(clothes.SUBJECTS)
+    assert {*clothes.VIEWED, *fashion.SUBJECTS} == set(clothes.SUBJECTS)
+    assert set(clothes.VIEWED).isdisjoint(fashion.SUBJECTS)
+    assert {job.subject for job in fashion.STUDIES["views-choose"]()} == set(clothes.VIEWED)
+    assert set(fashion.VIEW_SEEDS).isdisjoint(fashion.VIEW_JUDGED_SEEDS)
     assert fashion.TUNING_SEED not in fashion.SEEDS
 
 
@@ -129,3 +133,38 @@ def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path, monkeypatch):
     screen = io.StringIO()
     engine.run("study", [job, replace(job)], fashion.work, tmp_path, Console(file=screen))
     assert "1 runs are there, 0 to do" in screen.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_new_views_are_measured_against_the_base_model(tmp_path, monkeypatch):
+    """A run at rate 0 is no better than the base model on them; no judge is asked; a run that learns changes the error."""
+    prepare.main()
+    monkeypatch.setattr(fashion, "SHARED", tmp_path / "shared")
+    monkeypatch.setattr(fashion, "RESULTS", tmp_path / "results")
+
+    def small(job, out, real=experiment):
+        settings = real(job, out)
+        return settings.model_copy(update={"subject": settings.subject.model_copy(update={"class_images": 2, "steps": 2})})
+
+    monkeypatch.setattr(fashion, "experiment", small)
+    job = Job("views-choose", "LoRA", fashion.LORA, 0.0, 0.0, 3, "ringed_coat", steps=2)
+    still, moved = fashion.work(job), fashion.work(replace(job, lr=1e-2))
+    assert "test" not in still
+    assert still[fashion.NEW] == 0.0
+    assert moved[fashion.NEW] != 0.0
+
+
+def test_on_new_views_each_start_is_judged_against_lora():
+    """Two points above LoRA with a standard error of a tenth: yes; two below: no, and the claim fails with it."""
+    cases = {"LoRA": (0.5, 0.1), "DeLoRA": (0.52, 0.12), "DeLoRA, soft": (0.48, 0.1)}
+    rows = [
+        made(case, 1.0, score + 0.001 * (seed - 11), seed=seed, subject=name, new_views=views)
+        for case, (score, views) in cases.items()
+        for seed in (10, 11, 12)
+        for name in "abc"
+    ]
+    verdict = on_new_views(rows)
+    assert [part.outcome for part in verdict.parts] == [YES, NO]
+    assert verdict.outcome == "fails"
+    assert "on new views DeLoRA less LoRA: 2.0 ± 0.0 points" in verdict.notes[0]
