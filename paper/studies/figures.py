@@ -18,6 +18,7 @@ from paper.standins import fashion as clothes
 from paper.studies import chat, dial, fashion, sentences
 from paper.studies.digits import STARTS, read
 from paper.studies.page import means, start_tasks, subject_rows, whole
+from paper.studies.strengths import by_setting
 from paper.studies.verdicts import largest_column_norm, near_best, strength
 
 FIGURES = Path("paper/docs/figures")
@@ -170,14 +171,9 @@ def forgetting() -> None:
         figures.save(figure, FIGURES / "forgetting-digits")
     if rows := whole("knob", chat):
         by_rate: dict[str, list[tuple[float, float, str]]] = {}
-        for case, lr, own in sorted({(r["case"], r["lr"], r.get("reach", 0.0)) for r in rows}):
-            same = [r for r in rows if (r["case"], r["lr"], r.get("reach", 0.0)) == (case, lr, own)]
-            runs = [r for r in same if "perplexity" in r]  # the others diverged
-            if not runs:
-                continue
+        for (case, lr), runs in by_setting(r for r in rows if "perplexity" in r).items():  # the others diverged
             lost = math.exp(fmean(math.log(r["perplexity"]) for r in runs))
-            point = (lost, 100 * fmean(r["likelihood"] for r in runs), f"{lr:g}")
-            by_rate.setdefault(case if case == "LoRA" else f"DeLoRA, reach {own:g}", []).append(point)
+            by_rate.setdefault(case, []).append((lost, 100 * fmean(r["likelihood"] for r in runs), f"{lr:g}"))
         figure = figures.tradeoff(by_rate, "perplexity on newspapers", "likelihood of a response [%]", logarithmic=True)
         figures.save(figure, FIGURES / "forgetting-chat")
 

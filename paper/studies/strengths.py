@@ -168,7 +168,7 @@ MARKS = {"holds": "", "undecided": " ?", "fails": " **no**"}
 
 def _counts(cells: list[knobs.Cell]) -> str:
     counts = {outcome: sum(c.outcome == outcome for c in cells) for outcome in MARKS}
-    return f"of {len(cells)} cells {counts['holds']} hold, {counts['undecided']} are undecided, {counts['fails']} fail"
+    return f"of {len(cells)} cells: holds {counts['holds']}, undecided {counts['undecided']}, fails {counts['fails']}"
 
 
 def _outcome(cells: list[knobs.Cell]) -> str:
@@ -454,37 +454,55 @@ def forgetting() -> list[str]:
     lines = [
         "## What is gained, what is forgotten",
         "",
-        "The runs above at rank 8: the test score, and of the base model's task what is left: on digits the accuracy on upright digits, with the chat "
+        "The runs above at rank 8: the score, and of the base model's task what is left: on digits the accuracy on upright digits, with the chat "
         "model the perplexity on newspapers (its logarithm's mean). Means over the seeds.",
         "",
     ]
-    for name, key, words, show in (
-        ("turned digits", "upright", "upright digits [%]", lambda v: f"{100 * v:.1f}"),
-        ("chat", "perplexity", "perplexity on newspapers", lambda v: f"{v:,.0f}"),
+    for name, score, (key, kept, show) in (
+        ("turned digits", {"test": "accuracy"}, ("upright", "upright digits [%]", lambda v: f"{100 * v:.1f}")),
+        (
+            "chat",
+            {"likelihood": "likelihood of a response", "test": "both tasks"},
+            ("perplexity", "perplexity on newspapers", lambda v: f"{v:,.0f}"),
+        ),
     ):
         if name not in tasks:
             continue
-        rows = [r for r in tasks[name].rows if r["r"] == 8]
-        lines += [f"{name.capitalize()}:", "", f"| method | rate | score [%] | {words} | dW/W [%] |", "|---|---|---|---|---|"]
-        for case in knobs.CASES:
-            for lr in sorted({r["lr"] for r in rows if r["case"] == case}):
-                runs = [r for r in rows if (r["case"], r["lr"]) == (case, lr) and key in r]
-                if runs:
-                    kept = (
-                        math.exp(fmean(math.log(r[key]) for r in runs)) if key == "perplexity" else fmean(r[key] for r in runs)
-                    )
-                    far = fmean(r.get("relative", r["distance"]) for r in runs)
-                    score = fmean(r["test"] for r in runs)
-                    lines.append(f"| {case} | {lr:g} | {100 * score:.1f} | {show(kept)} | {100 * far:.1f} |")
+        heads = " | ".join(f"{word} [%]" for word in score.values())
+        lines += [
+            f"{name.capitalize()}:",
+            "",
+            f"| method | rate | {heads} | {kept} | dW/W [%] |",
+            "|---" * (4 + len(score)) + "|",
+        ]
+        for (case, lr), runs in by_setting(r for r in tasks[name].rows if r["r"] == 8 and key in r).items():
+            left = math.exp(fmean(math.log(r[key]) for r in runs)) if key == "perplexity" else fmean(r[key] for r in runs)
+            far = fmean(r.get("relative", r["distance"]) for r in runs)
+            scores = " | ".join(f"{100 * fmean(r[of] for r in runs):.1f}" for of in score)
+            lines.append(f"| {case} | {lr:g} | {scores} | {show(left)} | {100 * far:.1f} |")
         lines.append("")
         if name == "chat":
             lines += [
                 "![Likelihood of responses against the perplexity on newspapers](figures/forgetting-chat.png)",
                 "",
-                "*The chat model: likelihood of responses against the perplexity on newspapers, whose scale runs to the left; the rates are beside their points.*",
+                "*The chat model: likelihood of responses against the perplexity on newspapers, whose scale runs to the left (better is up and to the right); the rates are beside their points.*",
                 "",
             ]
     return lines
+
+
+def by_setting(rows: Iterable[knobs.Row]) -> dict[tuple[str, float], list[knobs.Row]]:
+    """The runs of each method, whose name has its reach, and rate.
+
+    >>> row = {"case": "DeLoRA", "lr": 0.1}
+    >>> list(by_setting([row | {"reach": 0.25}, row | {"reach": 0.1}, row | {"reach": 0.1}]))
+    [('DeLoRA, reach 0.1', 0.1), ('DeLoRA, reach 0.25', 0.1)]
+    """
+    found: dict[tuple[str, float], list[knobs.Row]] = {}
+    for row in sorted(rows, key=lambda r: (r["case"], r.get("reach", 0.0), r["lr"])):
+        case = f"{row['case']}, reach {row['reach']:g}" if "reach" in row else row["case"]
+        found.setdefault((case, row["lr"]), []).append(row)
+    return found
 
 
 if __name__ == "__main__":
