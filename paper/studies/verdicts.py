@@ -342,10 +342,10 @@ def on_equal_grids(equal: Rows, unequal: Rows) -> Verdict:
     """The ladder where every rung chose from the same rates; what it was on others is told beside it."""
     if not equal:
         return ladder(unequal)
-    first = ladder(unequal)
+    words = {YES: "met", NO: "not met", OPEN: "undecided"}
     beside = (
-        f"with other rates to choose from for each rung, at five seeds, it was {first.outcome}: {part.text}"
-        for part in first.parts
+        f"with other rates to choose from for each rung, at five seeds: {part.text} ({words[part.outcome]})"
+        for part in ladder(unequal).parts
     )
     return replace(ladder(equal), notes=tuple(beside))
 
@@ -428,7 +428,7 @@ def on_subjects(read: Callable[[str], Rows]) -> dict[str, Verdict]:
     if read("ladder"):
         judged["R6"] = ladder(read("ladder"))
     if read("views-judged"):
-        judged["S1"] = on_new_views(read("views-judged"))
+        judged["R8"] = on_new_views(read("views-judged"))
     return judged
 
 
