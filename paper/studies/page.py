@@ -142,6 +142,7 @@ def claims() -> str:
             "",
             *_over_factors(rows, float("nan"), "perplexity", 1),
         ]
+        lines += _mmlu()
     if "R1" in judged.get("subjects", {}):
         rows = subject_rows()
         lines += ["", "Subjects, score [%]:", "", *_over_factors(rows, 0.0)]
@@ -166,6 +167,27 @@ def _chat_table(rows: list[dict[str, Any]]) -> list[str]:
         cells = [f"{scale * scores[name]:.1f}" if scores.get(name) is not None else "–" for name, scale in names.items()]
         table.append(f"| {case} | {'–' if lr is None else f'{lr:g}'} | {' | '.join(cells)} |")
     return table
+
+
+def _mmlu() -> list[str]:
+    """MMLU before and after the chat model learned from instructions."""
+    if not (rows := whole("mmlu", chat)):
+        return []
+    table = ["| | rate | right [%] | log-probability of the right letter |", "|---" * 4 + "|"]
+    for case in dict.fromkeys(r["case"] for r in sorted(rows, key=lambda r: r["seed"])):
+        runs = [r for r in rows if r["case"] == case]
+        right, letter = (_spread([100 * r["mmlu"] for r in runs]), [r["log_probability"] for r in runs])
+        spread = f"{fmean(letter):.3f}" + (f" ± {stdev(letter):.3f}" if letter[1:] else "")
+        rate = f"{runs[0]['lr']:g}" if runs[0]["lr"] else "–"
+        table.append(f"| {case} | {rate} | {right} | {spread} |")
+    return [
+        "",
+        "MMLU of the chat model before and after, through the harness, without examples (1,331 of its questions, which the package evals has; MIT). "
+        "Chance is 25 % and -1.386; one accuracy has a standard error of 1.2 points. Means over "
+        f"{len(chat.MMLU_SEEDS)} seeds ± standard deviation:",
+        "",
+        *table,
+    ]
 
 
 def subject_rows() -> list[dict[str, Any]]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from delora.data.examples import DataError
 from delora.data.sentences import Question
 
-__all__ = ["TASKS", "as_task", "load", "score", "with_macro"]
+__all__ = ["TASKS", "as_task", "load", "log_probability", "score", "with_macro"]
 
 TASKS = ("mmlu", "arc_challenge", "truthfulqa_mc1", "truthfulqa_mc2")
 
@@ -112,7 +114,8 @@ def _installed() -> None:
 
 
 def as_task(name: str, questions: Sequence[Question], folder: Path) -> dict[str, Any]:
-    """Questions as a task of the harness; its data are written into ``folder``, which must exist.
+    """Questions as a task of the harness; its data are written into ``folder``, which must exist; `score` has their ``acc``
+    and their ``likelihood`` (`log_probability`).
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -134,5 +137,22 @@ def as_task(name: str, questions: Sequence[Question], folder: Path) -> dict[str,
         "doc_to_text": "{{prompt}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "gold",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [
+            {"metric": "acc"},
+            {"metric": "likelihood", "aggregation": log_probability, "higher_is_better": True},
+        ],
     }
+
+
+def log_probability(answers: Iterable[tuple[int, Sequence[float]]]) -> float:
+    """The mean natural logarithm of the right answer's probability among the answers to choose from: ``likelihood`` in `score`.
+
+    It tells models apart whose accuracies are near chance, where it is ``-log`` of the number of answers.
+
+    Args:
+        answers: for each question the right answer's number, and every answer's log-likelihood.
+
+    >>> round(log_probability([(0, [-1.0, -1.0, -1.0, -1.0]), (1, [-5.0, -5.0])]), 4)
+    -1.0397
+    """
+    return fmean(torch.tensor(given).double().log_softmax(0)[right].item() for right, given in answers)
