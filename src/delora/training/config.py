@@ -46,6 +46,7 @@ __all__ = [
     "Variant",
     "assign",
     "differences",
+    "keys_named",
     "load_file",
     "method_class",
     "parse",
@@ -547,6 +548,16 @@ def _at(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]
             inner = kind.model_fields[part].annotation
             kind = next(t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel))
     return kind
+
+
+def keys_named(name: str) -> list[str]:
+    """The dotted keys of a recipe, of whatever task and method, that end with a name.
+
+    >>> keys_named("lr"), keys_named("reach"), keys_named("depth")
+    (['train.lr'], ['adapter.reach'], [])
+    """
+    fields = dict.fromkeys(field.name for method in METHODS.values() for field in dataclasses.fields(method))
+    return [key for key in (*_known(Experiment), *(f"adapter.{field}" for field in fields)) if key.rpartition(".")[2] == name]
 
 
 def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
