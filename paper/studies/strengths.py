@@ -124,7 +124,7 @@ def defaults() -> list[str]:
 def decisive() -> list[str]:
     chosen, rate = knobs.chosen_default()
     cells = knobs.knob(knobs.read("knob"), chosen)
-    pretrained = {name: t for name, t in knobs.read("knob").items() if name != "turned digits"}
+    pretrained = {name: t for name, t in knobs.read("knob").items() if name in ("film reviews", "chat")}
     second = knobs.knob(pretrained, reach.PRETRAINED)
     return [
         "## Against LoRA, tuned",
