@@ -55,6 +55,14 @@ def runs_as_one(rank: int, folder: str, kind: str, how: str, out: str, *changes:
             same(Path(folder), kind, out)
 
 
+def runs_checkpointed(rank: int, folder: str, kind: str, how: str) -> None:
+    """Activations that are computed again change nothing: the run is that of one process which kept them."""
+    out = f"{how}-{kind}-checkpointed"
+    runs_as_one(rank, folder, kind, how, out, "train.checkpointing=true")
+    if rank == 0:
+        same(Path(folder), kind, out)
+
+
 def runs_alike(rank: int, folder: str, *changes: str) -> None:
     """Where products are rounded to 8 bits, ddp and fsdp2 are compared: each example is computed alike in both."""
     for how in WAYS:
@@ -75,6 +83,8 @@ def test_two_processes_run_a_recipe_as_one_does(runs, tmp_path):
         old, new = f"{first}-{kind}", f"{first}-{how}-{kind}"
         laws[f"{new} stopped"] = stops, (str(runs), old, new)
         laws[new] = runs_as_one, (str(runs), kind, how, new)
+    for kind, how in (("sentiment", "fsdp2"), ("instructions", "ddp")):
+        laws[f"{kind} {how} checkpointed"] = runs_checkpointed, (str(runs), kind, how)
     laws["bf16"] = runs_alike, (str(runs), "train.precision=bf16", "train.weights=bf16", "train.steps=6")
     all_hold(laws, tmp_path)
     for kind, first in (("sentiment", "ddp"), ("instructions", "fsdp2")):
