@@ -81,6 +81,7 @@ studies: .venv/ready
 	$(BIN)/python -m paper.studies.sentences
 	$(BIN)/python -m paper.studies.chat
 	$(BIN)/python -m paper.studies.dialogs
+	$(BIN)/python -m paper.studies.critics
 	$(BIN)/python -m paper.studies.fashion
 
 # The documentation as a site, in site/.

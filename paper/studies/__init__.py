@@ -5,13 +5,16 @@
 ``digits``       all studies on turned digits
 ``sentences``    robustness, starts and lam on rated sentences
 ``chat``         robustness of a small chat model
+``critics``      the methods of Table 4 on critics' sentences, and on whole reviews
+``dialogs``      reach and rate of a chat model on conversations
 ``fashion``      subjects and label maps with the small text-to-image model
 ``verdicts``     the claims, and the rules that judge them; pure functions of rows
 ``page``         writes ``docs/claims.md`` and ``docs/starts.md``
 ``standins``     keeps the results of the stand-ins' recipes; writes ``docs/standins.md``
+``reach``        the grids of the studies of reach; ``knobs``: their rules; ``strengths`` writes ``docs/reach.md``
 ``figures``      draws ``docs/figures``
 ===============  ==================================================================================
 
-``digits``, ``sentences``, ``chat`` and ``fashion`` are commands: ``python -m paper.studies.digits [STUDY ...]`` runs what is
-missing of the named studies and appends rows to ``paper/results/digits/STUDY.jsonl``.
+``digits``, ``sentences``, ``chat``, ``critics``, ``dialogs`` and ``fashion`` are commands: ``python -m paper.studies.digits
+[STUDY ...]`` runs what is missing of the named studies and appends rows to ``paper/results/digits/STUDY.jsonl``.
 """

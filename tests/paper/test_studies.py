@@ -7,11 +7,13 @@ import torch
 from torch import nn
 
 import delora
+from delora.tasks import read
 from delora.training import defaults
-from paper.studies import chat, dial, fashion, knobs, sentences
+from paper.studies import chat, critics, dial, fashion, knobs, sentences
+from paper.studies.verdicts import NO, YES
 
 
-@pytest.mark.parametrize(("module", "study"), [(m, study) for m in (chat, fashion, sentences) for study in m.STUDIES])
+@pytest.mark.parametrize(("module", "study"), [(m, study) for m in (chat, critics, fashion, sentences) for study in m.STUDIES])
 def test_every_case_of_a_study_has_a_valid_recipe(module, study, tmp_path):
     try:
         cases = {job.case: job for job in module.STUDIES[study]()}
@@ -23,7 +25,7 @@ def test_every_case_of_a_study_has_a_valid_recipe(module, study, tmp_path):
     for job in cases.values():
         made = module.experiment(job, tmp_path)
         assert made.seed == job.seed
-        assert made.train.lr == job.lr
+        assert made.train.lr == getattr(job, "lr", made.train.lr)
 
 
 def turned_model():
@@ -64,3 +66,19 @@ def test_what_choosing_is_worth_is_paired_by_seed():
 def test_delora_finetune_begins_with_what_the_rules_chose():
     assert knobs.own_default()[0] == (defaults.REACH, defaults.RATE)
     assert knobs.chats_default(knobs.read("chats-choose")["chats"])[0] == (defaults.REACH, defaults.CHAT_RATE)
+
+
+def test_the_critics_of_both_studies_are_every_variant_of_the_recipe():
+    names = [{job.case for job in critics.STUDIES[study]()} for study in critics.STUDIES]
+    assert names[0] == set(critics.PAIR)
+    assert names[0].isdisjoint(names[1])
+    assert names[0] | names[1] == {variant.name for variant in read(critics.RECIPE).variants}
+
+
+def test_delora_is_judged_against_lora_on_sentences_and_on_documents():
+    rows = [
+        {"case": case, "seed": seed, "test": 0.8 + 0.001 * seed, "documents": documents + 0.001 * seed}
+        for case, documents in (("LoRA", 0.8), ("DeLoRA", 0.7))
+        for seed in (1, 2, 3)
+    ]
+    assert [condition.outcome for condition in critics.judged(rows)] == [YES, NO]
