@@ -9,6 +9,7 @@ import pytest
 
 from delora import DeLoRA, Full, LoRA
 from delora.tasks import parse, read
+from delora.training import config
 from delora.training.config import ConfigError, differences
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,11 @@ def test_overrides_reach_plain_keys_lists_and_the_method():
     [
         ("train.epohcs=2", r"train\.epohcs: unknown key; did you mean epochs\?"),
         ("lr=2.0", r"lr: unknown key; did you mean train\.lr\?"),
+        ("learning_rate=2.0", r"learning_rate: unknown key; did you mean train\.lr\?"),  # as transformers calls it
+        ("train.max_steps=2", r"train\.max_steps: unknown key; did you mean train\.steps\?"),
+        ("rank=4", r"rank: unknown key; did you mean adapter\.r\?"),
+        ("adapter.lora_r=4", r"adapter\.lora_r: unknown key; did you mean r\?"),  # as PEFT does
+        ("reach=0.1", r"reach: unknown key; did you mean adapter\.reach\?"),
         ("adapter.lamb=2.0", r"adapter\.lamb: unknown key; did you mean lam\?"),
         ("adapter.taregts=[]", r"adapter\.taregts: unknown key; did you mean targets\?"),
         ("adapter.alpha=2.0", r"adapter\.alpha: unknown key"),
@@ -158,3 +164,12 @@ def test_differences_name_the_dotted_keys():
     a, b = base("variants=[]").model_dump(), base("train.lr=0.5", "adapter.lam=3", "variants=[]").model_dump()
     assert sorted(differences(a, b)) == [("adapter.lam", 12, 3), ("train.lr", 1e-3, 0.5)]
     assert not list(differences(a, copy.deepcopy(a)))
+
+
+def test_every_key_that_other_libraries_call_otherwise_is_one_of_a_recipe():
+    """And no name of theirs is a key of a recipe, which the hint would then hide."""
+    for key, names in config.ELSEWHERE.items():
+        last = key.rpartition(".")[2]
+        assert key.startswith("data.") or key in config.keys_named(last), key
+        for name in names:
+            assert config.keys_named(name) == [key], name

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -110,20 +110,6 @@ def judged(rows: Rows) -> list[Condition]:
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:
     reviews.prepared()
     engine.run(study, jobs, work, results, console, workers)
-
-
-def table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A row for each method: means over the seeds, sorted by validation."""
-    lines = ["| method | rate | sentences [%] | documents [%] |", "|---" * 4 + "|"]
-    cases = {case: [r for r in rows if r["case"] == case] for case in dict.fromkeys(r["case"] for r in rows)}
-    for case, own in sorted(cases.items(), key=lambda item: -fmean(r.get("validation", 0.5) for r in item[1])):
-        cells = [_spread([100 * r.get(key, 0.5) for r in own]) for key in ("test", "documents")]
-        lines.append(f"| {case} | {own[0]['lr']:g} | {' | '.join(cells)} |")
-    return lines
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if values[1:] else "")
 
 
 if __name__ == "__main__":

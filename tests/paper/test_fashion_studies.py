@@ -109,20 +109,26 @@ def test_factor_one_is_that_of_the_sweeps_own_seeds():
     assert "LoRA loses 50.0 ± 0.0 points" in judged["R1"].parts[0].text
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path, monkeypatch):
-    """Two steps with the shipped model and the real judges; the row has the score's parts, and it is not run again."""
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Experiments that draw few pictures, in a folder of their own."""
     prepare.main()
     monkeypatch.setattr(fashion, "SHARED", tmp_path / "shared")
     monkeypatch.setattr(fashion, "RESULTS", tmp_path / "results")
 
-    def small(job, out, real=experiment):
+    def few(job, out, real=experiment):
         settings = real(job, out)
-        few = settings.subject.model_copy(update={"class_images": 2, "images": 1, "steps": 2})
-        return settings.model_copy(update={"subject": few})
+        pictures = settings.subject.model_copy(update={"class_images": 2, "images": 1, "steps": 2})
+        return settings.model_copy(update={"subject": pictures})
 
-    monkeypatch.setattr(fashion, "experiment", small)
+    monkeypatch.setattr(fashion, "experiment", few)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path):
+    """Two steps with the shipped model and the real judges; the row has the score's parts, and it is not run again."""
     job = Job("study", "LoRA", fashion.LORA, 1e-3, 1e-3, 3, "striped_boot", steps=2)
     row = fashion.work(job)
     near = (row["dino"] - row["dino_untuned"]) / (row["dino_real"] - row["dino_untuned"])
@@ -136,18 +142,10 @@ def test_a_run_on_a_subject_is_kept_with_its_score(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small")
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-def test_new_views_are_measured_against_the_base_model(tmp_path, monkeypatch):
+def test_new_views_are_measured_against_the_base_model():
     """A run at rate 0 is no better than the base model on them; no judge is asked; a run that learns changes the error."""
-    prepare.main()
-    monkeypatch.setattr(fashion, "SHARED", tmp_path / "shared")
-    monkeypatch.setattr(fashion, "RESULTS", tmp_path / "results")
-
-    def small(job, out, real=experiment):
-        settings = real(job, out)
-        return settings.model_copy(update={"subject": settings.subject.model_copy(update={"class_images": 2, "steps": 2})})
-
-    monkeypatch.setattr(fashion, "experiment", small)
     job = Job("views-choose", "LoRA", fashion.LORA, 0.0, 0.0, 3, "ringed_coat", steps=2)
     still, moved = fashion.work(job), fashion.work(replace(job, lr=1e-2))
     assert "test" not in still

@@ -56,6 +56,35 @@ __all__ = [
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# What transformers' TrainingArguments, TRL's configurations and PEFT's call the keys of a recipe: for hints.
+ELSEWHERE = {
+    "model": ("model_name_or_path", "base_model", "base_model_name_or_path"),
+    "out": ("output_dir",),
+    "log": ("report_to",),
+    "data.source": ("dataset", "dataset_name", "train_file"),
+    "data.max_tokens": ("max_length", "max_seq_length", "block_size"),
+    "adapter.r": ("rank", "lora_r", "lora_rank"),
+    "adapter.lam": ("delora_lambda",),
+    "adapter.alpha": ("lora_alpha",),
+    "adapter.rslora": ("use_rslora",),
+    "adapter.dropout": ("lora_dropout", "module_dropout"),
+    "adapter.targets": ("target_modules",),
+    "adapter.exclude": ("exclude_modules",),
+    "adapter.also_train": ("modules_to_save",),
+    "train.lr": ("learning_rate",),
+    "train.epochs": ("num_train_epochs", "num_epochs"),
+    "train.steps": ("max_steps",),
+    "train.batch_size": ("per_device_train_batch_size", "train_batch_size"),
+    "train.accumulation": ("gradient_accumulation_steps",),
+    "train.warmup": ("warmup_ratio", "warmup_steps"),
+    "train.schedule": ("lr_scheduler_type",),
+    "train.beta2": ("adam_beta2",),
+    "train.clip": ("max_grad_norm",),
+    "train.precision": ("bf16", "fp16"),
+    "train.checkpointing": ("gradient_checkpointing",),
+    "train.record_steps": ("logging_steps",),
+}
+
 
 class ConfigError(UserError, ValueError):
     """A recipe, or a change made to it on the command line, is not valid.
@@ -137,7 +166,9 @@ class AdapterSettings(Strict):
             raise ValueError(f"method = {self.method!r}: {error}") from error
         for key in self.fields:
             if key not in known:
-                raise ValueError(f"{key}: unknown key; {nearest(key, [*known, *_keys(AdapterSettings)])}")
+                every = [*known, *_keys(AdapterSettings)]
+                called = [name for name in every if key in ELSEWHERE.get(f"adapter.{name}", ())]
+                raise ValueError(f"{key}: unknown key; {nearest(called[0] if called else key, every)}")
         self.build()
         return self
 
@@ -522,7 +553,7 @@ def _explain(error: Any, kind: type[BaseModel]) -> str:
     path = ".".join(map(str, location))
     match error["type"]:
         case "extra_forbidden":
-            elsewhere = [key for key in _known(kind) if key.rpartition(".")[2] == last]
+            elsewhere = keys_named(str(last), kind)
             hint = f"did you mean {' or '.join(elsewhere)}?" if elsewhere else nearest(str(last), _keys(_at(kind, outer)))
             return f"{path}: unknown key; {hint}"
         case "missing":
@@ -550,14 +581,20 @@ def _at(kind: type[BaseModel], location: Sequence[str | int]) -> type[BaseModel]
     return kind
 
 
-def keys_named(name: str) -> list[str]:
-    """The dotted keys of a recipe, of whatever task and method, that end with a name.
+def keys_named(name: str, kind: type[BaseModel] | None = None) -> list[str]:
+    """The dotted keys that end with a name or, if none does, those that other libraries call so.
 
-    >>> keys_named("lr"), keys_named("reach"), keys_named("depth")
-    (['train.lr'], ['adapter.reach'], [])
+    Of a class of settings; without one, of any recipe.
+
+    >>> keys_named("lr"), keys_named("learning_rate"), keys_named("reach"), keys_named("depth")
+    (['train.lr'], ['train.lr'], ['adapter.reach'], [])
     """
-    fields = dict.fromkeys(field.name for method in METHODS.values() for field in dataclasses.fields(method))
-    return [key for key in (*_known(Experiment), *(f"adapter.{field}" for field in fields)) if key.rpartition(".")[2] == name]
+    known = _known(kind or Experiment)
+    if "adapter" in known:
+        known += [f"adapter.{field.name}" for method in METHODS.values() for field in dataclasses.fields(method)]
+    found = [key for key in known if key.rpartition(".")[2] == name]
+    called = [key for key, names in ELSEWHERE.items() if name in names and (kind is None or key in known)]
+    return list(dict.fromkeys(found or called))
 
 
 def _known(kind: type[BaseModel], prefix: str = "") -> list[str]:
