@@ -72,7 +72,8 @@ figures: .venv/ready
 	$(BIN)/python -m paper.studies.figures
 
 claims: .venv/ready
-	$(BIN)/python -m paper.studies.page
+	$(BIN)/python -m paper.studies.claims
+	$(BIN)/python -m paper.studies.starts
 	$(BIN)/python -m paper.studies.strengths
 	$(BIN)/python -m paper.studies.standins
 

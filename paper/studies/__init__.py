@@ -9,7 +9,8 @@
 ``dialogs``      reach and rate of a chat model on conversations
 ``fashion``      subjects and label maps with the small text-to-image model
 ``verdicts``     the claims, and the rules that judge them; pure functions of rows
-``page``         writes ``docs/claims.md`` and ``docs/starts.md``
+``claims``       writes ``docs/claims.md``
+``starts``       writes ``docs/starts.md``
 ``standins``     keeps the results of the stand-ins' recipes; writes ``docs/standins.md``
 ``reach``        the grids of the studies of reach; ``knobs``: their rules; ``strengths`` writes ``docs/reach.md``
 ``figures``      draws ``docs/figures``

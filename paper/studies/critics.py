@@ -27,7 +27,7 @@ from delora.training.config import Experiment
 from delora.training.runs import RunContext
 from paper.standins import reviews
 from paper.studies import engine
-from paper.studies.verdicts import Condition, Rows, judge
+from paper.studies.verdicts import Rows, Verdict, judge
 
 RESULTS, RECIPE = Path("paper/results/critics"), Path("paper/standins/recipes/critics.toml")
 PAIR = ("LoRA", "DeLoRA")
@@ -94,17 +94,18 @@ def work(job: Job) -> dict[str, Any]:
     return job.key() | {k: v for k, v in scores.items() if v is not None} | {"lr": settings.train.lr, "seconds": result.seconds}
 
 
-def judged(rows: Rows) -> list[Condition]:
+def judged(rows: Rows) -> Verdict:
     """Whether DeLoRA is at most two points below LoRA: on sentences, and on documents."""
 
     def difference(rows: Rows, key: str) -> float:
         ours, theirs = (fmean(r.get(key, 0.5) for r in rows if r["case"] == case) for case in reversed(PAIR))
         return ours - theirs
 
-    return [
+    parts = [
         judge(rows, partial(difference, key=key), f"on {what} DeLoRA less LoRA: {{}} points (at least -2)", least=-NEAR)
         for key, what in (("test", "sentences"), ("documents", "documents"))
     ]
+    return Verdict("DeLoRA is as good as LoRA", "DeLoRA is at most two points below LoRA.", tuple(parts))
 
 
 def run(study: str, jobs: Iterable[Job], results: Path, console: Console, workers: int | None = None) -> None:

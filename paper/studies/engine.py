@@ -29,6 +29,12 @@ def read(study: str, results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def whole(study: str, module: Any) -> list[dict[str, Any]]:
+    """The rows of a study if every run of it is kept, else none: half the seeds would say nothing."""
+    rows = read(study, module.RESULTS)
+    return rows if rows and len(rows) == len(list(module.STUDIES[study]())) else []
+
+
 def short(value: Any) -> Any:
     """The value with every number rounded to five significant digits, which keeps the files small."""
     if isinstance(value, float):

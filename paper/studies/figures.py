@@ -16,8 +16,10 @@ from delora.reports import figures
 from delora.training.models import classifier
 from paper.standins import fashion as clothes
 from paper.studies import chat, dial, fashion, sentences
+from paper.studies.claims import subject_rows
 from paper.studies.digits import STARTS, read
-from paper.studies.page import means, start_tasks, subject_rows, whole
+from paper.studies.engine import whole
+from paper.studies.starts import means, start_tasks
 from paper.studies.strengths import by_setting
 from paper.studies.verdicts import largest_column_norm, near_best, strength
 

@@ -50,6 +50,17 @@ class Verdict:
     def holds(self) -> bool:
         return self.outcome == "holds"
 
+    @property
+    def summary(self) -> str:
+        """The outcome and, unless it holds, how many conditions are met."""
+        met = sum(part.outcome == YES for part in self.parts)
+        return self.outcome if self.holds else f"{self.outcome}: {met} of {len(self.parts)} conditions are met"
+
+    def listed(self) -> list[str]:
+        """The conditions as lines of a page."""
+        marks = {YES: "yes", NO: "**no**", OPEN: "*undecided*"}
+        return [f"- {marks[part.outcome]}: {part.text}" for part in self.parts]
+
 
 def judge(
     rows: Rows,

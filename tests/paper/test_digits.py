@@ -17,10 +17,9 @@ from delora import DeLoRA, LoRA
 from delora.models import adapters
 from paper.standins.digits import TARGETS, DigitsViT, Job, accuracy, digits, finetune, turned
 from paper.studies import chat as chat_study
-from paper.studies import standins, strengths
+from paper.studies import claims, standins, starts, strengths
 from paper.studies.cut import exported
 from paper.studies.digits import best, read, run
-from paper.studies.page import CLAIMS, STARTS, claims, starts
 from paper.studies.verdicts import (
     CHANCE,
     Condition,
@@ -146,8 +145,8 @@ def test_the_base_rate_is_the_best_by_validation(tmp_path, monkeypatch):
 
 
 def test_the_pages_are_what_the_kept_rows_say():
-    assert CLAIMS.read_text() == claims()
-    assert STARTS.read_text() == starts()
+    assert claims.PAGE.read_text() == claims.page()
+    assert starts.PAGE.read_text() == starts.page()
     assert standins.PAGE.read_text("utf-8") == standins.page()
     assert strengths.PAGE.read_text("utf-8") == strengths.page()
 
@@ -421,7 +420,7 @@ def spoken(**other):
 
 def test_every_run_of_the_chat_study_is_the_recipe(tmp_path, monkeypatch):
     """The recipe of the stand-in trains each method at the rate that the study chose."""
-    monkeypatch.chdir(CLAIMS.resolve().parents[2])
+    monkeypatch.chdir(claims.PAGE.resolve().parents[2])
     settings = {}
     for job in chat_study.robustness():
         run = chat_study.experiment(job, tmp_path)

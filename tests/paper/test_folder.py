@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paper.studies import chat, digits, fashion, sentences
-from paper.studies.page import verdict_table
+from paper.studies.claims import verdict_table
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "paper"

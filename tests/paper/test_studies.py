@@ -81,4 +81,4 @@ def test_delora_is_judged_against_lora_on_sentences_and_on_documents():
         for case, documents in (("LoRA", 0.8), ("DeLoRA", 0.7))
         for seed in (1, 2, 3)
     ]
-    assert [condition.outcome for condition in critics.judged(rows)] == [YES, NO]
+    assert [condition.outcome for condition in critics.judged(rows).parts] == [YES, NO]
