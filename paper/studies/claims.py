@@ -335,6 +335,8 @@ def _views_tables() -> list[str]:
         "| | setting | " + " | ".join(f"{lr:g}" for lr in fashion.VIEW_RATES) + " |",
         "|---" * (2 + len(fashion.VIEW_RATES)) + "|",
     ]
+    ends = (fashion.VIEW_RATES[0], fashion.VIEW_RATES[-1])
+    edges = [case for case, (_, lr) in fashion.best("views-choose", fashion.ON_VIEWS, fashion.NEW).items() if lr in ends]
     for case, adapters in fashion.ON_VIEWS.items():
         for adapter in adapters:
             cells = []
@@ -342,6 +344,8 @@ def _views_tables() -> list[str]:
                 runs = [r for r in chosen if (r["case"], r["adapter"], r["lr"]) == (case, adapter, lr)]
                 cells.append(f"{100 * fmean(r.get(fashion.NEW, 0.0) for r in runs):.1f}")
             lines.append(f"| {case} | {_setting({'adapter': adapter})} | " + " | ".join(cells) + " |")
+    if edges:
+        lines += ["", f"The chosen rate of {' and '.join(edges)} is at an edge of the grid."]
     return lines
 
 
