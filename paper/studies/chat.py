@@ -23,7 +23,6 @@ from delora.evaluation import harness
 from delora.tasks import instructions, parse, read
 from delora.training.config import Experiment
 from delora.training.models import language_model
-from delora.training.runs import RunContext
 from paper.standins import mmlu
 from paper.studies import engine, knobs, reach
 
@@ -142,7 +141,7 @@ def work(job: Job) -> dict[str, Any]:
         return job.key() | answered(*language_model(base.model, base.train.weights)) | {"seconds": 0.0}
     with tempfile.TemporaryDirectory() as folder:
         settings = experiment(job, Path(folder))
-        context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
+        context = engine.context(Path(folder))
         result = instructions.run(settings, context, instructions.check(settings))
         asked = {}
         if job.study == "mmlu" and result.diverged is None:

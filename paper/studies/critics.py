@@ -24,7 +24,6 @@ import delora
 from delora.data.examples import Example
 from delora.tasks import classification, read
 from delora.training.config import Experiment
-from delora.training.runs import RunContext
 from paper.standins import reviews
 from paper.studies import engine
 from paper.studies.verdicts import Rows, Verdict, judge
@@ -82,7 +81,7 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings: Any = experiment(job, Path(folder))
-        context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
+        context = engine.context(Path(folder))
         splits = classification.read_splits(settings)
         result = classification.run(settings, context, splits)
         scores = {"validation": result.validation, "test": result.test, "distance": result.distance}

@@ -24,7 +24,6 @@ from delora.evaluation.language import perplexity
 from delora.tasks import chat, instructions, parse
 from delora.training.config import Experiment
 from delora.training.models import language_model
-from delora.training.runs import RunContext
 from paper.standins import dialogs
 from paper.studies import engine, knobs, reach
 from paper.studies.sentences import METHODS
@@ -93,7 +92,7 @@ def work(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         settings: Any = experiment(job, Path(folder))
-        context = RunContext(run, Path(folder), "run", "run", Console(quiet=True))
+        context = engine.context(Path(folder))
         result = chat.run(settings, context, chat.check(settings))
         lost = {"perplexity_before": on_newspapers()}
         if result.test is not None:

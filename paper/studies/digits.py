@@ -35,7 +35,8 @@ LOW, HIGH = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 LAM_SHARE = 0.5  # lam's rate over A's and B's
 
 DELORA = DeLoRA(r=8, start="subtract", learn_lam=True)  # as the paper trains it
-METHODS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
+Choices = dict[str, tuple[list[Any], tuple[float, ...]]]  # each case's methods and rates to choose from
+METHODS: Choices = {
     "LoRA": ([LoRA(r=8, alpha=16.0)], LOW),
     "DoRA": ([DoRA(r=8, alpha=16.0)], LOW),
     "DoRA, fixed magnitude": ([DoRA(r=8, alpha=16.0, fixed_magnitude=True)], LOW),
@@ -58,7 +59,7 @@ def rung(name: str) -> tuple[list[Any], tuple[float, ...]]:
 # Methods that the paper does not compare with: as many rates as DeLoRA, and as many strengths where there is one. HRA of r 16
 # has as many parameters as the others of r 8.
 RIVAL_REACHES = (0.125, 0.25, 0.5, 1.0)
-RIVALS: dict[str, tuple[list[Any], tuple[float, ...]]] = {
+RIVALS: Choices = {
     "HRA": ([HRA(r=8), HRA(r=16)], HIGH),
     "NB-LoRA": ([NBLoRA(r=8, reach=reach_) for reach_ in RIVAL_REACHES], HIGH),
 }
@@ -73,6 +74,7 @@ ALPHAS = (4.0, 8.0, 16.0, 32.0)
 
 
 def equal_rung(name: str) -> tuple[list[Any], tuple[float, ...]]:
+    """A rung with the strengths and rates to choose from that every rung has."""
     methods = [replace(RUNGS[name], r=8, alpha=alpha) for alpha in ALPHAS] if name == "L0" else rung(name)[0]
     return methods, EQUAL_RATES
 
@@ -82,13 +84,14 @@ EQUAL_LADDER = {name: equal_rung(name) for name in RUNGS}
 # ---------------------------------------------------------------- which runs
 
 
-def tuning() -> Iterator[Job]:
-    for case, (methods, rates) in METHODS.items():
+def tuning(study: str, cases: Choices) -> Iterator[Job]:
+    """Every method of every case at every rate, from which `best` chooses."""
+    for case, (methods, rates) in cases.items():
         for method, lr, seed in product(methods, rates, TUNING_SEEDS):
-            yield Job("tuning", case, method, lr, lr * LAM_SHARE, seed)
+            yield Job(study, case, method, lr, lr * LAM_SHARE, seed)
 
 
-def best(study: str, cases: dict[str, tuple[list[Any], tuple[float, ...]]]) -> dict[str, tuple[Any, float]]:
+def best(study: str, cases: Choices) -> dict[str, tuple[Any, float]]:
     """Each case's method and base rate with the best mean validation accuracy in a study."""
     rows = read(study)
     chosen = {}
@@ -108,12 +111,6 @@ def robustness() -> Iterator[Job]:
     for case, (method, lr) in best("tuning", METHODS).items():
         for factor, seed in product(FACTORS, SEEDS):
             yield Job("robustness", case, method, lr * factor, lr * factor * LAM_SHARE, seed, factor)
-
-
-def rivals_tuning() -> Iterator[Job]:
-    for case, (methods, rates) in RIVALS.items():
-        for method, lr, seed in product(methods, rates, TUNING_SEEDS):
-            yield Job("rivals-tuning", case, method, lr, lr * LAM_SHARE, seed)
 
 
 def rivals() -> Iterator[Job]:
@@ -143,16 +140,7 @@ def prolonged() -> Iterator[Job]:
         yield long("DeLoRA, lam fixed", replace(method, learn_lam=False), lr, 0.0, seed)
 
 
-Ladder = dict[str, tuple[list[Any], tuple[float, ...]]]
-
-
-def rungs_tuning(study: str, ladder: Ladder) -> Iterator[Job]:
-    for case, (methods, rates) in ladder.items():
-        for method, lr, seed in product(methods, rates, TUNING_SEEDS):
-            yield Job(study, case, method, lr, lr * LAM_SHARE, seed)
-
-
-def rungs(study: str, tuned: str, ladder: Ladder, seeds: tuple[int, ...]) -> Iterator[Job]:
+def rungs(study: str, tuned: str, ladder: Choices, seeds: tuple[int, ...]) -> Iterator[Job]:
     """The ladder of Table 1, each rung at its chosen strength and rate."""
     for case, (method, lr) in best(tuned, ladder).items():
         for seed in seeds:
@@ -253,15 +241,15 @@ def dial_runs() -> Iterator[Job]:
 
 
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
-    "tuning": tuning,
+    "tuning": partial(tuning, "tuning", METHODS),
     "robustness": robustness,
-    "rivals-tuning": rivals_tuning,
+    "rivals-tuning": partial(tuning, "rivals-tuning", RIVALS),
     "rivals": rivals,
     "decoupling": decoupling,
     "prolonged": prolonged,
-    "rungs-tuning": partial(rungs_tuning, "rungs-tuning", LADDER),
+    "rungs-tuning": partial(tuning, "rungs-tuning", LADDER),
     "rungs": partial(rungs, "rungs", "rungs-tuning", LADDER, (*SEEDS, 13, 14)),
-    "rungs-equal-tuning": partial(rungs_tuning, "rungs-equal-tuning", EQUAL_LADDER),
+    "rungs-equal-tuning": partial(tuning, "rungs-equal-tuning", EQUAL_LADDER),
     "rungs-equal": partial(rungs, "rungs-equal", "rungs-equal-tuning", EQUAL_LADDER, EQUAL_SEEDS),
     "starts": starts,
     "starts-clipped": partial(starts, "starts-clipped", 1.0),

@@ -20,6 +20,7 @@ from rich.console import Console
 
 import delora
 from delora.formats.files import write_atomically
+from delora.training.runs import RunContext
 
 
 def read(study: str, results: Path) -> list[dict[str, Any]]:
@@ -33,6 +34,11 @@ def whole(study: str, module: Any) -> list[dict[str, Any]]:
     """The rows of a study if every run of it is kept, else none: half the seeds would say nothing."""
     rows = read(study, module.RESULTS)
     return rows if rows and len(rows) == len(list(module.STUDIES[study]())) else []
+
+
+def context(folder: Path, shared: Path | None = None) -> RunContext:
+    """A run in the folder ``run`` of a folder, without a word on the screen."""
+    return RunContext(folder / "run", shared or folder, "run", "run", Console(quiet=True))
 
 
 def short(value: Any) -> Any:

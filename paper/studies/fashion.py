@@ -190,10 +190,12 @@ def knob() -> Iterator[Job]:
 # seeds were to choose; after 45 runs, whose results had not been looked at, the third was left out for time.
 VIEW_RATES = (5e-4, 2e-3, 8e-3, 3.2e-2)
 VIEW_REACHES = (0.17, 0.33, 0.5)  # lam 2, 4 and 6 in most of the layers
+NEW = "new_views"  # by which share the error of the noise that is predicted for new views is below the base model's
 VIEW_SEEDS, VIEW_JUDGED_SEEDS = (200, 201), (203, 204, 205)
 
 
 def fixed(start: Adapter) -> list[Adapter]:
+    """DeLoRA with a start, at each reach to choose from."""
     return [{"method": "delora", "r": R, "reach": own, "learn_lam": False} | start for own in VIEW_REACHES]
 
 
@@ -215,8 +217,6 @@ def views_judged() -> Iterator[Job]:
     for seed, (case, (adapter, lr)) in product(VIEW_JUDGED_SEEDS, chosen.items()):
         yield from jobs("views-judged", case, adapter, lr, seed, SUBJECTS, lam_lr=0.0)
 
-
-NEW = "new_views"  # by which share the error of the noise that is predicted for new views is below the base model's
 
 STUDIES: dict[str, Callable[[], Iterable[Job]]] = {
     "methods-tuning": partial(tuning, "methods-tuning", METHODS),
@@ -260,7 +260,7 @@ def experiment(job: Job, out: Path) -> Experiment:
 def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        context = RunContext(Path(folder) / "run", SHARED, "run", "run", Console(quiet=True))
+        context = engine.context(Path(folder), SHARED)
         settings = experiment(job, context.folder)
         row = on_maps(settings, context) if job.subject is None else on_subject(settings, job, context)
     return job.key() | row
@@ -272,14 +272,14 @@ def on_subject(settings: Any, job: Job, context: RunContext) -> dict[str, Any]:
     subject.one(settings, context, learned)
     done = read_json(run / subject.SCORES)
     row: dict[str, Any] = {"trainable": done["trainable"], "seconds": done["seconds"]}
-    if done["diverged"] is None and job.study.startswith("views-"):
-        row[NEW] = on_new_views(settings, learned, run / "adapter")
-    if done["diverged"] is None and settings.subject.judge:
-        means = {name: fmean(values) for name, values in done["scores"].items()}
-        near = (means["dino"] - means["dino untuned"]) / (means["dino real"] - means["dino untuned"])
-        row |= {"test": (near + means["prompt"]) / 2, "subject_share": near}
-        row |= {key.replace(" ", "_"): value for key, value in means.items()}
     if done["diverged"] is None:
+        if job.study in ("views-choose", "views-judged"):
+            row[NEW] = on_new_views(settings, learned, run / "adapter")
+        if settings.subject.judge:
+            means = {name: fmean(values) for name, values in done["scores"].items()}
+            near = (means["dino"] - means["dino untuned"]) / (means["dino real"] - means["dino untuned"])
+            row |= {"test": (near + means["prompt"]) / 2, "subject_share": near}
+            row |= {key.replace(" ", "_"): value for key, value in means.items()}
         row |= {key: done["reached"][key] for key in ("distance", "bound_used") if done["reached"][key] is not None}
     if job.steps is not None:
         row["trace"] = trace(run)

@@ -21,7 +21,6 @@ from rich.console import Console
 import delora
 from delora.tasks import classification, parse
 from delora.training.config import Experiment
-from delora.training.runs import RunContext
 from paper.studies import cut as cuts
 from paper.studies import dial, digits, engine, knobs, reach
 from paper.studies.cut import exported
@@ -302,7 +301,7 @@ def work(job: Job) -> dict[str, Any]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings: Any = experiment(job, Path(folder))
-        context = RunContext(Path(folder) / "run", Path(folder), "run", "run", Console(quiet=True))
+        context = engine.context(Path(folder))
         splits = classification.read_splits(settings)
         result = classification.run(settings, context, splits)
         exports = {}

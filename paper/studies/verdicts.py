@@ -351,8 +351,6 @@ def ladder(rows: Rows) -> Verdict:
 
 def on_equal_grids(equal: Rows, unequal: Rows) -> Verdict:
     """The ladder where every rung chose from the same rates; what it was on others is told beside it."""
-    if not equal:
-        return ladder(unequal)
     words = {YES: "met", NO: "not met", OPEN: "undecided"}
     beside = (
         f"with other rates to choose from for each rung, at five seeds: {part.text} ({words[part.outcome]})"

@@ -50,17 +50,15 @@ class WithChanges(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:  # typer has no public name for its "no such option"
-            option = getattr(error, "option_name", None)
-            if option is None:
-                raise
             from delora.training.config import keys_named
 
-            if keys := keys_named(option.lstrip("-").replace("-", "_")):
-                written = " or ".join(f"{key}=VALUE" for key in keys)
-                raise typer.BadParameter(
-                    f"there is no such option; a recipe's setting is written {written}", ctx, param_hint=option
-                ) from error
-            raise
+            option = getattr(error, "option_name", "")
+            keys = keys_named(option.lstrip("-").replace("-", "_"))
+            if not keys:
+                raise
+            written = " or ".join(f"{key}=VALUE" for key in keys)
+            words = f"there is no such option; a recipe's setting is written {written}"
+            raise typer.BadParameter(words, ctx, param_hint=option) from error
 
 
 app = typer.Typer(

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from delora.data.examples import DataError
-from delora.data.packages import PackageError
 from paper.standins import mmlu
 
 ROW = {"question": "What is it?\nA. one\nB. two\nC. three\nD. four\nAnswer:", "answer": "C"}
@@ -37,10 +36,7 @@ def test_a_folder_without_questions_is_refused(tmp_path):
 
 
 def test_the_package_has_1331_questions():
-    try:
-        questions = mmlu.read()
-    except PackageError as error:
-        pytest.skip(f"the package cannot be fetched: {error}")
+    questions = mmlu.read()
     assert len(questions) == 1331
     assert {q.output for q in questions} == set(mmlu.LETTERS)
     assert all(f"\n{letter.strip()}." in q.prompt for q in questions for letter in mmlu.LETTERS)
