@@ -200,7 +200,7 @@ def test_what_cannot_be_talked_with(trained, tmp_path):
     with pytest.raises(ConfigError, match="is no run's folder"):
         talking.talk_of(tmp_path)
     shutil.copytree(trained.out, tmp_path / "run", ignore=shutil.ignore_patterns("adapter", "variants"))
-    with pytest.raises(RunError, match="its run is not finished"):
+    with pytest.raises(RunError, match="is a run that is not finished: it has no adapter yet"):
         talking.talk_of(tmp_path / "run")
     other = trained.out / "variants" / "tiny" / "adapter"
     assert talking.talk_of(tmp_path / "run", adapter=other).strengths == [1.0]

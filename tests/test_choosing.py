@@ -260,7 +260,7 @@ def test_what_cannot_be_tuned_is_told(done, tmp_path):
     assert (code, "is no run's folder" in words(err), "recipe" in words(err)) == (2, True, False)
     (tmp_path / "config.json").write_bytes((done / "config.json").read_bytes())
     code, _, err = run("tune-strength", tmp_path)
-    assert (code, "is no folder of a finished experiment" in err) == (1, True)
+    assert (code, "is a run that is not finished" in words(err)) == (1, True)
     code, _, err = run("tune-strength", done, "--strengths", "a")
     assert (code, "expected numbers separated by commas" in words(err)) == (2, True)
 

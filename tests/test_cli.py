@@ -271,6 +271,17 @@ def test_a_run_that_is_moved_goes_on(world, tmp_path):
     assert (tmp_path / "moved" / "summary.json").is_file()
 
 
+@pytest.mark.parametrize("command", ["inspect", "merge", "export", "evaluate", "tune-strength", "generate", "chat", "app"])
+def test_a_run_that_is_not_finished_is_called_so_by_every_command(command, world, tmp_path):
+    shutil.copytree(world / "out", tmp_path / "run", ignore=shutil.ignore_patterns("adapter", "variants", "summary.json"))
+    more = {"generate": ["a dog"]}.get(command, [])
+    out = ["--out", tmp_path / "x"] if command in ("merge", "export", "generate") else []
+    code, _, message = run(command, tmp_path / "run", *more, *out)
+    assert code == 1
+    assert "is a run that is not finished" in message
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow
 def test_the_real_model_and_sentences(tmp_path):
     """The packaged encoder on the packaged sentences: a short run, from the recipe that is shipped."""

@@ -18,10 +18,10 @@ from delora import tasks
 from delora.data.chats import Message
 from delora.errors import UserError
 from delora.evaluation.answers import answer
-from delora.formats.native import is_adapter
+from delora.formats.native import require_adapter
 from delora.models import adapters
 from delora.training.models import language_tokenizer, template_of
-from delora.training.runs import ADAPTER, RunError
+from delora.training.runs import ADAPTER, RunError, adapter_in
 
 __all__ = ["HELP", "Talk", "converse", "parse", "talk_of"]
 
@@ -104,10 +104,8 @@ def talk_of(run: Path, strengths: Sequence[float] | None = None, adapter: Path |
         UserError: the folder holds no finished run, or its model writes no text.
     """
     experiment = tasks.of_run(run)
-    folder = adapter or run / ADAPTER
-    if not is_adapter(folder):
-        what = "there is no adapter in" if adapter else "its run is not finished: it has no"
-        raise RunError(f"{run}: {what} {folder}")
+    folder = adapter or adapter_in(run)
+    require_adapter(folder)
     model: Any = tasks.find(experiment.task).base(experiment)
     if not getattr(model, "can_generate", lambda: False)():
         raise RunError(

@@ -42,6 +42,7 @@ from delora.training.runs import (
     exclusive,
     place,
     read_metrics,
+    refuse_unfinished,
     resumable,
     write_json,
 )
@@ -429,6 +430,7 @@ def folder_of(place: Path) -> Path:
     for folder in (place, place.parent, *([place.parent.parent] if place.parent.name == ADAPTER else [])):
         if (folder / OUTCOME).is_file() and (folder / CONFIG).is_file():
             return folder
+    refuse_unfinished(place)
     near = nearest_path(place)
     raise ConfigError(f"{place}{near} is no folder of a finished experiment, nor in one: give its recipe with --recipe")
 
@@ -439,6 +441,7 @@ def delivered(experiment: Experiment, out: Path) -> Experiment:
     Raises:
         RunError: the experiment is not finished, or it has no such run.
     """
+    refuse_unfinished(out)
     if not (out / OUTCOME).is_file():
         raise RunError(f"{out} is no folder of a finished experiment, which has a {OUTCOME}: delora train makes one")
     name = Outcome.read(out).delivered

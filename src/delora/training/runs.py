@@ -40,6 +40,7 @@ __all__ = [
     "exclusive",
     "place",
     "read_metrics",
+    "refuse_unfinished",
     "resumable",
     "write_json",
 ]
@@ -266,10 +267,10 @@ def read_metrics(file: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 
 def adapter_in(folder: Path) -> Path:
-    """The adapter's folder in a run's folder, or the folder itself if it has none.
+    """The adapter's folder in a run's folder, or the folder itself if that is no run's.
 
     Raises:
-        RunError: the run has several, one for each subject.
+        RunError: the run has several, one for each subject; or none yet.
 
     >>> adapter_in(Path("no such folder"))
     PosixPath('no such folder')
@@ -280,7 +281,24 @@ def adapter_in(folder: Path) -> Path:
     found = [inner] if is_adapter(inner) else sorted(p for p in inner.glob("*") if is_adapter(p))
     if len(found) > 1:
         raise RunError(f"{folder} has an adapter for each of {len(found)} subjects: give one of {', '.join(map(str, found))}")
+    if not found:
+        refuse_unfinished(folder)
     return found[0] if found else folder
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Say of a run's folder that no adapter is in it yet; of another folder nothing.
+
+    Raises:
+        RunError: the folder is a run's, and has no adapter.
+
+    >>> refuse_unfinished(Path("no such folder"))
+    """
+    file = folder / CONFIG  # a model's folder has a file of this name, too, which names no task
+    if not (folder / ADAPTER).exists() and file.is_file() and "task" in read_json(file):
+        raise RunError(
+            f"{folder} is a run that is not finished: it has no adapter yet; the command that began it goes on with it"
+        )
 
 
 def place(out: str) -> Path:
