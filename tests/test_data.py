@@ -71,6 +71,12 @@ def test_only_what_is_needed_is_unpacked(cache):
         assert names(fetch(package(cache, file, data))) == ["a", "deep/b"]
 
 
+def test_two_folders_of_one_file_are_two(cache):
+    data = zipped({"top/a/x": b"1", "top/b/y": b"2"})
+    first, second = (package(cache, "thing.whl", data, f"top/{name}") for name in "ab")
+    assert [names(fetch(each)) for each in (first, second, first)] == [["x"], ["y"], ["x"]]
+
+
 def test_an_archive_inside_an_archive(cache):
     inner = tarred({"wanted/a": b"1", "junk": b"2"})
     found = fetch(package(cache, "thing.tar.gz", tarred({"top/in.tar.gz": inner}), "wanted", "top/in.tar.gz"))

