@@ -83,6 +83,7 @@ studies: .venv/ready
 	$(BIN)/python -m paper.studies.chat
 	$(BIN)/python -m paper.studies.dialogs
 	$(BIN)/python -m paper.studies.critics
+	$(BIN)/python -m paper.studies.headlines
 	$(BIN)/python -m paper.studies.fashion
 
 # The documentation as a site, in site/.

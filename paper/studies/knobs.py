@@ -28,6 +28,7 @@ TASKS = {
     "product ratings": ("sentences", "-product", 0.0),
     "chat": ("chat", "", 0.35),
     "chats": ("dialogs", "", 0.0),
+    "headlines": ("headlines", "", 0.5),
     "subjects": ("fashion", "", 0.0),
 }
 

@@ -315,7 +315,20 @@ def own() -> list[str]:
     ]
     for test in judged.values():
         lines += _judged_own(knobs.own_cells(test), len(reach.OWN_JUDGING), "Test scores [%]")
-    return lines
+    return lines + unseen()
+
+
+def unseen() -> list[str]:
+    """The same claim on a table that chose nothing."""
+    if not (judged := knobs.read("judged")):
+        return []
+    sizes = {rows: {"rows": rows} for rows in reach.OWN_ROWS}
+    return [
+        "Headlines, of which half are satire (the package `evals`; MIT), chose none of this. The recipe is the one that `delora finetune` makes of the "
+        "table; LoRA has the rate that film reviews chose, and alpha 16.",
+        "",
+        *_judged_own(knobs.own_cells(judged["headlines"], sizes), len(reach.HEADLINES), "Test scores [%]"),
+    ]
 
 
 def _judged_own(found: Mapping[tuple[int, float], tuple[float, Gain]], seeds: int, scores: str) -> list[str]:

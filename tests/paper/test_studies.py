@@ -9,11 +9,13 @@ from torch import nn
 import delora
 from delora.tasks import read
 from delora.training import defaults
-from paper.studies import chat, critics, dial, fashion, knobs, sentences
+from paper.studies import chat, critics, dial, dialogs, fashion, headlines, knobs, sentences
 from paper.studies.verdicts import NO, YES
 
+MODULES = (chat, critics, dialogs, fashion, headlines, sentences)
 
-@pytest.mark.parametrize(("module", "study"), [(m, study) for m in (chat, critics, fashion, sentences) for study in m.STUDIES])
+
+@pytest.mark.parametrize(("module", "study"), [(m, study) for m in MODULES for study in m.STUDIES])
 def test_every_case_of_a_study_has_a_valid_recipe(module, study, tmp_path):
     cases = {job.case: job for job in module.STUDIES[study]()}
     assert cases
