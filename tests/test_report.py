@@ -18,7 +18,7 @@ from delora.reports import pages
 from delora.reports.curves import COLOURS, CURVES, draw
 from delora.tasks import find
 from delora.training.experiments import Outcome
-from delora.training.runs import Result, write_json
+from delora.training.runs import Result, RunError, write_json
 from tests.browsing import CHROMIUM, browsing
 
 EVIL = '<script>alert("x")</script> & $\\frac{1}{0}$'
@@ -119,7 +119,7 @@ def test_names_are_shown_as_they_are_and_never_as_markup(folder):
 def test_the_page_needs_nothing_else(folder):
     text = report.write(folder, find("sentiment")).read_text()
     page = Page(text)
-    assert page.tags.count("img") == len(CURVES) == len(page.addresses)
+    assert page.tags.count("img") == len(CURVES) + 1 == len(page.addresses)  # the accuracy, too
     assert all(address.startswith("data:image/png;base64,") for address in page.addresses)
     assert not re.search(r"https?:|url\(|@import|//cdn", text)
 
@@ -180,7 +180,8 @@ def test_a_click_on_a_head_sorts_and_nothing_is_fetched(folder):
 def test_a_curve_that_no_run_has_is_not_drawn(folder, tmp_path):
     out = tmp_path / "plots"
     out.mkdir()
-    assert [p.name for p in draw(folder / "metrics.jsonl", [EVIL], out)] == ["loss.png", "distance.png"]
+    names = [p.name for p in draw(folder / "metrics.jsonl", [EVIL], out)]
+    assert names == ["loss.png", "validation-accuracy.png", "distance.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.iterdir())
 
 
@@ -188,6 +189,60 @@ def test_the_distance_of_a_layer_has_a_curve_of_its_own(tmp_path):
     rows = [{"run": "LoRA", "step": s, "|dW| up.$1.<b>": 0.1 * s} for s in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [p.name for p in draw(tmp_path / "metrics.jsonl", ["LoRA"], tmp_path)] == ["distance-up.-1.-b.png"]
+
+
+@pytest.mark.parametrize(("first", "steps"), [(1e-3, ["2", "3"]), (1e-17, ["1", "2", "3"])])  # the last: all are
+def test_a_distance_that_is_rounding_is_no_point_of_its_curve(first, steps, tmp_path):
+    rows = [{"run": "a", "step": s, "distance": d} for s, d in ((1, 1e-17), (2, first), (3, 2 * first))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (svg,) = draw(tmp_path / "metrics.jsonl", ["a"], tmp_path).values()
+    assert re.findall(r"step (\d): ", svg) == steps
+
+
+def test_a_score_below_zero_is_inside_the_picture(tmp_path):
+    rows = [{"run": "a", "step": s, "validation_matthews": m} for s, m in ((1, -0.4), (2, 0.5))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((png, svg),) = draw(tmp_path / "metrics.jsonl", ["a"], tmp_path).items()
+    assert png.name == "validation-matthews.png"
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', svg)]
+    with Image.open(png) as picture:
+        assert [0 < y < picture.height for y in heights] == [True, True]
+
+
+def samples(run: Path, steps: int, question: str = EVIL) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"step": s, "epoch": 1.0, "question": question, "base": "was", "adapted": f"{EVIL} {s}"} for s in range(1, steps + 1)
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 9])
+def test_what_was_answered_stands_beside_the_base_models_answer(folder, steps):
+    samples(folder / "variants" / EVIL, steps)  # a run's folder has another name; this one's is in its result
+    shown = Page(report.write(folder, find("chat")).read_text()).rows[len(summary(*[result("a")] * 3).results) + 1 :]
+    assert shown[0] == ["Question", "Model", "Answer"]
+    assert shown[1] == [EVIL, "the base model", "was"]
+    assert 1 <= len(shown[2:]) <= 4
+    assert shown[-1] == [EVIL, f"after step {steps}", f"{EVIL} {steps}"]  # the last one, always
+
+
+def test_a_damaged_line_of_samples_is_named(folder):
+    samples(folder / "variants" / EVIL, 1)
+    with (folder / "variants" / EVIL / "samples.jsonl").open("a") as file:
+        file.write('{"step": 2, "question": 3}\n')
+    with pytest.raises(RunError, match="samples.jsonl, line 2.*question.*delete the file to do without it"):
+        report.write(folder, find("chat"))
+
+
+def test_pictures_that_a_run_made_are_in_its_page(folder):
+    run = folder / "variants" / EVIL / "subjects" / "dog" / "snapshots"
+    run.mkdir(parents=True)
+    for step in (0, 200):
+        Image.new("RGB", (96, 96), (step, 0, 0)).save(run / f"{step:05d}.png")
+    before = Page(report.write(folder, find("sentiment")).read_text()).tags.count("img")
+    assert Page(report.write(folder, find("subject")).read_text()).tags.count("img") == before + 1
+    assert (folder / "samples.png").is_file()
 
 
 def test_the_reading_is_honest(folder):

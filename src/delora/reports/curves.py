@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -41,10 +42,14 @@ class Curve:
     title: str
     log: bool = False
     smooth: float = 0.0  # weight of the past in a running mean
+    marked: bool = False  # at each of its values, which are few
 
+
+VALIDATION = "validation_"  # begins the names of scores on validation data
+EPS = torch.finfo(torch.float32).eps
 
 CURVES = (
-    Curve("loss.png", "loss", "training loss [nats]", "Training loss (running mean over about 10 steps)", smooth=0.9),
+    Curve("loss.png", "loss", "training loss", "Training loss (running mean over about 10 steps)", smooth=0.9),
     Curve("distance.png", "distance", "|dW| / |W|", "Distance from the base, mean over the adapted layers", log=True),
     Curve(
         "bound.png", "bound_used", "|dW| / bound", "Share of the guaranteed bound that is used, mean over the adapted layers"
@@ -67,7 +72,7 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> dict[Path, str]:
     rows = read_metrics(metrics, needs=["run"])
     drawn = {}
     with mpl.rc_context(STYLE):
-        for curve in (*CURVES, *_of_layers(rows)):
+        for curve in (CURVES[0], *_of_validation(rows), *CURVES[1:], *_of_layers(rows)):
             by_run = {
                 run: [(row["step"], row[curve.key]) for row in rows if row["run"] == run and curve.key in row] for run in runs
             }
@@ -77,6 +82,16 @@ def draw(metrics: Path, runs: Sequence[str], folder: Path) -> dict[Path, str]:
                 FigureCanvasAgg(figure).print_png(folder / curve.file, metadata={"Software": None})
                 drawn[folder / curve.file] = spots(figure)
     return drawn
+
+
+def _of_validation(rows: Sequence[dict[str, Any]]) -> list[Curve]:
+    """The scores on validation data."""
+    names = dict.fromkeys(key.removeprefix(VALIDATION) for row in rows for key in row if key.startswith(VALIDATION))
+    return [
+        Curve(f"validation-{slug(name)}.png", VALIDATION + name, said, f"Validation {said}", marked=True)
+        for name in names
+        for said in [printable(name, newlines=False).replace("$", r"\$")]
+    ]
 
 
 def _of_layers(rows: Sequence[dict[str, Any]]) -> list[Curve]:
@@ -95,17 +110,23 @@ def _of_layers(rows: Sequence[dict[str, Any]]) -> list[Curve]:
 
 
 def _plot(axes: Axes, curve: Curve, by_run: dict[str, list[tuple[int, float]]]) -> None:
+    # Below float32's eps a distance is rounding: the start, which has no place on a scale of logarithms.
+    above = {run: [(step, value) for step, value in points if value > EPS] for run, points in by_run.items()}
+    if log := curve.log and any(above.values()):
+        by_run = above
     for number, (run, points) in enumerate(by_run.items()):
         if points:  # its number alone decides a run's style, which is then the same in all plots
             steps, values = zip(*points, strict=True)
             # A leading underscore would hide a line from the legend; a dollar sign would start a formula.
             name = printable(run, newlines=False).replace("$", r"\$").lstrip("_") or "run"
             style: Any = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
+            style |= {"marker": "o", "markersize": 4} if curve.marked else {}
             axes.plot(steps, _smooth(values, curve.smooth), linewidth=1.6, label=name, **style)
-    if curve.log and all(value > 0 for points in by_run.values() for _, value in points):
+    if log:
         axes.set_yscale("log")
-    else:
+    elif all(value >= 0 for points in by_run.values() for _, value in points):
         axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(curve.label)
     axes.set_title(curve.title, fontsize=10, loc="left")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from delora.evaluation.text import standard_error
 from delora.formats.files import read_json, write_atomically
-from delora.reports import pages
+from delora.reports import pages, samples
 from delora.reports.curves import draw
 from delora.training.experiments import Outcome
 from delora.training.runs import CONFIG, METRICS, Result, Row, best_rows
 from delora.training.task import Task
 
-__all__ = ["header", "page", "reading", "score", "table", "unlearned", "write"]
+__all__ = ["header", "made_by", "page", "reading", "score", "table", "unlearned", "write"]
 
 REPORT = "report.html"
 NOTHING = "–"
@@ -142,12 +142,29 @@ def write(out: Path, task: Task) -> Path:
     outcome = Outcome.read(out)
     plots = draw(out / METRICS, [row.runs[0].name for row in best_rows(outcome.results)], out)
     config = read_json(out / CONFIG)
-    write_atomically(out / REPORT, page(outcome, task, config, plots).encode())
+    run = next((out / "variants" / run.folder for run in outcome.results if run.name == outcome.delivered), out)
+    made = made_by(run, task, out / "samples.png")
+    write_atomically(out / REPORT, page(outcome, task, config, plots, made).encode())
     return out / REPORT
 
 
-def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Mapping[Path, str]) -> str:
-    """The text of ``report.html``, with the plots inside it, each with the SVG of its values.
+def made_by(run: Path, task: Task, sheet: Path) -> str:
+    """What a run answered or drew while it trained, the base model beside it, as a part of a page; "" if it did not.
+
+    >>> from delora import tasks
+    >>> made_by(Path("no such run"), tasks.find("cola"), Path("samples.png"))
+    ''
+    """
+    parts = []
+    if answered := samples.answers(run):
+        parts.append(pages.table(("Question", "Model", "Answer"), answered, words=True))
+    if drawn := samples.sheet({"After these steps (0: the base model)": task.snapshots(run)}, sheet):
+        parts.append(pages.picture(drawn, "pictures from the same noise after more and more steps"))
+    return "\n".join(["<h2>Samples</h2>", *parts]) if parts else ""
+
+
+def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Mapping[Path, str], made: str = "") -> str:
+    """The text of ``report.html``, with the plots inside it, each with the SVG of its values. ``made``: of `made_by`.
 
     >>> from delora import tasks
     >>> "<title>mine</title>" in page(Outcome("mine", [], 100, "a", {}, {}), tasks.find("cola"), {}, {})
@@ -166,6 +183,7 @@ def page(outcome: Outcome, task: Task, config: dict[str, object], plots: Mapping
 {notes}</ul>
 <h2>Curves</h2>
 {figures}
+{made}
 <h2>Settings</h2>
 <pre>{escape(json.dumps(config, indent=1, ensure_ascii=False))}</pre>"""
     return pages.document(outcome.name, body)

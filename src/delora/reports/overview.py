@@ -13,7 +13,7 @@ from typing import Any
 from delora import tasks
 from delora.errors import nearest_path
 from delora.formats.files import get, read_json, shown, write_atomically
-from delora.reports import figures, pages
+from delora.reports import figures, pages, samples
 from delora.reports.experiment import NOTHING, REPORT
 from delora.targets import resolve
 from delora.training.config import Experiment, slug
@@ -22,7 +22,6 @@ from delora.training.runs import CONFIG, FAILED, METRICS, RESULT, Result, Row, R
 __all__ = ["Drawn", "Run", "Table", "collect", "draw", "lines", "norms", "page", "robustness", "safe", "table", "write"]
 
 CSV = "runs.csv"
-COLUMNS = 8  # of a grid of samples, at the most
 POINTS = 300  # of a curve, at the most
 OVER_RATES = (
     "Score (left) and distance from the base model (right) over factors of each case's base rate. Bands: one standard "
@@ -309,26 +308,12 @@ def draw(title: str, runs: Sequence[Run], out: Path) -> list[Drawn]:
         png, _ = figures.save(figure, out / f"{stem}-steps")
         note = "Distance from the base model (left) and validation score (right) over training, for each row's best setting."
         drawn.append(Drawn(f"{title}: over training", png, note, pages.spots(figure)))
-    if sheet := _samples(best, {id(run.result): run for run in runs}, out / f"{stem}-samples.png"):
+    folders = {id(run.result): run.folder for run in runs}
+    made = {row.name: tasks.find(row.runs[0].task).snapshots(folders[id(row.runs[0])]) for row in best}  # of its first seed
+    if sheet := samples.sheet(made, out / f"{stem}-samples.png"):
         note = "The same noise and prompt after more and more steps of training, for each row's best setting."
         drawn.append(Drawn(f"{title}: samples over training", sheet, note))
     return drawn
-
-
-def _samples(best: Sequence[Row], runs: dict[int, Run], file: Path) -> Path | None:
-    """As in Figures 3 and 8: a row of pictures for each method, of its first seed and subject, at the steps that all have."""
-    drawn = {row.name: tasks.find(row.runs[0].task).snapshots(runs[id(row.runs[0])].folder) for row in best}
-    drawn = {name: pictures for name, pictures in drawn.items() if pictures}
-    steps = sorted(set.intersection(*(set(pictures) for pictures in drawn.values()))) if drawn else []
-    if not steps:
-        return None
-    from delora.data.dreambooth import open_image
-    from delora.evaluation.pictures import grid, write
-
-    steps = steps[:: -(-len(steps) // COLUMNS)]
-    rows = [[open_image(pictures[step]) for step in steps] for pictures in drawn.values()]
-    write(grid(rows, [f"{name}: {', '.join(map(str, steps))}" for name in drawn]), file)
-    return file
 
 
 def norms(experiment: Experiment, out: Path) -> Drawn:

@@ -26,7 +26,8 @@ p.what { color: #555; margin: 0 0 1.6rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: .93rem; }
 th, td { padding: .45rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 2px solid #1a1a1a; vertical-align: bottom; white-space: normal; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child, td:first-child, .words th, .words td { text-align: left; }
+.words td { white-space: normal; overflow-wrap: anywhere; vertical-align: top; }
 th[tabindex] { cursor: pointer; }
 th[tabindex]:hover { background: #f2f2f2; }
 th[aria-sort=ascending]::after { content: " ▲"; font-size: .7em; }
@@ -97,8 +98,8 @@ def document(title: str, body: str) -> str:
 """
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], delivered: Collection[int] = ()) -> str:
-    """A table of text cells. ``delivered``: the numbers of the rows that stand out.
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], delivered: Collection[int] = (), words: bool = False) -> str:
+    """A table of text cells. ``delivered``: the numbers of the rows that stand out. ``words``: it holds sentences, not figures.
 
     >>> table(["Run"], [["a < b"]]).splitlines()[3]
     '<tr><td>a &lt; b</td></tr>'
@@ -112,7 +113,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], delivered: Colle
         for number, row in enumerate(rows)
     )
     head = "".join(cell(name, "th") for name in header)
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+    return f"<table{' class=words' if words else ''}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
 
 
 def picture(png: Path, name: str, values: str = "", note: str = "") -> str:

@@ -26,7 +26,6 @@ from delora.training import parallel
 from delora.training.causal_lm import (
     COMPARED,
     NEXT,
-    SAMPLES,
     UNCUT,
     Evaluate,
     Material,
@@ -46,7 +45,7 @@ from delora.training.config import ConfigError, Experiment, Strict
 from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.models import language_model, language_skeleton
-from delora.training.runs import Result, RunContext, write_json
+from delora.training.runs import SAMPLES, Result, RunContext, write_json
 from delora.training.task import Kind, Validation
 
 __all__ = [

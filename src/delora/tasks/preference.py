@@ -35,7 +35,6 @@ from delora.training import parallel
 from delora.training.causal_lm import (
     COMPARED,
     NEXT,
-    SAMPLES,
     UNCUT,
     Evaluate,
     Material,
@@ -56,7 +55,7 @@ from delora.training.defaults import Sketch
 from delora.training.experiments import adapt, begin, conclude, fit
 from delora.training.memory import DTYPES
 from delora.training.models import language_model, language_skeleton
-from delora.training.runs import Result, RunContext, write_json
+from delora.training.runs import SAMPLES, Result, RunContext, write_json
 from delora.training.task import Kind, Validation
 from delora.training.trainer import RunTrainer
 

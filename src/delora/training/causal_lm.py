@@ -31,7 +31,6 @@ __all__ = [
     "COMPARED",
     "NEXT",
     "OTHER",
-    "SAMPLES",
     "UNCUT",
     "Evaluate",
     "Material",
@@ -48,7 +47,7 @@ __all__ = [
     "validated",
 ]
 
-NEXT, SAMPLES = "next.json", "samples.jsonl"
+NEXT = "next.json"
 OTHER = "perplexity of other text"
 READ = 65_536  # characters of the other text
 COMPARED = 64  # test rows on which the delivered files are compared with the trained model

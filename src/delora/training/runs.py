@@ -40,12 +40,14 @@ __all__ = [
     "exclusive",
     "place",
     "read_metrics",
+    "read_samples",
     "refuse_unfinished",
     "resumable",
     "write_json",
 ]
 
 CONFIG, RESULT, METRICS, FAILED = "config.json", "result.json", "metrics.jsonl", "failed.json"
+SAMPLES = "samples.jsonl"
 ADAPTER = "adapter"
 
 
@@ -249,6 +251,36 @@ def read_metrics(file: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
     ...     read_metrics(Path(folder, "metrics.jsonl"))
     [{'step': 1, 'loss': 0.5}]
     """
+
+    def check(row: dict[str, Any], at: str) -> None:
+        for key in row:
+            get(row, key, str if key == "run" else int if key == "step" else (int, float), at)
+        for key in ("step", *needs):
+            get(row, key, (str, int), at)
+
+    return _lines(file, check)
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """The lines of a ``samples.jsonl``: step, question, the base model's answer and the adapted one's. Without a file, none.
+
+    Raises:
+        RunError: a line is damaged; names the file and the line.
+
+    >>> read_samples(Path("no such file"))
+    []
+    """
+
+    def check(row: dict[str, Any], at: str) -> None:
+        get(row, "step", int, at)
+        for key in ("question", "base", "adapted"):
+            get(row, key, str, at)
+
+    return _lines(file, check)
+
+
+def _lines(file: Path, check: Callable[[dict[str, Any], str], None]) -> list[dict[str, Any]]:
+    """The objects in the lines of a file, each checked."""
     rows = []
     for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else (), 1):
         at = f"{file}, line {number}"
@@ -256,10 +288,7 @@ def read_metrics(file: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
             row = parsed(line, f"{at} is not valid JSON", f"{at} is too long")
             if not isinstance(row, dict):
                 raise AdapterError(f"{at} must be an object, got {shown(row)}")
-            for key in row:
-                get(row, key, str if key == "run" else int if key == "step" else (int, float), at)
-            for key in ("step", *needs):
-                get(row, key, (str, int), at)
+            check(row, at)
         except AdapterError as error:
             raise RunError(f"{error}; delete the file to do without it") from error
         rows.append(row)
