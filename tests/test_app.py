@@ -211,15 +211,18 @@ def moves(runs, blend, address, picture):
             await number.fill(str(value))
             await number.press("Tab")
 
-        async def ask(prompt, strength):
+        async def ask(prompt, strength, by_key=False):
             expected = {"#base": runs[0].at(0.0, prompt)}
             expected |= {f"#adapted-{number}": run.at(strength, prompt) for number, run in enumerate(runs, 1)}
-            await tab.locator("#prompt textarea").fill(prompt)
             await write("#strength", strength)
             if blend is not None:
                 expected["#blend"] = blend.at([0.5 * strength, 0.25 * strength], prompt)
                 await write("#weight-2", 0.25)  # the first is at a half
-            await tab.locator("#ask").click()
+            await tab.locator("#prompt textarea").fill(prompt)
+            if by_key:
+                await tab.locator("#prompt textarea").press("Enter")
+            else:
+                await tab.locator("#ask").click()
             for side, said in expected.items():
                 if isinstance(said, str):
                     await expect(tab.locator(f"{side} textarea")).to_have_value(said, timeout=30_000)
@@ -231,6 +234,7 @@ def moves(runs, blend, address, picture):
         await ask("a fine film", 0.0)
         await tab.screenshot(path=picture, full_page=True)
         await ask(HOSTILE, 2.0)
+        await ask("a fine film", 1.0, by_key=True)
         assert await tab.title() == title
         assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
 

@@ -212,7 +212,7 @@ def page(*runs: Shown, blend: Blend | None = None) -> Any:
     title = ", ".join(named)
     with gr.Blocks(title=f"delora: {title}", analytics_enabled=False) as blocks:
         gr.HTML(f"<h2>{html.escape(title)}</h2>")
-        prompt = gr.Textbox(label="Prompt", lines=2, elem_id="prompt")
+        prompt = gr.Textbox(label="Prompt", lines=1, info="Enter asks, Shift+Enter begins a line", elem_id="prompt")
         strength = gr.Slider(
             0,
             MOST,
