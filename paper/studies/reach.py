@@ -89,7 +89,7 @@ LORA_RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # alpha is 2 r
 # 15 points at one rate, while all lower ones lay within a point. So a second claim was set then, before its runs: for models
 # that others have pretrained, film reviews and chat, this reach is enough. It is judged by the same rule.
 PRETRAINED = 0.1
-# Sentences have rank 8 alone: a run takes half a minute. Product ratings were left out before their first judged run: no time.
+# Sentences have rank 8 alone: a run takes half a minute. Product ratings chose nothing and are judged alone: no time.
 FEW_RATES = (0.03, 0.1, 0.6)
 # The chat model's runs take minutes, a subject's half a minute: one rank, fewer rates and seeds.
 CHAT_SEEDS, CHAT_LORA_RATES = (115, 116), (1e-3, 3e-3, 1e-2)
