@@ -329,8 +329,8 @@ def _views_tables() -> list[str]:
     lines += [
         "",
         "New views: by which share the error of the noise that is predicted for pictures of the subject that training has not seen is below "
-        f"the base model's. It chose the settings, over the rates {rates}, on three other subjects at {len(fashion.VIEW_SEEDS)} other seeds (three were planned: no "
-        "time) [%]:",
+        f"the base model's. It chose the settings, over the rates {rates}, on three other subjects at {len(fashion.VIEW_SEEDS)} other seeds, of which the "
+        "third came after two had chosen and been judged: it changed the setting of `soft` alone, which was then judged anew [%]:",
         "",
         "| | setting | " + " | ".join(f"{lr:g}" for lr in fashion.VIEW_RATES) + " |",
         "|---" * (2 + len(fashion.VIEW_RATES)) + "|",
