@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from delora.reports import experiment as report
-from delora.reports import pages
+from delora.reports import pages, samples
 from delora.reports.curves import COLOURS, CURVES, draw
 from delora.tasks import find
 from delora.training.experiments import Outcome
@@ -209,7 +209,7 @@ def test_a_score_below_zero_is_inside_the_picture(tmp_path):
         assert [0 < y < picture.height for y in heights] == [True, True]
 
 
-def samples(run: Path, steps: int, question: str = EVIL) -> None:
+def answered(run: Path, steps: int, question: str = EVIL) -> None:
     run.mkdir(parents=True, exist_ok=True)
     rows = [
         {"step": s, "epoch": 1.0, "question": question, "base": "was", "adapted": f"{EVIL} {s}"} for s in range(1, steps + 1)
@@ -219,7 +219,7 @@ def samples(run: Path, steps: int, question: str = EVIL) -> None:
 
 @pytest.mark.parametrize("steps", [1, 4, 5, 9])
 def test_what_was_answered_stands_beside_the_base_models_answer(folder, steps):
-    samples(folder / "variants" / EVIL, steps)  # a run's folder has another name; this one's is in its result
+    answered(folder / "variants" / EVIL, steps)  # a run's folder has another name; this one's is in its result
     shown = Page(report.write(folder, find("chat")).read_text()).rows[len(summary(*[result("a")] * 3).results) + 1 :]
     assert shown[0] == ["Question", "Model", "Answer"]
     assert shown[1] == [EVIL, "the base model", "was"]
@@ -228,7 +228,7 @@ def test_what_was_answered_stands_beside_the_base_models_answer(folder, steps):
 
 
 def test_a_damaged_line_of_samples_is_named(folder):
-    samples(folder / "variants" / EVIL, 1)
+    answered(folder / "variants" / EVIL, 1)
     with (folder / "variants" / EVIL / "samples.jsonl").open("a") as file:
         file.write('{"step": 2, "question": 3}\n')
     with pytest.raises(RunError, match="samples.jsonl, line 2.*question.*delete the file to do without it"):
@@ -243,6 +243,16 @@ def test_pictures_that_a_run_made_are_in_its_page(folder):
     before = Page(report.write(folder, find("sentiment")).read_text()).tags.count("img")
     assert Page(report.write(folder, find("subject")).read_text()).tags.count("img") == before + 1
     assert (folder / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 8])
+def test_of_many_the_first_and_the_last_are_shown(most):
+    for count in range(1, 30):
+        some = samples.spread(range(count), most)
+        assert len(some) == min(most, count)
+        assert some == sorted(set(some))
+        assert some[-1] == count - 1
+        assert most == 1 or some[0] == 0
 
 
 def test_the_reading_is_honest(folder):
