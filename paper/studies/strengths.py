@@ -121,11 +121,11 @@ def defaults() -> list[str]:
 
 
 def decisive() -> list[str]:
-    chosen, rate = knobs.chosen_default()
-    cells = knobs.knob(knobs.read("knob"), chosen)
-    pretrained = {name: t for name, t in knobs.read("knob").items() if name in ("film reviews", "chat")}
+    (chosen, rate), tasks = knobs.chosen_default(), knobs.read("knob")
+    cells = knobs.knob(tasks, chosen)
+    pretrained = {name: task for name, task in tasks.items() if name in ("film reviews", "chat")}
     second = knobs.knob(pretrained, reach.PRETRAINED)
-    beside = knobs.knob({name: t for name, t in knobs.read("knob").items() if name == "product ratings"}, reach.PRETRAINED)
+    beside = knobs.knob({name: task for name, task in tasks.items() if name == "product ratings"}, reach.PRETRAINED)
     return [
         "## Against LoRA, tuned",
         "",
